@@ -1,0 +1,228 @@
+"""
+The embedded default data: a drawn world of coloured shapes, written once as real PNG and JPEG files and JSONL, in the very
+form in which users write their own (README). A model that starts from nothing learns to describe it, to count in it and to
+point at things in it within minutes on a laptop, and nothing has to be downloaded.
+
+    data/toy/captions.jsonl  points.jsonl  text.jsonl     what stage 1 trains on
+    data/toy/val.jsonl  geometry.jsonl                    held-out scenes, and the exact outline of every shape in them
+    data/toy/images/
+
+    python toy.py data/toy       # write it (pretrain.py does so by itself on first use)
+
+Nothing can be answered without looking: colour, shape, size, angle, place, number, background and wording are all drawn at
+random, and queries for what is not there name a colour or a shape that is.
+"""
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
+           "purple": (140, 50, 170), "white": (246, 246, 246), "black": (18, 18, 18)}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+VERSION = 1  # part of the done-file: a toy world drawn by older code is drawn again
+
+
+# ---- scenes ---------------------------------------------------------------------------------------------------------
+
+def outline(shape, radius, angle):
+    """Corner points of a shape around (0, 0), in the units of `radius`: (n, 2)."""
+    if shape == "circle":
+        steps, radii = 32, [1.0]
+    elif shape == "square":
+        steps, radii = 4, [1.0]
+    elif shape == "triangle":
+        steps, radii = 3, [1.15]
+    elif shape == "star":
+        steps, radii = 10, [1.15, 0.5]
+    else:  # a cross: the corners of a plus sign, arms a third of its size
+        a, b = 0.36, 1.05
+        corners = [(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b), (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a), (-a, b)]
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        return np.array(corners) @ turn * radius
+    k = np.arange(steps)
+    r = np.array(radii)[k % len(radii)]
+    theta = angle + 2 * math.pi * k / steps + (math.pi / 4 if shape == "square" else -math.pi / 2)
+    return np.stack([r * np.cos(theta), r * np.sin(theta)], 1) * radius
+
+
+def draw_scene(rng):
+    """One scene: {"size": (w, h), "objects": [{"colour", "shape", "x", "y", "polygon"}], ...}, left to right, in [0, 1]."""
+    w, h = rng.randint(80, 128), rng.randint(80, 128)
+    objects, taken = [], []
+    kinds = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5)))]
+    for i, kind in enumerate(kinds):
+        if i and rng.random() < 0.3:  # several of a kind, so that "the red circles" is a question worth asking
+            kinds[i] = kind = kinds[rng.randrange(i)]
+        for _ in range(30):
+            x, y, r = rng.randint(10, 90) / 100, rng.randint(10, 90) / 100, rng.uniform(0.09, 0.16) * min(w, h)
+            if r < min(x * w, y * h, w - x * w, h - y * h) + 2 and \
+                    all(math.hypot((x - a) * w, (y - b) * h) > 1.1 * (r + c) for a, b, c in taken):
+                taken.append((x, y, r))
+                polygon = outline(kind[1], r, rng.uniform(-0.4, 0.4)) / (w, h) + (x, y)
+                objects.append(dict(colour=kind[0], shape=kind[1], x=x, y=y, polygon=polygon.round(4).tolist()))
+                break
+    return dict(size=(w, h), objects=sorted(objects, key=lambda o: (o["x"], o["y"])), look=rng.getrandbits(32))
+
+
+def paint(scene):
+    """Draw a scene: background (plain, gradient or noise), clutter that is no answer to anything, then the shapes."""
+    (w, h), rng, big = scene["size"], np.random.default_rng(scene["look"]), 2
+    base, tilt = rng.uniform(75, 190) + rng.uniform(-14, 14, 3), rng.uniform(-25, 25, (2, 1))
+    y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
+    canvas = base + (tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)) * (rng.random() < 0.5)
+    canvas = canvas + rng.normal(0, rng.uniform(0, 9), (h, w, 1))
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).resize((w * big, h * big), Image.NEAREST)
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.integers(0, 5)):  # clutter: thin lines and specks, in any colour
+        colour = tuple(rng.integers(0, 255, 3).tolist())
+        (a, b), (c, d) = rng.uniform(0, 1, (2, 2)) * (w * big, h * big)
+        if rng.random() < 0.5:
+            pen.line([a, b, c, d], colour, width=big)
+        else:
+            pen.ellipse([a - 2, b - 2, a + 2, b + 2], colour)
+    for o in scene["objects"]:
+        colour = np.array(COLOURS[o["colour"]]) + rng.uniform(-12, 12, 3)
+        pen.polygon([(px * w * big, py * h * big) for px, py in o["polygon"]], tuple(int(c) for c in colour.clip(0, 255)))
+    return image.resize((w, h), Image.BOX)
+
+
+def inside(polygon, x, y):
+    """Whether (x, y) lies in a polygon, by counting the edges to its right."""
+    hit = False
+    for (x1, y1), (x2, y2) in zip(polygon, polygon[1:] + polygon[:1]):
+        if (y1 > y) != (y2 > y) and x < (x2 - x1) * (y - y1) / (y2 - y1) + x1:
+            hit = not hit
+    return hit
+
+
+# ---- what is asked about them ---------------------------------------------------------------------------------------
+
+CAPTION_PROMPTS = ("Describe the image.", "What is in this picture?", "Write a caption.", "What do you see?",
+                   "Tell me about this image.", "List the shapes from left to right.")
+POINT_PROMPTS = ("Point to the {}.", "Where is the {}?", "Find the {}.", "Show me the {}.", "Click on the {}.")
+POINT_ALL_PROMPTS = ("Point to all {}.", "Where are the {}?", "Find every one of the {}.", "Mark the {}.", "Point to the {}.")
+COUNT_PROMPTS = ("How many {} are there?", "Count the {}.", "What is the number of {}?", "How many {} can you see?")
+
+
+def plural(name):
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def caption(rng, scene):
+    names = [f"a {o['colour']} {o['shape']}" for o in scene["objects"]]
+    text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    text = rng.choice(("There is {}.", "From left to right: {}.", "The picture shows {}.", "I see {}.")).format(text)
+    return dict(task="image_caption", prompt=rng.choice(CAPTION_PROMPTS), answer=text)
+
+
+def select(scene, colour, shape):
+    return [o for o in scene["objects"] if colour in (None, o["colour"]) and shape in (None, o["shape"])]
+
+
+def pointing(rng, scene, colour, shape):
+    """A query for all objects of a colour, a shape or both; None leaves one open."""
+    found = select(scene, colour, shape)
+    name = f"{colour or ''} {shape or 'shape'}".strip()
+    one = len(found) == 1 or not found and rng.random() < 0.5
+    label, prompts = (name, POINT_PROMPTS) if one else (plural(name), POINT_ALL_PROMPTS)
+    points = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(found)]
+    return dict(task="image_pointing", prompt=rng.choice(prompts).format(label), label=label, points=points)
+
+
+def pointing_tree(rng, scene):
+    """Every object asked for in a branch of its own kind, one by colour or shape alone, and two that are not there."""
+    kinds = sorted({(o["colour"], o["shape"]) for o in scene["objects"]})
+    queries = list(kinds)
+    some = rng.choice(scene["objects"])
+    queries.append(rng.choice(((some["colour"], None), (None, some["shape"]))))
+    for change_shape in (True, False):  # absent, but half of it is there
+        c, s = rng.choice(kinds)
+        other = [(c, x) for x in SHAPES] if change_shape else [(x, s) for x in COLOURS]
+        absent = [q for q in other if not select(scene, *q)]
+        queries += [rng.choice(absent)] if absent else []
+    return [pointing(rng, scene, *q) for q in queries]
+
+
+def counting(rng, scene):
+    """How many there are of everything, of a colour, of a shape."""
+    some = rng.choice(scene["objects"])
+    asked = [(None, None), (some["colour"], None), (None, some["shape"])]
+    asked.append((rng.choice(list(COLOURS)), None) if rng.random() < 0.5 else (None, rng.choice(SHAPES)))
+    return [dict(task="counting", prompt=rng.choice(COUNT_PROMPTS).format(plural(f"{c or ''} {s or 'shape'}".strip())),
+                 answer=str(len(select(scene, c, s)))) for c, s in asked]
+
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+SIDES = {"triangle": "Three", "square": "Four", "pentagon": "Five", "hexagon": "Six", "circle": "None"}
+
+
+def text_row(rng):
+    """Text without a picture: sums, days, sides."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        a, b = rng.randint(0, 9), rng.randint(0, 9)
+        return f"What is {a} plus {b}?", str(a + b)
+    if kind == 1:
+        k, after = rng.randrange(7), rng.random() < 0.5
+        return f"Which day comes {'after' if after else 'before'} {DAYS[k]}?", DAYS[(k + (1 if after else -1)) % 7] + "."
+    shape = rng.choice(list(SIDES))
+    return f"How many sides has a {shape}?", SIDES[shape] + "."
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
+    """Write the toy world under `folder` unless it is there. An interrupted run leaves nothing that looks finished."""
+    done = os.path.join(folder, "done.json")
+    recipe = dict(version=VERSION, scenes=scenes, held_out=held_out, texts=texts, seed=seed)
+    try:
+        with open(done) as f:
+            if json.load(f) == recipe:
+                return folder
+    except (OSError, ValueError):
+        pass
+    print(f"drawing the toy world: {scenes} scenes to train on, {held_out} held out -> {folder}", flush=True)
+    aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(os.path.join(aside, "images"))
+    seen, rows = set(), {"captions": [], "points": [], "val": [], "geometry": []}
+    for i in range(held_out + scenes):  # held-out scenes are drawn first; whatever repeats one is drawn again
+        rng, retry = random.Random(f"toy {seed} scene {i}"), 0
+        while True:
+            scene = draw_scene(rng)
+            look = tuple((o["colour"], o["shape"], o["x"], o["y"]) for o in scene["objects"])
+            if scene["objects"] and look not in seen:
+                break
+        seen.add(look)
+        name = f"images/{i:05d}.{'png' if rng.random() < 0.5 else 'jpg'}"
+        paint(scene).save(os.path.join(aside, name), **({"compress_level": 1} if name.endswith("png") else {"quality": 92}))
+        captions = [caption(rng, scene), caption(rng, scene)]
+        points = pointing_tree(rng, scene) + counting(rng, scene)
+        if i < held_out:
+            rows["val"].append(dict(id=f"val-{i}", image=name, annotations=captions[:1] + points))
+            rows["geometry"].append(dict(id=f"val-{i}", objects=scene["objects"]))
+        else:
+            rows["captions"].append(dict(id=f"scene-{i}", image=name, annotations=captions))
+            rows["points"].append(dict(id=f"scene-{i}", image=name, annotations=points))
+    rng = random.Random(f"toy {seed} text")
+    rows["text"] = [dict(id=f"text-{i}", annotations=[dict(task="text", messages=[
+        dict(role="user", content=q), dict(role="assistant", content=a)])]) for i in range(texts) for q, a in [text_row(rng)]]
+    for name, lines in rows.items():
+        with open(os.path.join(aside, name + ".jsonl"), "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in lines)
+    with open(os.path.join(aside, "done.json"), "w") as f:
+        json.dump(recipe, f)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(aside, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    write_world(sys.argv[1] if len(sys.argv) > 1 else "data/toy")
