@@ -38,7 +38,8 @@ class ModelConfig:
     heads: int = 16
     kv_heads: int = 16              # G; fewer than heads = grouped-query attention
     head_dim: int = 128
-    mlp: int = 8192                 # inner width of the decoder's SwiGLU, and of the connector's
+    mlp: int = 8192                 # inner width of the decoder's SwiGLU
+    projector_mlp: int = 0          # inner width of the connector's SwiGLU; 0 = as the decoder's, as in every released model
     vocab: int = 100352             # V: rows of the base table and of the head; the EXTRA rows come on top
     norm_after: bool = True         # True: x + norm(f(x)) (OLMo); False: x + f(norm(x)) (Qwen3)
     qk_norm: str = "full"           # "full": one RMSNorm over all heads (OLMo); "head": per head (Qwen3); "none"
@@ -56,6 +57,9 @@ class ModelConfig:
     vit_mlp: int = 4304
     vit_eps: float = 1e-6
     vit_features: tuple = (24, 18)  # block outputs handed on, in this order; blocks after the last one do not exist
+
+    def __post_init__(self):
+        self.projector_mlp = self.projector_mlp or self.mlp
 
     @property
     def patches(self):
@@ -229,9 +233,9 @@ class Projector(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.w1 = nn.Linear(cfg.vit_heads * cfg.vit_head_dim, cfg.mlp, bias=False)  # gate
-        self.w2 = nn.Linear(cfg.mlp, cfg.width, bias=False)
-        self.w3 = nn.Linear(cfg.vit_heads * cfg.vit_head_dim, cfg.mlp, bias=False)  # up
+        self.w1 = nn.Linear(cfg.vit_heads * cfg.vit_head_dim, cfg.projector_mlp, bias=False)  # gate
+        self.w2 = nn.Linear(cfg.projector_mlp, cfg.width, bias=False)
+        self.w3 = nn.Linear(cfg.vit_heads * cfg.vit_head_dim, cfg.projector_mlp, bias=False)  # up
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

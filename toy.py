@@ -4,8 +4,7 @@ form in which users write their own (README). A model that starts from nothing l
 point at things in it within minutes on a laptop, and nothing has to be downloaded.
 
     data/toy/captions.jsonl  points.jsonl  text.jsonl     what stage 1 trains on
-    data/toy/val.jsonl  geometry.jsonl                    held-out scenes, and the exact outline of every shape in them
-    data/toy/images/
+    data/toy/eval/scenes.jsonl  geometry.json             held-out scenes, and the exact outline of every shape in them
 
     python toy.py data/toy       # write it (pretrain.py does so by itself on first use)
 
@@ -191,8 +190,9 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     print(f"drawing the toy world: {scenes} scenes to train on, {held_out} held out -> {folder}", flush=True)
     aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(os.path.join(aside, "images"))
-    seen, rows = set(), {"captions": [], "points": [], "val": [], "geometry": []}
+    for sub in ("images", "eval/images"):
+        os.makedirs(os.path.join(aside, sub))
+    seen, geometry, rows = set(), {}, {"captions": [], "points": [], "eval/scenes": []}
     for i in range(held_out + scenes):  # held-out scenes are drawn first; whatever repeats one is drawn again
         rng, retry = random.Random(f"toy {seed} scene {i}"), 0
         while True:
@@ -202,12 +202,13 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
                 break
         seen.add(look)
         name = f"images/{i:05d}.{'png' if rng.random() < 0.5 else 'jpg'}"
-        paint(scene).save(os.path.join(aside, name), **({"compress_level": 1} if name.endswith("png") else {"quality": 92}))
+        folder_of = os.path.join(aside, "eval") if i < held_out else aside
+        paint(scene).save(os.path.join(folder_of, name), **({"compress_level": 1} if name.endswith("png") else {"quality": 92}))
         captions = [caption(rng, scene), caption(rng, scene)]
         points = pointing_tree(rng, scene) + counting(rng, scene)
         if i < held_out:
-            rows["val"].append(dict(id=f"val-{i}", image=name, annotations=captions[:1] + points))
-            rows["geometry"].append(dict(id=f"val-{i}", objects=scene["objects"]))
+            rows["eval/scenes"].append(dict(id=f"held-out-{i}", image=name, annotations=captions[:1] + points))
+            geometry[f"held-out-{i}"] = scene["objects"]
         else:
             rows["captions"].append(dict(id=f"scene-{i}", image=name, annotations=captions))
             rows["points"].append(dict(id=f"scene-{i}", image=name, annotations=points))
@@ -217,8 +218,9 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     for name, lines in rows.items():
         with open(os.path.join(aside, name + ".jsonl"), "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
-    with open(os.path.join(aside, "done.json"), "w") as f:
-        json.dump(recipe, f)
+    for name, content in (("eval/geometry.json", geometry), ("done.json", recipe)):
+        with open(os.path.join(aside, name), "w") as f:
+            json.dump(content, f)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(aside, folder)
     return folder
