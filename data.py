@@ -304,7 +304,7 @@ class Packer:
 # ---- decode and collate ---------------------------------------------------------------------------------------------
 
 def decode(plans, cfg, seq_len):
-    """One packed row with its pixels: a dict of numpy arrays, and the sources that failed.
+    """One packed row with its pixels: (arrays of T, crops, pools, sources that failed).
 
     When a picture cannot be decoded its tokens stay, its pixels are zeros and its example is not trained on: the other
     examples of the row, and the order of the stream, are as they would have been.
@@ -485,7 +485,7 @@ class Stream:
             while s["part"] < len(plans):
                 for row in packer.add(plans[s["part"]]):
                     s.update(waiting=[p.ref for p in packer.waiting], rows=s["rows"] + 1, part=s["part"] + 1)
-                    yield row, json.loads(json.dumps(s))
+                    yield row, json.loads(json.dumps(s)) | dict(row=[p.where for p in row])
                     s["part"] -= 1
                 s["part"] += 1
             s.update(draw=s["draw"] + 1, part=0)

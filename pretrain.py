@@ -1,0 +1,482 @@
+"""
+Stage 1, and the one training loop: a vision encoder and a language model learn to describe, to count and to point.
+
+    python pretrain.py --config small                               # a laptop: the toy world, from random weights
+    python pretrain.py --config small --data photos/my.jsonl        # your own pictures (README: three lines of JSONL)
+    python pretrain.py --config 1b --data data/ --init_from weights/olmo2-1b-siglip2    # one GPU
+    python pretrain.py --resume                                     # go on where the last checkpoint was written
+
+What a stage is, is data: a `Config`. The loop below has no notion of stages; sft.py and longctx.py hand it other numbers.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+import toy
+import weights
+from data import Batches, Planner, Stream, collate, decode, find_datasets
+from model import PRESETS as MODELS
+from model import Molmo2
+from points import SMALL_TOKENIZER, Tokenizer
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line, exit code 2."""
+
+
+# ---- configuration: one flat dataclass, from which the flags are made -----------------------------------------------
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    config: str = flag("small", f"model and its recipe: {', '.join(MODELS)}")
+    stage: str = flag("pretrain", "name of the stage, part of the output folder")
+    data: tuple = flag((), "JSONL files or folders of them; 'toy' is the embedded toy world")
+    eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
+    mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing and counting, text) or equal")
+    init_from: str = flag("", "checkpoint folder to start from; empty = random weights")
+    resume: bool = flag(False, "continue this run from its last checkpoint")
+    out: str = flag("out", "folder of all runs; this one goes to OUT/CONFIG/STAGE")
+    steps: int = flag(32000, "optimiser steps")
+    seed: int = flag(0, "of weights, data order and dropout")
+    global_batch: int = flag(256, "packed rows per optimiser step, over all devices")
+    micro_batch: int = flag(4, "packed rows per forward pass; accumulation follows from it")
+    seq_len: int = flag(4096, "tokens per packed row")
+    tiles: int = flag(8, "high-resolution crops a picture may get on top of the low-resolution one")
+    max_crops: int = flag(32, "crops per packed row")
+    token_weights: str = flag("spec", "loss weight of an answer token: spec (by task) or released (by length)")
+    optimizer: str = flag("adamw", "adamw, or muon (on hidden matrices; the rest stays on AdamW)")
+    lr_vit: float = flag(6e-6, "peak learning rate of the vision encoder")
+    lr_connector: float = flag(2e-4, "peak learning rate of the connector and of the new embedding rows")
+    lr_decoder: float = flag(2e-5, "peak learning rate of the decoder")
+    warmup_vit: int = flag(2000, "steps of linear warm-up")
+    warmup_connector: int = flag(200, "steps of linear warm-up")
+    warmup_decoder: int = flag(2000, "steps of linear warm-up")
+    beta1: float = flag(0.9, "AdamW")
+    beta2: float = flag(0.95, "AdamW")
+    adam_eps: float = flag(1e-6, "AdamW")
+    clip: float = flag(1.0, "largest gradient norm, of each part by itself")
+    z_loss: float = flag(1e-4, "weight of logsumexp² in the loss; keeps logits from drifting")
+    residual_dropout: float = flag(0.0, "dropout on what a sub-layer adds, every position")
+    response_dropout: float = flag(0.1, "more of it where an answer is predicted")
+    freeze: tuple = flag((), "parts that do not train: vit connector decoder embedding")
+    save_every: int = flag(500, "steps between checkpoints; the last step is always saved")
+    eval_every: int = flag(1000, "steps between evaluations; the last step is always evaluated")
+    eval_scenes: int = flag(320, "held-out scenes asked about at the end; a quarter of them in between")
+    workers: int = flag(2, "processes that decode pictures; 0 = the training process itself")
+    device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
+    dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
+    compile: bool = flag(False, "torch.compile each block (worth it on CUDA)")
+    max_bad: float = flag(0.05, "share of unusable rows above which the run stops")
+
+
+PRESETS = {
+    "small": dict(data=("toy",), steps=500, global_batch=24, micro_batch=8, seq_len=512, tiles=0, max_crops=16,
+                  optimizer="muon", lr_vit=3e-3, lr_connector=3e-3, lr_decoder=3e-3, warmup_vit=30, warmup_connector=30,
+                  warmup_decoder=30, response_dropout=0.0, save_every=100, eval_every=10**6, workers=0),
+    "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
+}
+
+
+def parse(defaults, presets, argv=None):
+    """Flags -> Config: default < --config preset < flags. Every field is a flag; -h lists them; unknown ones are errors."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        default = getattr(defaults, f.name)
+        args = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{default}]")
+        if f.type is bool:
+            parser.add_argument("--" + f.name, action=argparse.BooleanOptionalAction, **args)
+        elif f.type is tuple:
+            parser.add_argument("--" + f.name, nargs="+", metavar="X", **args)
+        else:
+            parser.add_argument("--" + f.name, type=f.type, metavar=f.type.__name__.upper(), **args)
+    given = vars(parser.parse_args(argv))
+    name = given.get("config", defaults.config)
+    if name not in presets:
+        parser.error(f"--config {name}: not a preset; choose from {', '.join(presets)}")
+    cfg = dataclasses.replace(defaults, **{**presets[name], **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}})
+    check_config(cfg)
+    return cfg
+
+
+def check_config(cfg):
+    """Refuse what cannot work, before anything is loaded."""
+    for name in ("steps", "global_batch", "micro_batch", "seq_len", "max_crops", "save_every", "eval_every"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if cfg.global_batch % cfg.micro_batch:
+        raise UserError(f"--global_batch {cfg.global_batch} is not a multiple of --micro_batch {cfg.micro_batch}: "
+                        f"try --micro_batch {math.gcd(cfg.global_batch, cfg.micro_batch)}")
+    choices = dict(mixture=("pretrain", "equal"), token_weights=("spec", "released"), optimizer=("adamw", "muon"),
+                   device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "fp32", "bf16"))
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(allowed)}")
+    for part in cfg.freeze:
+        if part not in ("vit", "connector", "decoder", "embedding"):
+            raise UserError(f"--freeze {part}: choose from vit, connector, decoder, embedding")
+    if not cfg.data:
+        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them (README, \"Your own data\"); "
+                        "--data toy tries the machinery on the toy world")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
+
+
+def show_config(cfg, defaults):
+    """The resolved configuration, what differs from the stage's default marked with *."""
+    rows = [(f.name, getattr(cfg, f.name), getattr(defaults, f.name)) for f in dataclasses.fields(cfg)]
+    items = [f"{'*' if a != b else ' '}{n}={' '.join(map(str, a)) if isinstance(a, tuple) else a}" for n, a, b in rows]
+    width = max(map(len, items)) + 2
+    per_line = max(1, 110 // width)
+    for i in range(0, len(items), per_line):
+        print("".join(x.ljust(width) for x in items[i:i + per_line]).rstrip())
+
+
+# ---- pieces of the loop ---------------------------------------------------------------------------------------------
+
+def load_model(cfg):
+    """(model, tokenizer) of --init_from, or random weights of the preset."""
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from:
+        model = Molmo2.from_pretrained(cfg.init_from)
+        if model.cfg != MODELS[cfg.config]:
+            raise UserError(f"--init_from {cfg.init_from}: not a checkpoint of --config {cfg.config}")
+        path = os.path.join(cfg.init_from, "tokenizer.json")
+    else:
+        print("starting from random weights (no --init_from)")
+        model, path = Molmo2(cfg.config), SMALL_TOKENIZER
+    return model, Tokenizer(path, model.cfg.vocab)
+
+
+def open_data(cfg):
+    """The training mixture [(Dataset, rate)]."""
+    folders = [toy.write_world(os.path.join("data", "toy")) if d == "toy" else d for d in cfg.data]
+    try:
+        datasets = find_datasets(folders)
+    except (OSError, ValueError) as e:
+        raise UserError(str(e)) from None
+    # The report's stage 1: 60 % captions, 30 % pointing and counting, 10 % text. Groups by the name of the toy world's
+    # three files; sets of another name share equally.
+    rates = {"captions": 0.6, "points": 0.3, "text": 0.1} if cfg.mixture == "pretrain" else {}
+    known = [d for d in datasets if d.name in rates]
+    return [(d, rates[d.name] if len(known) == len(datasets) else 1 / len(datasets)) for d in datasets]
+
+
+def make_optimizers(model, cfg):
+    """Optimisers and their groups, each with its peak learning rate and warm-up.
+
+    AdamW on everything, as published; or Muon on the hidden matrices: from random weights it needs a fraction of the steps.
+    Muon's step is scaled to AdamW's size (0.2 · sqrt of the longer side), so that one learning rate serves both.
+    """
+    adam, muon, names = [], [], {}
+    for part, named in model.parts().items():
+        named = [(n, p) for n, p in named if part not in cfg.freeze and not (n.endswith("wte.embedding") and "embedding" in cfg.freeze)]
+        hidden = lambda n, p: p.ndim == 2 and not any(s in n for s in ("embedding", "lm_head"))
+        for n, p in named:
+            names[p] = n
+        for kind, chosen in ((muon, [p for n, p in named if hidden(n, p)]), (adam, [p for n, p in named if not hidden(n, p)])):
+            kind = kind if cfg.optimizer == "muon" else adam
+            if chosen:
+                kind.append(dict(params=chosen, peak=getattr(cfg, f"lr_{part}"), warmup=getattr(cfg, f"warmup_{part}")))
+    for p in model.parameters():
+        p.requires_grad_(p in names)
+    optimizers = [torch.optim.AdamW(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=0.0)] if adam else []
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers, names
+
+
+def schedule(step, steps, warmup):
+    """Learning rate as a share of its peak: linear from 0, then a cosine down to a tenth. step counts from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+class Log:
+    """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears twice."""
+
+    def __init__(self, path, keep):
+        kept = []
+        if keep and os.path.exists(path):
+            with open(path) as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+                        kept += [line] if json.loads(line)["step"] <= keep else []
+        with open(path + ".tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a")
+
+    def write(self, **row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def save_checkpoint(run, step, model, tokenizer, optimizers, names, state, cfg):
+    """run/step_0000500: weights for others, train_state/ for --resume. Written aside, synced, renamed; `latest` comes last."""
+    name = f"step_{step:07d}"
+    aside = os.path.join(run, f".{name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(os.path.join(aside, "train_state"))
+    model.save_pretrained(aside)
+    shutil.copyfile(tokenizer.path, os.path.join(aside, "tokenizer.json"))
+    tensors = {f"{i}/{key}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items() for key, t in s.items()}
+    weights.write_safetensors(os.path.join(aside, "train_state", "optimizer.safetensors"), tensors)
+    with open(os.path.join(aside, "train_state", "state.json"), "w") as f:
+        json.dump(dict(step=step, config=dataclasses.asdict(cfg), **state), f)
+        f.flush()
+        os.fsync(f.fileno())
+    final = os.path.join(run, name)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    link = os.path.join(run, "latest")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(link + ".tmp")
+    os.symlink(name, link + ".tmp")
+    os.replace(link + ".tmp", link)
+    return final
+
+
+def load_checkpoint(run, cfg, fingerprint):
+    """(model, tokenizer, optimisers, names, step, state) of the run's `latest`."""
+    folder = os.path.join(run, "latest")
+    if not os.path.isdir(folder):
+        raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start")
+    saved = weights.read_json(os.path.join(folder, "train_state", "state.json"))
+    for key, was in saved["fingerprint"].items():
+        if was != fingerprint[key]:
+            raise UserError(f"--resume: {key} is {fingerprint[key]} now, but the run was started with {was}")
+    for key, was in saved["config"].items():
+        now = getattr(cfg, key, None)
+        now = list(now) if isinstance(now, tuple) else now
+        if now != was and key not in ("resume", "out", "workers", "save_every", "eval_every", "max_bad", "eval_scenes"):
+            raise UserError(f"--resume: --{key} is {now} now, but the run was started with {was}")
+    model = Molmo2.from_pretrained(folder)
+    optimizers, names = make_optimizers(model, cfg)
+    tensors = weights.read_safetensors(os.path.join(folder, "train_state", "optimizer.safetensors"))
+    by_name = {n: p for p, n in names.items()}
+    for key, t in tensors.items():
+        i, what, name = key.split("/")
+        optimizers[int(i)].state[by_name[name]][what] = t.clone()
+    return model, Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab), optimizers, names, saved["step"], saved
+
+
+def start_over(run):
+    """An empty folder for a new run; an earlier one is kept under another name."""
+    if os.path.exists(os.path.join(run, "log.jsonl")):
+        k = 1
+        while os.path.exists(f"{run}.old{k}"):
+            k += 1
+        os.rename(run, f"{run}.old{k}")
+        print(f"an earlier run was moved to {run}.old{k} (--resume would have continued it)")
+    os.makedirs(run, exist_ok=True)
+
+
+def check_bad(state, failed, max_bad):
+    """Stop when more than `max_bad` of what was seen could not be used. Rows without a reader yet are not bad ones."""
+    bad, seen = sum(state["bad"].values()) + failed, max(state["seen"], 100)
+    if bad > max_bad * seen:
+        raise UserError(f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: "
+                        f"{dict(state['bad'], **{'media that failed to decode': failed} if failed else {})}\n  "
+                        + "\n  ".join(state["examples"][:5]))
+
+
+def evaluate(cfg, model, planner, step, run, losses, device):
+    """{name: value} on held-out data: answers about toy scenes, a loss on --eval_data, else the recent training loss."""
+    model.eval()
+    scores = {}
+    if "toy" in cfg.data:
+        n = cfg.eval_scenes if step == cfg.steps else cfg.eval_scenes // 4
+        scores = toy.evaluate(model, planner, os.path.join("data", "toy", "eval"), n,
+                              os.path.join(run, "samples", f"step_{step:07d}.png"))
+    elif cfg.eval_data:
+        datasets = find_datasets(cfg.eval_data)
+        total = weight = 0.0
+        for d in datasets:
+            stream = Stream([(d, 1.0)], planner, cfg.max_crops, 0)
+            for k in range(min(len(d), 512)):
+                for plan in stream.plans(d.name, k)[0]:
+                    batch = collate([decode([plan], planner.cfg, plan.n_tokens)])
+                    batch = {k: v if v is None else v.to(device) for k, v in batch.items()}
+                    with torch.no_grad():
+                        total += float(model(**batch))
+                    weight += float(batch["weights"].sum())
+        scores = {"loss": total / max(weight, 1e-9)}
+    else:
+        scores = {"train_loss": sum(losses[-20:]) / len(losses[-20:])}
+    model.train()
+    return {k: round(v, 4) for k, v in scores.items()}
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+def train(cfg, defaults):
+    """Run one stage from the first step, or from the last checkpoint, to the end. Returns the run's folder."""
+    run = os.path.join(cfg.out, cfg.config, cfg.stage)
+    show_config(cfg, defaults)
+
+    # 1. Device and precision. Weights, gradients and optimiser are fp32; bf16 is for the matrix products alone.
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
+    autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    # 2. Data. The stream is a function of files, mixture and seed alone; `state` says where in it we are.
+    mixture = open_data(cfg)
+    model_cfg = MODELS[cfg.config]
+    planner = Planner(None, model_cfg, cfg.seq_len, cfg.tiles, cfg.token_weights)
+    stream = Stream(mixture, planner, cfg.max_crops, cfg.seed)
+
+    # 3. Model and optimiser: fresh, from --init_from, or as the run left them.
+    step, state, skipped = 0, None, 0
+    if cfg.resume:
+        model, planner.tokenizer, optimizers, names, step, saved = load_checkpoint(run, cfg, stream.fingerprint())
+        state = saved["stream"]
+        model.to(device)
+        print(f"resuming after step {step}")
+    else:
+        start_over(run)
+        model, planner.tokenizer = load_model(cfg)
+        model.to(device)
+        optimizers, names = make_optimizers(model, cfg)
+    for o in optimizers:  # the state follows its parameters to the device
+        for p, s in o.state.items():
+            s.update({k: t.to(p.device) if t.ndim else t for k, t in s.items()})
+    model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
+    if cfg.compile:
+        for block in [*model.transformer.blocks, *model.vision_backbone.image_vit.transformer["resblocks"]]:
+            block.compile()
+    parts = {part: [p for _, p in ps if p.requires_grad] for part, ps in model.parts().items()}
+    print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} rows of {cfg.seq_len} tokens, "
+          f"{cfg.micro_batch} at a time; data: " + ", ".join(f"{d.name} {len(d)} rows at {r:.0%}" for d, r in mixture))
+    log = Log(os.path.join(run, "log.jsonl"), step)
+    loader = iter(torch.utils.data.DataLoader(Batches(stream, state), batch_size=None, num_workers=cfg.workers,
+                                              pin_memory=device == "cuda"))
+    bar, losses, failed, nan_rows, started = Progress(cfg.steps, step), [], 0, [], time.time()
+    model.train()
+
+    while step < cfg.steps:
+        tick = time.time()
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout depends on the step alone, so a resumed run repeats it
+
+        # 4. The rows of this step, and W: what the sum of losses is divided by, once, whatever the micro-batches are.
+        rows = [next(loader) for _ in range(cfg.global_batch)]
+        state = rows[-1][1]
+        batches = [collate([r for r, _ in rows[i:i + cfg.micro_batch]]) for i in range(0, len(rows), cfg.micro_batch)]
+        W = max(sum(float(b["weights"].sum()) for b in batches), 1e-9)
+        for (*_, errors), _ in rows:
+            failed += len(errors)
+            for e in errors:
+                print(f"not decoded, its loss is left out: {e}")
+        check_bad(state, failed, cfg.max_bad)
+        wait = time.time() - tick
+
+        # 5. Learning rates of this step.
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = group["peak"] * schedule(step, cfg.steps, group["warmup"])
+
+        # 6. Gradients of all micro-batches add up.
+        loss = 0.0
+        for b in batches:
+            b = {k: v if v is None else v.to(device, non_blocking=True) for k, v in b.items()}
+            with autocast():
+                total = model(**b, z_loss=cfg.z_loss) / W
+            total.backward()
+            loss += total.detach()
+        loss = float(loss)
+
+        # 7. Clip each part by itself; a step with a loss or gradient that is not finite is left out.
+        norms = {part: float(torch.nn.utils.clip_grad_norm_(ps, cfg.clip)) for part, ps in parts.items() if ps}
+        if math.isfinite(loss) and all(map(math.isfinite, norms.values())):
+            for o in optimizers:
+                o.step()
+            nan_rows = []
+        else:
+            skipped += 1
+            nan_rows.append(sorted({w for _, s in rows for w in s["row"]})[:4])
+            if len(nan_rows) == 10:
+                raise UserError(f"10 steps in a row had a loss or gradient that is not finite; the last rows: {nan_rows}")
+        for o in optimizers:
+            o.zero_grad(set_to_none=True)
+        step += 1
+
+        # 8. Log what was optimised: every micro-batch, divided by the global weight.
+        losses.append(loss)
+        took = time.time() - tick
+        real = sum(int((b["example"] > 0).sum()) for b in batches)
+        log.write(step=step, loss=loss, lr=optimizers[0].param_groups[-1]["lr"], grad_norm=math.hypot(*norms.values()),
+                  tokens_per_s=round(real / took, 1), fill=round(real / (cfg.global_batch * cfg.seq_len), 4),
+                  wait=round(wait / took, 4), skipped=skipped)
+        bar.show(step, loss, real / took, took)
+
+        # 9. Evaluate by answering, then save: a resumed run has the evaluations of its past.
+        last = step == cfg.steps
+        if last or step % cfg.eval_every == 0:
+            scores = evaluate(cfg, model, planner, step, run, losses, device)
+            log.write(step=step, eval=scores)
+            bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        if last or step % cfg.save_every == 0:
+            folder = save_checkpoint(run, step, model, planner.tokenizer, optimizers, names,
+                                     dict(stream=state, fingerprint=stream.fingerprint()), cfg)
+
+    # 10. Say what was left out and what to do next.
+    bar.close()
+    if state and (state["bad"] or state["skipped"] or failed):
+        print(f"rows not used: {state['bad'] | state['skipped']}, media that failed to decode: {failed}")
+        print("\n".join("  " + e for e in state["examples"][:5]))
+    print(f"{(time.time() - started) / 60:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}")
+    return run
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps, start):
+        self.steps, self.tty, self.began = steps, sys.stdout.isatty(), time.time()
+        if self.tty:
+            from tqdm import tqdm
+            self.bar = tqdm(total=steps, initial=start, dynamic_ncols=True)
+
+    def show(self, step, loss, tokens_per_s, took):
+        if self.tty:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s", refresh=False)
+            self.bar.update()
+        elif step <= 3 or step % 25 == 0 or step == self.steps:
+            print(f"step {step:5d}/{self.steps}  loss {loss:.4f}  {took * 1000:6.0f} ms  {tokens_per_s:8,.0f} tok/s  "
+                  f"{time.time() - self.began:5.0f} s", flush=True)
+
+    def line(self, text):
+        self.bar.write(text) if self.tty else print(text, flush=True)
+
+    def close(self):
+        if self.tty:
+            self.bar.close()
+
+
+def main(defaults, presets, argv=None):
+    try:
+        cfg = parse(defaults, presets, argv)
+        return cfg, train(cfg, defaults)
+    except (UserError, weights.BadCheckpoint) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cfg, run = main(Config(), PRESETS)
+    print(f"next: python sample.py {run}/latest {'data/toy/eval/images/00000.png' if 'toy' in cfg.data else 'PICTURE'} "
+          "\"Point to all shapes.\"")
