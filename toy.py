@@ -27,9 +27,9 @@ from data import prompt_batch
 from points import NOTHING, parse_points
 
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
-           "purple": (140, 50, 170), "white": (246, 246, 246), "black": (18, 18, 18)}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-VERSION = 1  # part of the done-file: a toy world drawn by older code is drawn again
+           "purple": (150, 50, 180), "white": (246, 246, 246)}
+SHAPES = ("circle", "square", "triangle", "star")
+VERSION = 3  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
@@ -42,13 +42,8 @@ def outline(shape, radius, angle):
         steps, radii = 4, [1.0]
     elif shape == "triangle":
         steps, radii = 3, [1.15]
-    elif shape == "star":
+    else:
         steps, radii = 10, [1.15, 0.5]
-    else:  # a cross: the corners of a plus sign, arms a third of its size
-        a, b = 0.36, 1.05
-        corners = [(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b), (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a), (-a, b)]
-        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        return np.array(corners) @ turn * radius
     k = np.arange(steps)
     r = np.array(radii)[k % len(radii)]
     theta = angle + 2 * math.pi * k / steps + (math.pi / 4 if shape == "square" else -math.pi / 2)
@@ -59,12 +54,12 @@ def draw_scene(rng):
     """One scene: {"size": (w, h), "objects": [{"colour", "shape", "x", "y", "polygon"}], ...}, left to right, in [0, 1]."""
     w, h = rng.randint(80, 128), rng.randint(80, 128)
     objects, taken = [], []
-    kinds = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5)))]
+    kinds = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))]
     for i, kind in enumerate(kinds):
         if i and rng.random() < 0.3:  # several of a kind, so that "the red circles" is a question worth asking
             kinds[i] = kind = kinds[rng.randrange(i)]
         for _ in range(30):
-            x, y, r = rng.randint(10, 90) / 100, rng.randint(10, 90) / 100, rng.uniform(0.09, 0.16) * min(w, h)
+            x, y, r = rng.randint(10, 90) / 100, rng.randint(10, 90) / 100, rng.uniform(0.12, 0.19) * min(w, h)
             if r < min(x * w, y * h, w - x * w, h - y * h) + 2 and \
                     all(math.hypot((x - a) * w, (y - b) * h) > 1.1 * (r + c) for a, b, c in taken):
                 taken.append((x, y, r))
@@ -80,7 +75,7 @@ def paint(scene):
     base, tilt = rng.uniform(75, 190) + rng.uniform(-14, 14, 3), rng.uniform(-25, 25, (2, 1))
     y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
     canvas = base + (tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)) * (rng.random() < 0.5)
-    canvas = canvas + rng.normal(0, rng.uniform(0, 9), (h, w, 1))
+    canvas = canvas + rng.normal(0, rng.uniform(0, 5), (h, w, 1))
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).resize((w * big, h * big), Image.NEAREST)
     pen = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 5)):  # clutter: thin lines and specks, in any colour
@@ -109,6 +104,7 @@ def inside(polygon, x, y):
 
 CAPTION_PROMPTS = ("Describe the image.", "What is in this picture?", "Write a caption.", "What do you see?",
                    "Tell me about this image.", "List the shapes from left to right.")
+PLACE_PROMPTS = ("Describe the image in detail.", "What is where?", "Describe where everything is.")
 POINT_PROMPTS = ("Point to the {}.", "Where is the {}?", "Find the {}.", "Show me the {}.", "Click on the {}.")
 POINT_ALL_PROMPTS = ("Point to all {}.", "Where are the {}?", "Find every one of the {}.", "Mark the {}.", "Point to the {}.")
 COUNT_PROMPTS = ("How many {} are there?", "Count the {}.", "What is the number of {}?", "How many {} can you see?")
@@ -118,11 +114,20 @@ def plural(name):
     return name + ("es" if name.endswith("s") else "s")
 
 
-def caption(rng, scene):
-    names = [f"a {o['colour']} {o['shape']}" for o in scene["objects"]]
-    text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-    text = rng.choice(("There is {}.", "From left to right: {}.", "The picture shows {}.", "I see {}.")).format(text)
-    return dict(task="image_caption", prompt=rng.choice(CAPTION_PROMPTS), answer=text)
+def listing(parts):
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def captions(rng, scene):
+    """Two descriptions, left to right: one names the shapes, one also says where each is."""
+    plain = listing([f"a {o['colour']} {o['shape']}" for o in scene["objects"]])
+    third = lambda v, names: names[min(int(v * 3), 2)]
+    placed = listing([f"a {o['colour']} {o['shape']} at the {third(o['y'], ('top', 'middle', 'bottom'))} "
+                      f"{third(o['x'], ('left', 'centre', 'right'))}" for o in scene["objects"]])
+    texts = [rng.choice(("There is {}.", "From left to right: {}.", "The picture shows {}.", "I see {}.")).format(plain),
+             f"With {placed}."]
+    prompts = rng.choice(CAPTION_PROMPTS), rng.choice(PLACE_PROMPTS)
+    return [dict(task="image_caption", prompt=p, answer=t) for p, t in zip(prompts, texts)]
 
 
 def select(scene, colour, shape):
@@ -142,7 +147,7 @@ def pointing(rng, scene, colour, shape):
 def pointing_tree(rng, scene):
     """Every object asked for in a branch of its own kind, one by colour or shape alone, and two that are not there."""
     kinds = sorted({(o["colour"], o["shape"]) for o in scene["objects"]})
-    queries = list(kinds)
+    queries = [*kinds, (None, None)]
     some = rng.choice(scene["objects"])
     queries.append(rng.choice(((some["colour"], None), (None, some["shape"]))))
     for change_shape in (True, False):  # absent, but half of it is there
@@ -208,13 +213,13 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         name = f"images/{i:05d}.{'png' if rng.random() < 0.5 else 'jpg'}"
         folder_of = os.path.join(aside, "eval") if i < held_out else aside
         paint(scene).save(os.path.join(folder_of, name), **({"compress_level": 1} if name.endswith("png") else {"quality": 92}))
-        captions = [caption(rng, scene), caption(rng, scene)]
+        described = captions(rng, scene)
         points = pointing_tree(rng, scene) + counting(rng, scene)
         if i < held_out:
-            rows["eval/scenes"].append(dict(id=f"held-out-{i}", image=name, annotations=captions[:1] + points))
+            rows["eval/scenes"].append(dict(id=f"held-out-{i}", image=name, annotations=described[:1] + points))
             geometry[f"held-out-{i}"] = scene["objects"]
         else:
-            rows["captions"].append(dict(id=f"scene-{i}", image=name, annotations=captions))
+            rows["captions"].append(dict(id=f"scene-{i}", image=name, annotations=described))
             rows["points"].append(dict(id=f"scene-{i}", image=name, annotations=points))
     rng = random.Random(f"toy {seed} text")
     rows["text"] = [dict(id=f"text-{i}", annotations=[dict(task="text", messages=[

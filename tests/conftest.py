@@ -1,0 +1,75 @@
+"""Shared pieces of the tests: a tiny model whose weights are all at work, and a tiny world of pictures and lines."""
+import json
+import os
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+from data import Planner  # noqa: E402
+from model import Molmo2, ModelConfig  # noqa: E402
+from points import SMALL_TOKENIZER, Tokenizer  # noqa: E402
+
+SIZES = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=1024, rope_theta=1e4, crop=20, patch=4,
+             vit_width=16, vit_heads=2, vit_head_dim=8, vit_mlp=24, vit_features=(1, 0))
+STYLES = {"olmo": dict(norm_after=True, qk_norm="full", yarn=dict(factor=8.0, original=64, beta_fast=32.0, beta_slow=1.0,
+                                                                  attention_factor=1.2), yarn_layers=(1,)),
+          "qwen": dict(norm_after=False, qk_norm="head")}
+
+
+def tiny_model(style="olmo", seed=0):
+    """A model of 2 blocks. Training starts with sub-layers that add nothing; here every weight is drawn, so all take part."""
+    torch.manual_seed(seed)
+    model = Molmo2(ModelConfig(**SIZES, **STYLES[style]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.25 if p.ndim == 1 else 0.15)
+    return model.eval()
+
+
+@pytest.fixture(params=list(STYLES))
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer(SMALL_TOKENIZER, 1024)
+
+
+@pytest.fixture
+def planner(tokenizer):
+    return Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), seq_len=192)
+
+
+def picture(path, colour, size=(30, 24)):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    image = Image.new("RGB", size, colour)
+    image.putpixel((3, 4), (255, 255, 255))
+    image.save(path)
+    return str(path)
+
+
+def write_lines(path, rows):
+    with open(path, "w") as f:
+        f.writelines((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
+    return str(path)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with three pictures and the lines about them; yields the JSONL path."""
+    rows = []
+    for i, colour in enumerate(("red", "green", "blue")):
+        picture(tmp_path / f"{i}.png", colour)
+        rows.append(dict(id=str(i), image=f"{i}.png", annotations=[
+            dict(task="image_caption", answer=f"A {colour} wall."),
+            dict(task="image_pointing", prompt="Point to the speck.", points=[dict(x=0.1, y=0.17, id=0)]),
+            dict(task="image_qa", messages=[dict(role="user", content="What colour?"), dict(role="assistant", content=colour),
+                                            dict(role="user", content="Sure?"), dict(role="assistant", content="Yes.")])]))
+    rows.append(dict(id="text", annotations=[dict(task="text", prompt="2 plus 2?", answer="4")]))
+    return write_lines(tmp_path / "rows.jsonl", rows)

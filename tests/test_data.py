@@ -1,0 +1,286 @@
+"""Rows, plans, packing, decoding, the stream; and every bad input that they can meet."""
+import json
+import os
+import random
+import struct
+import zlib
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, write_lines
+
+from data import BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_row, shuffled
+from media import BadMedia, image_size, inside_folder, load_image
+
+
+def row_of(**kw):
+    return json.dumps(dict(dict(image="a.png", annotations=[dict(task="image_caption", answer="A cat.")]), **kw)).encode()
+
+
+def test_good_rows_of_every_kind_pass():
+    for extra in (dict(), dict(width=3, height=4), dict(source="my own field")):
+        assert parse_row(row_of(**extra))["image"] == "a.png"
+    points = [dict(image=1, x=0, y=1.0, id=0)]
+    both = dict(images=["a", "b"], annotations=[dict(task="multi_image_pointing", label="cat", points=points)])
+    assert parse_row(json.dumps(both).encode()) == both
+
+
+def points_row(**p):
+    return row_of(annotations=[dict(task="image_pointing", label="cat", points=[dict(dict(x=0.5, y=0.5, id=0), **p)])])
+
+
+BAD = [(b"{", "malformed JSON"), (b"[1]", "wrong field"), (b'{"a": "\xff"}', "not UTF-8"), (b"[" * 100_000, "malformed JSON"),
+       (row_of(annotations=[]), "wrong field"), (row_of(image=3), "wrong field"), (row_of(video="v.mp4"), "wrong field"),
+       (row_of(annotations=[dict(task="sing")]), "unknown task"), (row_of(annotations=["x"]), "unknown task"),
+       (row_of(annotations=[dict(task="image_caption")]), "wrong field"),
+       (row_of(annotations=[dict(task="image_qa", answer="Yes.")]), "wrong field"),
+       (row_of(annotations=[dict(task="video_qa", prompt="?", answer="Yes.")]), "wrong field"),
+       (row_of(annotations=[dict(task="image_qa", messages=[dict(role="user", content="?")])]), "wrong field"),
+       (points_row(x=1.01), "point outside [0, 1]"), (points_row(y=-0.01), "point outside [0, 1]"),
+       (points_row(x=float("nan")), "point outside [0, 1]"), (points_row(x=float("inf")), "point outside [0, 1]"),
+       (points_row(x=True), "point outside [0, 1]"), (points_row(id=-1), "wrong field"), (points_row(id=None), "wrong field")]
+
+
+@pytest.mark.parametrize("line, reason", BAD, ids=range(len(BAD)))
+def test_bad_rows_are_refused_with_a_reason(line, reason):
+    with pytest.raises(BadRow) as e:
+        parse_row(line)
+    assert e.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up.png", "a/../../up.png", "https://host/a.png", "", "a\0b", "out.png"])
+def test_media_stay_under_their_folder(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    picture(tmp_path / "up.png", "red")
+    os.symlink(tmp_path / "up.png", tmp_path / "data" / "out.png")
+    with pytest.raises(BadMedia):
+        inside_folder(str(tmp_path / "data"), name)
+
+
+def test_links_inside_the_folder_are_fine(tmp_path):
+    picture(tmp_path / "a.png", "red")
+    os.symlink(tmp_path / "a.png", tmp_path / "b.png")
+    assert image_size(inside_folder(str(tmp_path), "b.png")) == (30, 24)
+
+
+def test_huge_pictures_are_refused_unread(tmp_path):
+    """A PNG header that promises 10,000 x 10,000 pixels, with none behind it."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(BadMedia, match="64 megapixels"):
+        image_size(str(tmp_path / "bomb.png"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "empty"])
+def test_unreadable_pictures_are_named(tmp_path, damage):
+    path = tmp_path / "a.png"
+    if damage != "missing":
+        picture(path, "red", (300, 300))
+        whole = path.read_bytes()
+        path.write_bytes({"truncated": whole[:len(whole) // 2], "text": b"hello", "empty": b""}[damage])
+    with pytest.raises(BadMedia, match="a.png"):
+        load_image(str(path))
+
+
+def test_upright_size_of_a_turned_photo(tmp_path):
+    from PIL import Image
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert image_size(str(tmp_path / "a.jpg")) == (20, 40) and load_image(str(tmp_path / "a.jpg")).shape == (40, 20, 3)
+
+
+def plan_all(planner, path):
+    d = Dataset("rows", [path])
+    out = []
+    for i in range(len(d)):
+        line, folder, where = d.line(i)
+        out.append(planner.plan(parse_row(line), folder, random.Random(0)))
+    return out
+
+
+def test_a_tree_is_laid_out_as_published(planner, world):
+    """FACTS 7.8: branches restart where the trunk ends, only answers and their EOS are learned."""
+    plan = plan_all(planner, world)[0][0][0]
+    tok, n = planner.tokenizer, int((plan.branch == 0).sum())
+    assert plan.tokens[0] == tok.bos and (plan.tokens[:n] == tok.ids["<image>"]).sum() == 9
+    assert plan.pos[:n].tolist() == list(range(n))
+    texts = []
+    for b in range(1, plan.branch.max() + 1):
+        mine = plan.branch == b
+        assert plan.pos[mine].tolist() == list(range(n, n + mine.sum()))
+        assert plan.targets[mine][:-1].tolist() == plan.tokens[mine][1:].tolist() and plan.targets[mine][-1] == tok.eos
+        texts.append(tok.decode(plan.targets[mine & (plan.weights > 0)]))
+        assert set(plan.weights[mine]) - {0} == {{1: 1.0, 2: 2.0, 3: 1.0}[b]}
+    assert texts == ["A red wall.<|im_end|>", "<point 0.1, 0.17, 0><|im_end|>", "red<|im_end|>Yes.<|im_end|>"]
+    assert not plan.weights[:n].any()
+
+
+def test_released_token_weights(tokenizer, world):
+    from conftest import SIZES, STYLES
+    from model import ModelConfig
+    planner = Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), 192, token_weights="released")
+    assert planner.weight("image_pointing", 5, 3) == 0.2 and planner.weight("video_caption", 5, 3) == 0.1
+    assert planner.weight("image_qa", 10, 3) == pytest.approx(2 / 9 ** 0.5 / 3 ** 0.5)  # a tree: EOS is not counted
+    assert planner.weight("image_qa", 10, 1) == pytest.approx(2 / 10 ** 0.5)            # a chat: it is
+
+
+def test_long_trees_split_and_too_long_answers_are_counted(tokenizer, world):
+    from conftest import SIZES, STYLES
+    from model import ModelConfig
+    wide = Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), 192)
+    narrow = Planner(tokenizer, wide.cfg, 52)
+    (whole,), _ = plan_all(wide, world)[0]
+    parts, left_out = plan_all(narrow, world)[0]
+    assert len(parts) > 1 and all(p.n_tokens <= 52 and p.n_crops == 1 for p in parts) and not left_out
+    n = int((whole.branch == 0).sum())
+    assert np.concatenate([p.tokens[p.branch > 0] for p in parts]).tolist() == whole.tokens[n:].tolist()
+    parts, left_out = plan_all(Planner(tokenizer, wide.cfg, 33), world)[0]
+    assert left_out == ["annotation too long"] * (3 - sum(p.branch.max() for p in parts)) and left_out
+
+
+def items(seed, n, tokens, crops):
+    rng = random.Random(seed)
+    return [SimpleNamespace(n_tokens=rng.randint(*tokens), n_crops=rng.randint(*crops), k=k) for k in range(n)]
+
+
+@pytest.mark.parametrize("crops, least", [((0, 1), 0.99), ((1, 6), 0.93)])  # tokens bind; tokens and crops both do
+def test_packer_keeps_limits_and_loses_nothing(crops, least):
+    packer, rows = Packer(256, 12), []
+    for item in items(0, 2000, (10, 150), crops):
+        rows += packer.add(item)
+    full = len(rows)
+    rows += packer.flush()
+    assert all(sum(i.n_tokens for i in r) <= 256 and sum(i.n_crops for i in r) <= 12 for r in rows)
+    assert sorted(i.k for r in rows for i in r) == list(range(2000))
+    fill = max(np.mean([sum(i.n_tokens for i in r) / 256 for r in rows[:full]]),
+               np.mean([sum(i.n_crops for i in r) / 12 for r in rows[:full]]))
+    assert fill > least
+    assert max(max(i.k for i in r) - min(i.k for i in r) for r in rows) < 400  # nobody waits for ever
+
+
+def test_packer_refuses_what_fits_no_row():
+    packer = Packer(100, 2)
+    assert packer.add(SimpleNamespace(n_tokens=101, n_crops=0)) == [] and packer.refused == 1 and not packer.waiting
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 1000])
+def test_shuffle_is_a_bijection(n):
+    assert sorted(shuffled(i, n, "key") for i in range(n)) == list(range(n))
+    assert n < 10 or [shuffled(i, n, "a") for i in range(n)] != [shuffled(i, n, "b") for i in range(n)]
+
+
+def stream_of(world, planner, **kw):
+    return Stream([(Dataset("rows", [world]), 1.0)], planner, **dict(dict(max_crops=8, seed=3), **kw))
+
+
+def first_rows(stream, n, state=None):
+    out = []
+    for plans, state in stream.rows(state):
+        out.append(([(p.where, p.ref, p.tokens.tolist()) for p in plans], state))
+        if len(out) == n:
+            return out
+
+
+def test_stream_continues_anywhere(world, planner, tokenizer):
+    """Also in the middle of a tree that was split, which leaves a part of a draw behind."""
+    for seq_len in (192, 52):
+        planner.seq_len = seq_len
+        straight = first_rows(stream_of(world, planner), 40)
+        for stop in (0, 1, 7, 22):
+            state = json.loads(json.dumps(straight[stop][1]))
+            again = first_rows(stream_of(world, planner), 39 - stop, state)
+            assert [r for r, _ in again] == [r for r, _ in straight[stop + 1:]]
+            assert again[-1][1] == straight[-1][1]
+
+
+def test_stream_is_the_same_for_any_workers_and_ranks(world, planner):
+    planner.seq_len = 96
+    take = lambda workers, rank=0, world_size=1: [
+        (row["tokens"].tolist(), state["rows"]) for ((row, *_), state), _ in
+        zip(torch.utils.data.DataLoader(Batches(stream_of(world, planner), None, rank, world_size), batch_size=None,
+                                        num_workers=workers), range(12))]
+    one = take(0)
+    assert take(2) == one
+    halves = [take(0, r, 2) for r in (0, 1)]
+    assert [halves[i % 2][i // 2] for i in range(12)] == one
+
+
+def test_every_row_is_drawn_once_an_epoch(world, planner):
+    stream = stream_of(world, planner)
+    seen = Counter(stream.plans("rows", k)[0][0].where for k in range(12))
+    assert set(seen.values()) == {3} and len(seen) == 4
+
+
+def test_mixture_rates_are_kept(tmp_path, planner):
+    line = dict(annotations=[dict(task="text", prompt="a", answer="b")])
+    sets = [(Dataset(n, [write_lines(tmp_path / f"{n}.jsonl", [line] * 5)]), r) for n, r in (("a", 3), ("b", 1))]
+    stream = Stream(sets, planner, 8, 0)
+    share = Counter(stream.draw(i) for i in range(4000))["a"] / 4000
+    assert abs(share - 0.75) < 0.03
+
+
+def test_bad_rows_are_counted_and_the_rest_untouched(tmp_path, planner, world):
+    good = [line for line in open(world)]
+    bad = ["{", json.dumps(dict(annotations=[dict(task="dance")])), json.dumps(dict(image="gone.png", annotations=[
+        dict(task="image_caption", answer="x")])), json.dumps(dict(video="v.mp4", annotations=[
+            dict(task="video_caption", answer="x")]))]
+    path = write_lines(tmp_path / "mixed.jsonl", [g.strip() for g in good] + bad)
+    stream = Stream([(Dataset("mixed", [path]), 1.0)], planner, 8, 0)
+    rows = first_rows(stream, 60)
+    state = rows[-1][1]
+    epochs = state["seen"] // 8
+    assert epochs >= 5
+    for reason in ("malformed JSON", "unknown task", "unreadable media"):
+        assert epochs <= state["bad"][reason] <= epochs + 1
+    assert state["skipped"].keys() == {"no reader for video yet"}
+    assert any("mixed.jsonl:7" in e and "gone.png" in e for e in state["examples"])
+    used = Counter(p[0].rsplit(":", 1)[1] for r, _ in rows for p in r)
+    used += Counter(stream.plans(*ref[:2])[0][0].where.rsplit(":", 1)[1] for ref in state["waiting"])
+    assert set(used) == {"1", "2", "3", "4"} and max(used.values()) - min(used.values()) <= 1
+
+
+def test_nothing_usable_is_an_error(tmp_path, planner):
+    path = write_lines(tmp_path / "bad.jsonl", ["{"])
+    with pytest.raises(ValueError, match="none of the first 200 rows"):
+        first_rows(Stream([(Dataset("bad", [path]), 1.0)], planner, 8, 0), 1)
+
+
+def test_a_picture_that_breaks_later_costs_only_its_own_example(world, planner):
+    """Its header was fine when the row was planned: tokens stay, pixels are zeros, the loss weight is 0."""
+    plans = [p for parts, _ in plan_all(planner, world) for p in parts][:2]
+    row, crops, pool, failed = decode(plans, planner.cfg, 400)
+    path = os.path.join(os.path.dirname(world), "0.png")
+    whole = open(path, "rb").read()
+    open(path, "wb").write(whole[:60])
+    broken, broken_crops, _, failed = decode(plans, planner.cfg, 400)
+    assert len(failed) == 1 and "0.png" in failed[0]
+    assert np.array_equal(broken["tokens"], row["tokens"])
+    mine = row["example"] == 1
+    assert not broken["weights"][mine].any() and np.array_equal(broken["weights"][~mine], row["weights"][~mine])
+    assert not broken_crops[0].any() and np.array_equal(broken_crops[1], crops[1])
+
+
+def test_collate_mixes_window_sizes_and_text(planner, world):
+    plans = [p for parts, _ in plan_all(planner, world) for p in parts]
+    rows = [decode(plans[:1], planner.cfg, 192), decode(plans[3:], planner.cfg, 192), decode(plans[1:3], planner.cfg, 400)]
+    rows[2][2][1] = np.pad(rows[2][2][1], ((0, 0), (0, 5)), constant_values=-1)  # as if pooled 3x3
+    rows = [({k: np.resize(v, 400) for k, v in r[0].items()}, *r[1:]) for r in rows]
+    batch = collate(rows)
+    assert batch["pool"].shape == (27, 9) and batch["crops"].shape[0] == 3
+    for m in range(3):  # each picture's windows point into its own crop
+        valid = batch["pool"][9 * m:9 * m + 9]
+        assert set((valid[valid >= 0] // planner.cfg.patches).tolist()) == {m}
+    assert collate([rows[1]])["crops"] is None
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
+        find_datasets([str(tmp_path / "nothing.jsonl")])
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="not a single line"):
+        find_datasets([str(tmp_path / "empty.jsonl")])

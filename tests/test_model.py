@@ -1,0 +1,175 @@
+"""What the network computes: the mask, packing, branches, generation, the loss, the sizes."""
+import random
+
+import pytest
+import torch
+from conftest import SIZES, tiny_model
+
+import model as M
+from data import Dataset, collate, decode, parse_row
+from model import ChunkedNLL, Molmo2, dense_mask, is_vision
+
+# Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two image tokens,
+# two of text. Rows are queries. Written by hand from the rule; the published code agrees but for the padding query, which
+# there may see everything and here nothing.
+MASK = """
+1............
+111..........
+111..........
+1111.........
+11111........
+111..1.......
+111..11......
+.......1.....
+.......111...
+.......111...
+.......1111..
+.......11111.
+.............
+"""
+
+
+def test_mask_is_the_hand_written_table():
+    example = torch.tensor([[1] * 7 + [2] * 5 + [0]])
+    branch = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 0, 0, 0, 0, 0, 0]])
+    vision = torch.tensor([[False, True, True] + [False] * 5 + [True, True] + [False] * 3])
+    want = [[c == "1" for c in line] for line in MASK.split()]
+    assert dense_mask(example, branch, vision)[0, 0].tolist() == want
+
+
+def test_vision_tokens_are_the_eight_kinds():
+    ids = torch.arange(1020, 1024 + M.EXTRA)
+    names = [n for n, v in zip(["text"] * 4 + list(M.READ_ONLY), is_vision(ids, 1024).tolist()) if v]
+    assert names == ["<image_start>", "<image_end>", "<image>", "<image_col>", "<low_res_image_start>", "<image_low>",
+                     "<frame_start>", "<frame_end>"]
+    assert not is_vision(ids, 1024)[4 + len(M.READ_ONLY):].any()
+
+
+def plans_of(world, planner):
+    d = Dataset("rows", [world])
+    out = []
+    for i in range(len(d)):
+        line, folder, _ = d.line(i)
+        out += planner.plan(parse_row(line), folder, random.Random(0))[0]
+    return out
+
+
+def test_packed_rows_equal_separate_rows(model, planner, world):
+    """If packing leaked, training on packed rows would teach the model to look at other people's pictures."""
+    plans = plans_of(world, planner)
+    packed = collate([decode(plans, model.cfg, 512)])
+    loss = model(**packed, z_loss=1e-2)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    alone = [model(**collate([decode([p], model.cfg, p.n_tokens)]), z_loss=1e-2) for p in plans]
+    sum(alone).backward()
+    assert torch.allclose(loss, sum(alone), rtol=1e-5)
+    for n, p in model.named_parameters():
+        # 1e-6: the gradient of a key bias is exactly 0 in theory (softmax ignores a shift), so its rounding is all there is
+        assert torch.allclose(grads[n], p.grad, rtol=1e-3, atol=1e-6 + 1e-4 * float(p.grad.abs().max())), n
+
+
+def test_a_branch_never_sees_its_siblings(model, planner, world):
+    plan = plans_of(world, planner)[0]
+    batch = collate([decode([plan], model.cfg, 192)])
+    for k in ("targets", "weights"):
+        batch.pop(k)
+    before = model(**batch)
+    changed = batch["tokens"].clone()
+    mine = batch["branch"][0] == 1
+    changed[0, mine] = (changed[0, mine] + 7) % 1000
+    after = model(**dict(batch, tokens=changed))
+    others = (batch["branch"][0] != 1) & (batch["example"][0] > 0)
+    assert torch.equal(before[0, others], after[0, others])
+    assert not torch.equal(before[0, mine], after[0, mine])
+
+
+def prompts(planner, world, texts):
+    d = Dataset("rows", [world])
+    line, folder, _ = d.line(0)
+    return [planner.question(parse_row(line), folder, [dict(role="user", content=t)]) for t in texts]
+
+
+def test_cached_generation_equals_uncached_with_right_padding(model, planner, world):
+    plans = prompts(planner, world, ["Where is the speck in this picture?", "Why?"])
+    longest = max(p.n_tokens for p in plans)
+    batch = collate([decode([p], model.cfg, longest) for p in plans])
+    inputs = {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}
+    fast = torch.stack(list(model.generate(**inputs, max_new_tokens=8)), 1)
+    for row, p in enumerate(plans):
+        ids = p.tokens
+        one = collate([decode([p], model.cfg, p.n_tokens)])
+        for step in range(8):
+            tokens = torch.cat([torch.from_numpy(ids)[None], fast[row:row + 1, :step]], 1)
+            logits = model(tokens, one["crops"], one["pool"])
+            assert int(logits[0, -1].argmax()) == int(fast[row, step])
+
+
+def test_generation_stops_and_is_seeded(model, planner, world):
+    batch = collate([decode(prompts(planner, world, ["Why?"]), model.cfg, 64)])
+    inputs = {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}
+    ids = [int(i) for i in model.generate(**inputs, max_new_tokens=6)]
+    stopped = [int(i) for i in model.generate(**inputs, max_new_tokens=6, stop=(ids[2],))]
+    assert stopped == ids[:ids.index(ids[2]) + 1]
+    draw = lambda: [int(i) for i in model.generate(**inputs, max_new_tokens=6, temperature=2.0,
+                                                   generator=torch.Generator().manual_seed(1))]
+    assert draw() == draw()
+
+
+def test_loss_is_the_weighted_cross_entropy(monkeypatch):
+    """Chunked, with gradients taken in the forward pass, against the plain formula."""
+    monkeypatch.setattr(ChunkedNLL, "CHUNK", 7)
+    torch.manual_seed(0)
+    x, head = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    targets, w = torch.randint(50, (23,)), torch.rand(23, dtype=torch.float64)
+    ours = torch.autograd.grad(ChunkedNLL.apply(x.float(), head.float(), targets, w.float(), 0.1) * 3, [x, head])
+    logits = x @ head.T
+    plain = (w * (torch.nn.functional.cross_entropy(logits, targets, reduction="none") + 0.1 * logits.logsumexp(1) ** 2)).sum()
+    for a, b in zip(ours, torch.autograd.grad(plain * 3, [x, head])):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_image_features_are_added_to_the_embedding(model, planner, world):
+    batch = collate([decode(plans_of(world, planner)[:1], model.cfg, 192)])
+    with_picture, without = (model.embed(batch["tokens"], *a) for a in ((batch["crops"], batch["pool"]), ()))
+    features = model.vision_backbone(batch["crops"], batch["pool"])
+    where = batch["tokens"] == model.cfg.image_token
+    assert torch.allclose(with_picture[where], without[where] + features)
+    assert torch.equal(with_picture[~where], without[~where])
+
+
+def test_pooling_ignores_empty_slots(model):
+    """A 3x3 window with five empty slots gives what a 2x2 window over the same patches gives."""
+    crops = torch.randint(0, 256, (1, model.cfg.patches, 48), dtype=torch.uint8)
+    four, nine = torch.tensor([[0, 1, 5, 6]]), torch.tensor([[-1, 0, -1, 1, -1, 5, -1, 6, -1]])
+    assert torch.allclose(model.vision_backbone(crops, four), model.vision_backbone(crops, nine), atol=1e-5)
+
+
+def test_response_dropout_hits_answers_only(planner, world):
+    model = tiny_model().train()
+    batch = collate([decode(plans_of(world, planner)[:1], model.cfg, 192)])
+    seen = []
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model.response_dropout = 0.5
+    for _ in range(2):
+        model(**batch)
+    answers = batch["weights"] > 0
+    before = torch.arange(192) < int(answers[0].nonzero()[0])  # what comes later sees an answer, and so its dropout
+    assert torch.equal(seen[0][0, before], seen[1][0, before])
+    assert (seen[0][answers] != seen[1][answers]).any(-1).all()
+
+
+@pytest.mark.parametrize("name, params", [("4b", 4_850_869_200), ("8b", 8_661_703_120), ("7b", 7_760_786_896)])
+def test_published_sizes(name, params):
+    with torch.device("meta"):
+        assert Molmo2(name).num_params() == params
+
+
+def test_sizes_that_do_not_match_are_named():
+    model = tiny_model()
+    with pytest.raises(AssertionError, match="1 <image> tokens but 0 pooled"):
+        model(torch.tensor([[model.cfg.image_token]]))
+    with pytest.raises(AssertionError, match="token id 5000"):
+        model(torch.tensor([[5000]]))
+    assert SIZES["vocab"] == 1024

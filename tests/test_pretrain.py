@@ -1,0 +1,225 @@
+"""The loop: flags, learning, logging, resuming, and the ways in which a run can go wrong."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import HERE, picture, tiny_model, write_lines
+
+import pretrain
+from data import Dataset, Planner, Stream, collate, decode
+from pretrain import PRESETS, Config, UserError, make_optimizers, parse, schedule
+
+ROOT = os.path.dirname(HERE)
+QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--micro_batch", "1", "--seq_len", "192", "--save_every", "2"]
+
+
+def run(tmp_path, *flags, check=True, **kw):
+    """pretrain.py as a user runs it, in a folder of its own: (exit code, output)."""
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    p = subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *flags], cwd=tmp_path, env=env, text=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, **kw)
+    assert not check or p.returncode == 0, p.stdout
+    assert "Traceback" not in p.stdout, p.stdout
+    return p.returncode, p.stdout
+
+
+def log_of(tmp_path, out="out"):
+    return [json.loads(line) for line in open(os.path.join(tmp_path, out, "small", "pretrain", "log.jsonl"))]
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+def test_flags_override_presets_override_defaults():
+    cfg = parse(Config(), PRESETS, ["--config", "small", "--steps", "7", "--data", "a", "b", "--compile"])
+    assert (cfg.steps, cfg.data, cfg.compile, cfg.seq_len) == (7, ("a", "b"), True, PRESETS["small"]["seq_len"])
+    assert parse(Config(), PRESETS, ["--config", "1b", "--data", "x"]).seq_len == 4096
+    assert not parse(Config(), PRESETS, ["--no-compile"]).compile
+
+
+@pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--config", "9b"]])
+def test_wrong_flags_exit_2(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(Config(), PRESETS, flags)
+    assert e.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--global_batch", "10", "--micro_batch", "4"], "try --micro_batch 2"), (["--steps", "0"], "--steps 0"),
+    (["--config", "1b"], "--config 1b needs --data"), (["--optimizer", "sgd"], "choose from adamw, muon"),
+    (["--freeze", "tail"], "--freeze tail")])
+def test_values_that_cannot_work_say_how_to_fix_them(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(Config(), PRESETS, flags)
+
+
+def test_help_names_every_flag(tmp_path):
+    text = run(tmp_path, "-h")[1]
+    assert all(f"--{f}" in text for f in Config.__dataclass_fields__)
+
+
+# ---- learning -------------------------------------------------------------------------------------------------------
+
+def test_schedule():
+    s = [schedule(i, 100, 10) for i in range(101)]
+    assert s[0] == 0.1 and s[9] == s[10] == 1.0 and s[55] == pytest.approx(0.55) and s[100] == pytest.approx(0.1)
+    assert max(s) == 1.0 and all(a >= b for a, b in zip(s[10:], s[11:]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_group(optimizer):
+    model = tiny_model()
+    cfg = Config(optimizer=optimizer, lr_vit=1.0, lr_connector=2.0, lr_decoder=3.0, freeze=("embedding",))
+    optimizers, names = make_optimizers(model, cfg)
+    where = {names[p]: g for o in optimizers for g in o.param_groups for p in g["params"]}
+    everything = {n for n, _ in model.named_parameters()}
+    assert where.keys() == everything - {"transformer.wte.embedding"}
+    assert sum(len(g["params"]) for o in optimizers for g in o.param_groups) == len(where)
+    assert where["transformer.wte.new_embedding"]["peak"] == 2.0 and where["lm_head.weight"]["peak"] == 3.0
+    assert not model.transformer.wte.embedding.requires_grad
+
+
+def test_overfits_one_batch(planner, world):
+    """The smallest sanity check of all: four rows, a few steps, loss near zero, answers by heart."""
+    model = tiny_model("qwen").train()
+    model.reset_parameters()
+    d = Dataset("rows", [world])
+    plans = next(Stream([(d, 1.0)], planner, 8, 0).rows())[0]
+    batch = collate([decode(plans, planner.cfg, 192)])
+    optimizers, _ = make_optimizers(model, Config(optimizer="muon", lr_vit=0.02, lr_connector=0.02, lr_decoder=0.02))
+    for o in optimizers:
+        for g in o.param_groups:
+            g["lr"] = g["peak"]
+    for _ in range(60):
+        loss = model(**batch) / batch["weights"].sum()
+        loss.backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    assert float(loss) < 0.05
+
+
+def test_micro_batches_do_not_change_the_step(tmp_path, world):
+    for micro in ("1", "2"):
+        run(tmp_path, *QUICK[:-4], "--micro_batch", micro, "--seq_len", "192", "--data", world, "--steps", "2", "--out", micro)
+    a, b = log_of(tmp_path, "1"), log_of(tmp_path, "2")
+    assert [r["loss"] for r in a if "loss" in r] == pytest.approx([r["loss"] for r in b if "loss" in r], rel=1e-5)
+    assert a[-2]["grad_norm"] == pytest.approx(b[-2]["grad_norm"], rel=1e-3)
+
+
+# ---- a run and its continuation -------------------------------------------------------------------------------------
+
+def losses(rows):
+    return {r["step"]: r["loss"] for r in rows if "loss" in r}
+
+
+def test_log_checkpoint_and_resume(tmp_path, world):
+    """Stopped with kill -9 wherever it happens to be, a resumed run repeats the losses of an unstopped one bit for bit."""
+    flags = [*QUICK, "--data", world, "--steps", "14"]
+    run(tmp_path, *flags, "--out", "straight")
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    p = subprocess.Popen([sys.executable, os.path.join(ROOT, "pretrain.py"), *flags], cwd=tmp_path, env=env,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    log = tmp_path / "out" / "small" / "pretrain" / "log.jsonl"
+    end = time.time() + 120
+    while time.time() < end and not (log.exists() and log.read_text().count("\n") >= 5):
+        time.sleep(0.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert 5 <= len(losses(map(json.loads, log.read_text().splitlines()[:-1]))) + 1 < 14, "killed too late to test anything"
+    run(tmp_path, *flags, "--resume")
+    rows = log_of(tmp_path)
+    assert losses(rows) == losses(log_of(tmp_path, "straight"))
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 15))
+    assert rows[-1].keys() == {"step", "eval"} and {"lr", "grad_norm", "tokens_per_s", "wait"} <= rows[0].keys()
+    folder = tmp_path / "out" / "small" / "pretrain"
+    assert os.readlink(folder / "latest") == "step_0000014"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "train_state"} == set(os.listdir(folder / "latest"))
+    assert not [f for f in os.listdir(folder) if "tmp" in f or f.startswith(".")]
+    code, text = run(tmp_path, *flags, "--resume", "--seed", "1", check=False)
+    assert code == 2 and "seed is 1 now, but the run was started with 0" in text
+    open(world, "a").write("\n" + open(world).readline())
+    code, text = run(tmp_path, *flags, "--resume", check=False)
+    assert code == 2 and "data is" in text
+
+
+def test_a_new_run_keeps_the_old_one(tmp_path, world):
+    for _ in range(2):
+        text = run(tmp_path, *QUICK, "--data", world, "--steps", "1")[1]
+    assert "moved to" in text and os.path.exists(tmp_path / "out" / "small" / "pretrain.old1" / "latest" / "config.json")
+
+
+def test_fine_tuning_starts_from_a_checkpoint(tmp_path, world):
+    run(tmp_path, *QUICK, "--data", world, "--steps", "1", "--out", "a")
+    first = str(tmp_path / "a" / "small" / "pretrain" / "latest")
+    text = run(tmp_path, *QUICK, "--data", world, "--steps", "1", "--out", "b", "--init_from", first)[1]
+    assert "random weights" not in text
+
+
+# ---- what can go wrong ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such JSONL file"), (["--resume"], "no checkpoint under"),
+    (["--init_from", "nowhere"], "nowhere"), (["--device", "cuda"], "no CUDA device")])
+def test_mistakes_are_one_line(tmp_path, world, flags, message):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    code, text = run(tmp_path, *QUICK, *([] if "--data" in flags else ["--data", world]), "--steps", "1", *flags, check=False)
+    assert code == 2 and message in text
+
+
+def test_too_many_bad_rows_stop_the_run(tmp_path):
+    picture(tmp_path / "a.png", "red")
+    good = dict(image="a.png", annotations=[dict(task="image_caption", answer="Red.")])
+    path = write_lines(tmp_path / "rows.jsonl", [good] * 8 + ["{", dict(good, image="../a.png")])
+    flags = [*QUICK, "--data", path, "--steps", "4"]
+    code, text = run(tmp_path, *flags, check=False)
+    assert code == 2 and "--max_bad 0.05" in text and "rows.jsonl:9" in text and "must be relative" in text
+    text = run(tmp_path, *flags, "--max_bad", "0.5")[1]
+    assert "rows not used" in text and "malformed JSON" in text
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    real = pretrain.Molmo2.forward
+    calls = []
+
+    def forward(self, *a, **kw):
+        calls.append(1)
+        loss = real(self, *a, **kw)
+        return loss * math.nan if len(calls) in poisoned else loss
+
+    monkeypatch.setattr(pretrain.Molmo2, "forward", forward)
+    poisoned = {3}
+    pretrain.main(Config(), PRESETS, [*QUICK, "--data", world, "--steps", "3", "--max_bad", "1"])
+    rows = [r for r in log_of(tmp_path) if "loss" in r]
+    assert [r["skipped"] for r in rows] == [0, 1, 1] and math.isfinite(rows[2]["loss"])
+    calls.clear()
+    poisoned = range(1000)
+    with pytest.raises(SystemExit) as e:
+        pretrain.main(Config(), PRESETS, [*QUICK, "--data", world, "--steps", "30"])
+    assert e.value.code == 2 and "rows.jsonl" in capsys.readouterr().err
+
+
+# ---- the whole of it ------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_small_learns_the_toy_world(tmp_path):
+    """What the README's first command does, at a fifth of its length: the loss falls, a contact sheet is drawn, sample.py
+    answers from the checkpoint."""
+    run(tmp_path, "--steps", "60", "--eval_scenes", "24")
+    rows = log_of(tmp_path)
+    steps = [r["loss"] for r in rows if "loss" in r]
+    assert sum(steps[-5:]) / 5 < 0.2 * steps[0]
+    scores = rows[-1]["eval"]
+    assert {"point_hit", "point_precision", "count_accuracy", "none_accuracy", "caption_recall"} <= scores.keys()
+    assert os.path.getsize(tmp_path / "out/small/pretrain/samples/step_0000060.png") > 10_000
+    p = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "out/small/pretrain/latest",
+                        "data/toy/eval/" + json.loads(open(tmp_path / "data/toy/eval/scenes.jsonl").readline())["image"],
+                        "Point to all shapes."], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode == 0 and p.stdout.strip(), p.stderr
