@@ -58,6 +58,7 @@ class Config:
     max_crops: int = flag(32, "crops per packed row")
     token_weights: str = flag("spec", "loss weight of an answer token: spec (by task) or released (by length)")
     optimizer: str = flag("adamw", "adamw, or muon (on hidden matrices; the rest stays on AdamW)")
+    adam_share: float = flag(0.25, "with muon: learning rate of the parameters left to AdamW, as a share of Muon's")
     lr_vit: float = flag(6e-6, "peak learning rate of the vision encoder")
     lr_connector: float = flag(2e-4, "peak learning rate of the connector and of the new embedding rows")
     lr_decoder: float = flag(2e-5, "peak learning rate of the decoder")
@@ -83,9 +84,9 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(data=("toy",), steps=500, global_batch=24, micro_batch=8, seq_len=512, tiles=0, max_crops=16,
-                  optimizer="muon", lr_vit=3e-3, lr_connector=3e-3, lr_decoder=3e-3, warmup_vit=30, warmup_connector=30,
-                  warmup_decoder=30, response_dropout=0.0, save_every=100, eval_every=10**6, workers=0),
+    "small": dict(data=("toy",), steps=800, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
+                  optimizer="muon", lr_vit=1e-2, lr_connector=5e-3, lr_decoder=3e-3, warmup_vit=30, warmup_connector=30,
+                  warmup_decoder=30, response_dropout=0.0, save_every=200, eval_every=10**6, workers=1),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
 }
 
@@ -184,13 +185,14 @@ def make_optimizers(model, cfg):
     adam, muon, names = [], [], {}
     for part, named in model.parts().items():
         named = [(n, p) for n, p in named if part not in cfg.freeze and not (n.endswith("wte.embedding") and "embedding" in cfg.freeze)]
-        hidden = lambda n, p: p.ndim == 2 and not any(s in n for s in ("embedding", "lm_head"))
+        hidden = lambda n, p: p.ndim == 2 and not any(s in n for s in ("wte.", "positional", "lm_head"))
         for n, p in named:
             names[p] = n
         for kind, chosen in ((muon, [p for n, p in named if hidden(n, p)]), (adam, [p for n, p in named if not hidden(n, p)])):
             kind = kind if cfg.optimizer == "muon" else adam
+            share = cfg.adam_share if cfg.optimizer == "muon" and kind is adam else 1.0
             if chosen:
-                kind.append(dict(params=chosen, peak=getattr(cfg, f"lr_{part}"), warmup=getattr(cfg, f"warmup_{part}")))
+                kind.append(dict(params=chosen, peak=share * getattr(cfg, f"lr_{part}"), warmup=getattr(cfg, f"warmup_{part}")))
     for p in model.parameters():
         p.requires_grad_(p in names)
     optimizers = [torch.optim.AdamW(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=0.0)] if adam else []

@@ -24,30 +24,26 @@ import torch
 from PIL import Image, ImageDraw
 
 from data import prompt_batch
-from points import NOTHING, parse_points
+from points import NOTHING, format_points, parse_points
 
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}
-SHAPES = ("circle", "square", "triangle", "star")
-VERSION = 3  # part of the done-file: a toy world drawn by older code is drawn again
+SHAPES = ("circle", "triangle", "star", "bar")
+VERSION = 8  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
 
 def outline(shape, radius, angle):
     """Corner points of a shape around (0, 0), in the units of `radius`: (n, 2)."""
-    if shape == "circle":
-        steps, radii = 32, [1.0]
-    elif shape == "square":
-        steps, radii = 4, [1.0]
-    elif shape == "triangle":
-        steps, radii = 3, [1.15]
-    else:
-        steps, radii = 10, [1.15, 0.5]
-    k = np.arange(steps)
-    r = np.array(radii)[k % len(radii)]
-    theta = angle + 2 * math.pi * k / steps + (math.pi / 4 if shape == "square" else -math.pi / 2)
-    return np.stack([r * np.cos(theta), r * np.sin(theta)], 1) * radius
+    if shape == "bar":
+        corners = np.array([(-1.3, -0.35), (1.3, -0.35), (1.3, 0.35), (-1.3, 0.35)])
+    else:  # corners around a circle, of one distance or of two in turn
+        n, radii = {"circle": (32, (0.85, 0.85)), "triangle": (3, (1.25, 1.25)), "star": (10, (1.25, 0.45))}[shape]
+        corners = np.array([(radii[k % 2] * math.sin(2 * math.pi * k / n), -radii[k % 2] * math.cos(2 * math.pi * k / n))
+                            for k in range(n)])
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return corners @ turn * radius
 
 
 def draw_scene(rng):
@@ -58,12 +54,12 @@ def draw_scene(rng):
     for i, kind in enumerate(kinds):
         if i and rng.random() < 0.3:  # several of a kind, so that "the red circles" is a question worth asking
             kinds[i] = kind = kinds[rng.randrange(i)]
-        for _ in range(30):
-            x, y, r = rng.randint(10, 90) / 100, rng.randint(10, 90) / 100, rng.uniform(0.12, 0.19) * min(w, h)
-            if r < min(x * w, y * h, w - x * w, h - y * h) + 2 and \
-                    all(math.hypot((x - a) * w, (y - b) * h) > 1.1 * (r + c) for a, b, c in taken):
+        for _ in range(60):
+            x, y, r = rng.randint(10, 90) / 100, rng.randint(10, 90) / 100, rng.uniform(0.14, 0.22) * min(w, h)
+            if 1.1 * r < min(x * w, y * h, w - x * w, h - y * h) and \
+                    all(math.hypot((x - a) * w, (y - b) * h) > 1.3 * (r + c) for a, b, c in taken):
                 taken.append((x, y, r))
-                polygon = outline(kind[1], r, rng.uniform(-0.4, 0.4)) / (w, h) + (x, y)
+                polygon = outline(kind[1], r, rng.uniform(-0.25, 0.25)) / (w, h) + (x, y)
                 objects.append(dict(colour=kind[0], shape=kind[1], x=x, y=y, polygon=polygon.round(4).tolist()))
                 break
     return dict(size=(w, h), objects=sorted(objects, key=lambda o: (o["x"], o["y"])), look=rng.getrandbits(32))
@@ -72,14 +68,14 @@ def draw_scene(rng):
 def paint(scene):
     """Draw a scene: background (plain, gradient or noise), clutter that is no answer to anything, then the shapes."""
     (w, h), rng, big = scene["size"], np.random.default_rng(scene["look"]), 2
-    base, tilt = rng.uniform(75, 190) + rng.uniform(-14, 14, 3), rng.uniform(-25, 25, (2, 1))
+    base, tilt = rng.uniform(85, 165) + rng.uniform(-10, 10, 3), rng.uniform(-15, 15, (2, 1))
     y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
     canvas = base + (tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)) * (rng.random() < 0.5)
-    canvas = canvas + rng.normal(0, rng.uniform(0, 5), (h, w, 1))
+    canvas = canvas + rng.normal(0, rng.uniform(0, 3), (h, w, 1))
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).resize((w * big, h * big), Image.NEAREST)
     pen = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 5)):  # clutter: thin lines and specks, in any colour
-        colour = tuple(rng.integers(0, 255, 3).tolist())
+    for _ in range(rng.integers(0, 4)):  # clutter: thin lines and specks, in muted colours
+        colour = tuple(rng.integers(60, 190, 3).tolist())
         (a, b), (c, d) = rng.uniform(0, 1, (2, 2)) * (w * big, h * big)
         if rng.random() < 0.5:
             pen.line([a, b, c, d], colour, width=big)
@@ -104,7 +100,7 @@ def inside(polygon, x, y):
 
 CAPTION_PROMPTS = ("Describe the image.", "What is in this picture?", "Write a caption.", "What do you see?",
                    "Tell me about this image.", "List the shapes from left to right.")
-PLACE_PROMPTS = ("Describe the image in detail.", "What is where?", "Describe where everything is.")
+GROUNDED_PROMPTS = ("Describe the image and point.", "What is where?", "Point to everything you describe.")
 POINT_PROMPTS = ("Point to the {}.", "Where is the {}?", "Find the {}.", "Show me the {}.", "Click on the {}.")
 POINT_ALL_PROMPTS = ("Point to all {}.", "Where are the {}?", "Find every one of the {}.", "Mark the {}.", "Point to the {}.")
 COUNT_PROMPTS = ("How many {} are there?", "Count the {}.", "What is the number of {}?", "How many {} can you see?")
@@ -119,15 +115,13 @@ def listing(parts):
 
 
 def captions(rng, scene):
-    """Two descriptions, left to right: one names the shapes, one also says where each is."""
-    plain = listing([f"a {o['colour']} {o['shape']}" for o in scene["objects"]])
-    third = lambda v, names: names[min(int(v * 3), 2)]
-    placed = listing([f"a {o['colour']} {o['shape']} at the {third(o['y'], ('top', 'middle', 'bottom'))} "
-                      f"{third(o['x'], ('left', 'centre', 'right'))}" for o in scene["objects"]])
-    texts = [rng.choice(("There is {}.", "From left to right: {}.", "The picture shows {}.", "I see {}.")).format(plain),
-             f"With {placed}."]
-    prompts = rng.choice(CAPTION_PROMPTS), rng.choice(PLACE_PROMPTS)
-    return [dict(task="image_caption", prompt=p, answer=t) for p, t in zip(prompts, texts)]
+    """Two descriptions, left to right: one names the shapes, one also points at each as it goes."""
+    names = [f"a {o['colour']} {o['shape']}" for o in scene["objects"]]
+    pointed = [f"{name} {format_points([dict(x=o['x'], y=o['y'], id=i)], 'image')}"
+               for i, (name, o) in enumerate(zip(names, scene["objects"]))]
+    frame = rng.choice(("There is {}.", "From left to right: {}.", "The picture shows {}.", "I see {}."))
+    return [dict(task="image_caption", prompt=rng.choice(CAPTION_PROMPTS), answer=frame.format(listing(names))),
+            dict(task="image_caption", prompt=rng.choice(GROUNDED_PROMPTS), answer=f"{listing(pointed)}.".capitalize())]
 
 
 def select(scene, colour, shape):
@@ -145,12 +139,11 @@ def pointing(rng, scene, colour, shape):
 
 
 def pointing_tree(rng, scene):
-    """Every object asked for in a branch of its own kind, one by colour or shape alone, and two that are not there."""
+    """Branches: up to two kinds of shape, everything, one colour or shape alone, and one that is not there."""
     kinds = sorted({(o["colour"], o["shape"]) for o in scene["objects"]})
-    queries = [*kinds, (None, None)]
     some = rng.choice(scene["objects"])
-    queries.append(rng.choice(((some["colour"], None), (None, some["shape"]))))
-    for change_shape in (True, False):  # absent, but half of it is there
+    queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), rng.choice(((some["colour"], None), (None, some["shape"])))]
+    for change_shape in rng.sample((True, False), 1):  # absent, but half of it is there
         c, s = rng.choice(kinds)
         other = [(c, x) for x in SHAPES] if change_shape else [(x, s) for x in COLOURS]
         absent = [q for q in other if not select(scene, *q)]
@@ -159,12 +152,12 @@ def pointing_tree(rng, scene):
 
 
 def counting(rng, scene):
-    """How many there are of everything, of a colour, of a shape."""
+    """Two of: how many there are of everything, of a colour, of a shape, of something that may not be there."""
     some = rng.choice(scene["objects"])
     asked = [(None, None), (some["colour"], None), (None, some["shape"])]
     asked.append((rng.choice(list(COLOURS)), None) if rng.random() < 0.5 else (None, rng.choice(SHAPES)))
     return [dict(task="counting", prompt=rng.choice(COUNT_PROMPTS).format(plural(f"{c or ''} {s or 'shape'}".strip())),
-                 answer=str(len(select(scene, c, s)))) for c, s in asked]
+                 answer=str(len(select(scene, c, s)))) for c, s in rng.sample(asked, 2)]
 
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
