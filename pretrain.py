@@ -84,8 +84,8 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(data=("toy",), steps=800, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
-                  optimizer="muon", lr_vit=1e-2, lr_connector=5e-3, lr_decoder=3e-3, warmup_vit=30, warmup_connector=30,
+    "small": dict(data=("toy",), steps=400, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
+                  optimizer="muon", lr_vit=3e-3, lr_connector=2e-3, lr_decoder=1.5e-3, warmup_vit=30, warmup_connector=30,
                   warmup_decoder=30, response_dropout=0.0, save_every=200, eval_every=10**6, workers=1),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
 }

@@ -210,12 +210,12 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, cap
 
 @pytest.mark.slow
 def test_small_learns_the_toy_world(tmp_path):
-    """What the README's first command does, at a fifth of its length: the loss falls, a contact sheet is drawn, sample.py
+    """What the README's first command does, at a seventh of its length: the loss falls, a contact sheet is drawn, sample.py
     answers from the checkpoint."""
     run(tmp_path, "--steps", "60", "--eval_scenes", "24")
     rows = log_of(tmp_path)
     steps = [r["loss"] for r in rows if "loss" in r]
-    assert sum(steps[-5:]) / 5 < 0.2 * steps[0]
+    assert sum(steps[-5:]) / 5 < 0.15 * steps[0]
     scores = rows[-1]["eval"]
     assert {"point_hit", "point_precision", "count_accuracy", "none_accuracy", "caption_recall"} <= scores.keys()
     assert os.path.getsize(tmp_path / "out/small/pretrain/samples/step_0000060.png") > 10_000
