@@ -66,8 +66,8 @@ def test_packed_rows_equal_separate_rows(model, planner, world):
     sum(alone).backward()
     assert torch.allclose(loss, sum(alone), rtol=1e-5)
     for n, p in model.named_parameters():
-        # 1e-6: the gradient of a key bias is exactly 0 in theory (softmax ignores a shift), so its rounding is all there is
-        assert torch.allclose(grads[n], p.grad, rtol=1e-3, atol=1e-6 + 1e-4 * float(p.grad.abs().max())), n
+        # 2e-5: the gradient of a key bias is exactly 0 in theory (softmax ignores a shift), so its rounding is all there is
+        assert torch.allclose(grads[n], p.grad, rtol=1e-3, atol=2e-5 + 1e-4 * float(p.grad.abs().max())), n
 
 
 def test_a_branch_never_sees_its_siblings(model, planner, world):
