@@ -430,7 +430,7 @@ class Molmo2(nn.Module):
         - 0.02 suits widths of thousands. In a narrow matrix it would shrink whatever passes: the picture would reach the
           decoder a million times fainter than the `<image>` embedding it is added to. There, 1/sqrt(inputs) keeps its size.
         - What a sub-layer adds starts at zero, so that pixels and their places are not drowned in random mixing at first.
-        - The ViT's places start as waves of 8 lengths, from which any coordinate can be read off by one linear map.
+        - The ViT's places start as sines and cosines of row and column, so that it need not learn first what is next to what.
         """
         for name, p in self.named_parameters():
             if p.ndim == 1:
