@@ -31,14 +31,15 @@ import numpy as np
 import torch
 
 from media import BadMedia, image_crops, image_layout, image_size, inside_folder, load_image
-from points import NOTHING, PROMPTS, SMALL_TOKENIZER, Tokenizer, chat_pieces, format_points, is_unit, parse_points  # noqa: F401
+from points import CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, format_points, is_unit
+from points import parse_points  # noqa: F401  public under this name too
 
 # task -> (media it is about, weight of an answer token). None: any media, or none.
 TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_pointing": ("image", 2.0),
          "counting": (None, 1.5), "multi_image_qa": ("images", 1.0), "multi_image_pointing": ("images", 2.0),
          "video_caption": ("video", 1.0), "video_qa": ("video", 1.0), "video_pointing": ("video", 2.0),
          "video_tracking": ("video", 2.0), "text": (None, 1.0)}
-POINT_KIND = {"image": "image", "images": "images", "video": "video"}
+MEDIA = ("image", "images", "video")  # what a line may be about, and the kinds of points `format_points` knows
 
 
 class BadRow(Exception):
@@ -61,7 +62,7 @@ def parse_row(line):
         raise BadRow("malformed JSON", str(e)) from None
     if not isinstance(row, dict):
         raise BadRow("wrong field", f"a line must be an object, not {type(row).__name__}")
-    kinds = [k for k in ("image", "images", "video") if k in row]
+    kinds = [k for k in MEDIA if k in row]
     if len(kinds) > 1:
         raise BadRow("wrong field", f"{' and '.join(kinds)} in one line")
     kind = kinds[0] if kinds else None
@@ -121,7 +122,7 @@ def to_messages(a, kind, rng):
     if "answer" in a:
         answer = a["answer"]
     else:
-        answer = str(len(a["points"])) if a["task"] == "counting" else format_points(a["points"], POINT_KIND[kind])
+        answer = str(len(a["points"])) if a["task"] == "counting" else format_points(a["points"], kind)
     prompt = a.get("prompt") or rng.choice(PROMPTS[a["task"]]).format(label=a.get("label", "objects"))
     return [dict(role="user", content=prompt), dict(role="assistant", content=answer)]
 
@@ -178,7 +179,7 @@ class Planner:
         """A chat as (ids, which of them are learned); every answer ends with a learned EOS."""
         ids, learn = [], []
         for text, learned in chat_pieces(messages):
-            piece = self.tokenizer.encode(text, special=("<point", "<timestamp>") + (() if learned else ("<|im_start|>", "<|im_end|>")))
+            piece = self.tokenizer.encode(text, special=WRITABLE if learned else WRITABLE + CHAT)
             piece += [self.tokenizer.eos] if learned else []
             ids += piece
             learn += [learned] * len(piece)
@@ -191,7 +192,7 @@ class Planner:
         long by itself is left out. Pixels are never cut.
         """
         trunk, media = self.trunk(row, folder)
-        kind = next((k for k in ("image", "images", "video") if k in row), None)
+        kind = next((k for k in MEDIA if k in row), None)
         groups, left_out, room = [], [], 0
         for a in row["annotations"]:
             ids, learn = self.branch(to_messages(a, kind, rng))
@@ -237,8 +238,7 @@ class Planner:
         """A plan that ends where the model's answer begins. messages: [{role, content}], ending with the user's."""
         trunk, media = self.trunk(row, folder)
         ids, _ = self.branch(messages)
-        plan = self.assemble(trunk, media, [("text", ids + [self.tokenizer.eos], [False] * (len(ids) + 1))])
-        return plan
+        return self.assemble(trunk, media, [("text", ids + [self.tokenizer.eos], [False] * (len(ids) + 1))])
 
 
 # ---- pack: plans into rows of T tokens ------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def decode(plans, cfg, seq_len):
 
 
 def collate(rows):
-    """Decoded rows -> the batch of DESIGN: (B, T) ids and weights, crops (N, P, ·) uint8, pool (M, K)."""
+    """Decoded rows -> one batch: (B, T) ids and weights, crops (N, P, ·) uint8, pool (M, K); None without pictures."""
     batch = {k: torch.from_numpy(np.stack([row[k] for row, *_ in rows])) for k in rows[0][0]}
     crops, pools, offset = [], [], 0
     for _, row_crops, row_pool, _ in rows:
@@ -347,6 +347,11 @@ def collate(rows):
     else:
         batch["crops"] = batch["pool"] = None
     return batch
+
+
+def to_device(batch, device):
+    """The batch on a device; crops and pool of a batch without pictures stay None."""
+    return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def prompt_batch(plans, cfg):

@@ -4,7 +4,7 @@ Media: a picture becomes crops of patches, and a list of windows that says which
     size (from the header alone) ─► layout: tokens, pooling windows, how many crops      planning: no pixel is decoded
     file ─► pixels ─► resize ─► crops ─► patches                                         decoding: in the workers
 
-Published behaviour: FACTS 3 of the released Molmo2 code. One low-resolution crop shows the whole picture; up to
+As the released Molmo2 code does it: one low-resolution crop shows the whole picture; up to
 `max_crops` more tile an enlarged copy of it, overlapping by a margin so that no object is cut by every crop.
 
 Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled into one

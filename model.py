@@ -425,7 +425,7 @@ class Molmo2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Random weights from which training starts fast: FACTS' N(0, 0.02) at published widths, and three aids below them.
+        """Random weights from which training starts fast: N(0, 0.02) at published widths, and three aids.
 
         - 0.02 suits widths of thousands. In a narrow matrix it would shrink whatever passes: the picture would reach the
           decoder a million times fainter than the `<image>` embedding it is added to. There, 1/sqrt(inputs) keeps its size.

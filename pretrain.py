@@ -23,7 +23,7 @@ import torch
 
 import toy
 import weights
-from data import Batches, Planner, Stream, collate, decode, find_datasets
+from data import Batches, Planner, Stream, collate, decode, find_datasets, to_device
 from model import PRESETS as MODELS
 from model import Molmo2
 from points import SMALL_TOKENIZER, Tokenizer
@@ -130,7 +130,7 @@ def check_config(cfg):
         if part not in ("vit", "connector", "decoder", "embedding"):
             raise UserError(f"--freeze {part}: choose from vit, connector, decoder, embedding")
     if not cfg.data:
-        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them (README, \"Your own data\"); "
+        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them (README, \"Your own pictures\"); "
                         "--data toy tries the machinery on the toy world")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
@@ -183,16 +183,21 @@ def make_optimizers(model, cfg):
     Muon's step is scaled to AdamW's size (0.2 · sqrt of the longer side), so that one learning rate serves both.
     """
     adam, muon, names = [], [], {}
+    tables = ("wte.", "positional", "lm_head")
     for part, named in model.parts().items():
-        named = [(n, p) for n, p in named if part not in cfg.freeze and not (n.endswith("wte.embedding") and "embedding" in cfg.freeze)]
-        hidden = lambda n, p: p.ndim == 2 and not any(s in n for s in ("wte.", "positional", "lm_head"))
-        for n, p in named:
-            names[p] = n
-        for kind, chosen in ((muon, [p for n, p in named if hidden(n, p)]), (adam, [p for n, p in named if not hidden(n, p)])):
-            kind = kind if cfg.optimizer == "muon" else adam
-            share = cfg.adam_share if cfg.optimizer == "muon" and kind is adam else 1.0
-            if chosen:
-                kind.append(dict(params=chosen, peak=share * getattr(cfg, f"lr_{part}"), warmup=getattr(cfg, f"warmup_{part}")))
+        frozen = lambda n: part in cfg.freeze or "embedding" in cfg.freeze and n.endswith("wte.embedding")
+        named = [(n, p) for n, p in named if not frozen(n)]
+        names |= {p: n for n, p in named}
+        peak, warmup = getattr(cfg, f"lr_{part}"), getattr(cfg, f"warmup_{part}")
+        if cfg.optimizer == "adamw":
+            split = [(adam, peak, [p for _, p in named])]
+        else:
+            hidden = {p for n, p in named if p.ndim == 2 and not any(t in n for t in tables)}
+            split = [(muon, peak, [p for _, p in named if p in hidden]),
+                     (adam, peak * cfg.adam_share, [p for _, p in named if p not in hidden])]
+        for groups, lr, params in split:
+            if params:
+                groups.append(dict(params=params, peak=lr, warmup=warmup))
     for p in model.parameters():
         p.requires_grad_(p in names)
     optimizers = [torch.optim.AdamW(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=0.0)] if adam else []
@@ -238,10 +243,8 @@ def save_checkpoint(run, step, model, tokenizer, optimizers, names, state, cfg):
     shutil.copyfile(tokenizer.path, os.path.join(aside, "tokenizer.json"))
     tensors = {f"{i}/{key}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items() for key, t in s.items()}
     weights.write_safetensors(os.path.join(aside, "train_state", "optimizer.safetensors"), tensors)
-    with open(os.path.join(aside, "train_state", "state.json"), "w") as f:
-        json.dump(dict(step=step, config=dataclasses.asdict(cfg), **state), f)
-        f.flush()
-        os.fsync(f.fileno())
+    weights.write_json(os.path.join(aside, "train_state", "state.json"),
+                       dict(step=step, config=dataclasses.asdict(cfg), **state))
     final = os.path.join(run, name)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
@@ -312,8 +315,7 @@ def evaluate(cfg, model, planner, step, run, losses, device):
             stream = Stream([(d, 1.0)], planner, cfg.max_crops, 0)
             for k in range(min(len(d), 512)):
                 for plan in stream.plans(d.name, k)[0]:
-                    batch = collate([decode([plan], planner.cfg, plan.n_tokens)])
-                    batch = {k: v if v is None else v.to(device) for k, v in batch.items()}
+                    batch = to_device(collate([decode([plan], planner.cfg, plan.n_tokens)]), device)
                     with torch.no_grad():
                         total += float(model(**batch))
                     weight += float(batch["weights"].sum())
@@ -394,9 +396,8 @@ def train(cfg, defaults):
         # 6. Gradients of all micro-batches add up.
         loss = 0.0
         for b in batches:
-            b = {k: v if v is None else v.to(device, non_blocking=True) for k, v in b.items()}
             with autocast():
-                total = model(**b, z_loss=cfg.z_loss) / W
+                total = model(**to_device(b, device), z_loss=cfg.z_loss) / W
             total.backward()
             loss += total.detach()
         loss = float(loss)

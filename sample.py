@@ -12,7 +12,7 @@ import sys
 import torch
 from PIL import Image, ImageDraw
 
-from data import BadRow, Planner, parse_points, prompt_batch
+from data import BadRow, Planner, parse_points, prompt_batch, to_device
 from media import BadMedia, load_image
 from model import Molmo2
 from points import Tokenizer
@@ -36,10 +36,9 @@ def ask(model, planner, picture, question, max_new_tokens=256, temperature=0.0, 
     if failed:
         raise BadMedia(failed[0].lstrip(": "))
     device = model.lm_head.weight.device
-    batch = {k: v if v is None else v.to(device) for k, v in batch.items()}
     generator = torch.Generator(device).manual_seed(seed)
     tok, ids, said = planner.tokenizer, [], ""
-    for new in model.generate(**batch, max_new_tokens=max_new_tokens, temperature=temperature, stop=(tok.eos,),
+    for new in model.generate(**to_device(batch, device), max_new_tokens=max_new_tokens, temperature=temperature, stop=(tok.eos,),
                               generator=generator):
         if int(new) == tok.eos:
             break

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data import prompt_batch
+from data import prompt_batch, to_device
 from points import NOTHING, format_points, parse_points
 
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
@@ -143,11 +143,11 @@ def pointing_tree(rng, scene):
     kinds = sorted({(o["colour"], o["shape"]) for o in scene["objects"]})
     some = rng.choice(scene["objects"])
     queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), rng.choice(((some["colour"], None), (None, some["shape"])))]
-    for change_shape in rng.sample((True, False), 1):  # absent, but half of it is there
-        c, s = rng.choice(kinds)
-        other = [(c, x) for x in SHAPES] if change_shape else [(x, s) for x in COLOURS]
-        absent = [q for q in other if not select(scene, *q)]
-        queries += [rng.choice(absent)] if absent else []
+    change_shape, = rng.sample((True, False), 1)
+    c, s = rng.choice(kinds)
+    other = [(c, x) for x in SHAPES] if change_shape else [(x, s) for x in COLOURS]
+    absent = [q for q in other if not select(scene, *q)]  # not there, but half of it is
+    queries += [rng.choice(absent)] if absent else []
     return [pointing(rng, scene, *q) for q in queries]
 
 
@@ -273,7 +273,7 @@ def evaluate(model, planner, folder, n, sheet=None, batch=64):
 def answer(model, planner, plans, max_new_tokens=96):
     """Greedy answers to a batch of questions, as texts."""
     tok, device = planner.tokenizer, model.lm_head.weight.device
-    inputs = {k: v if v is None else v.to(device) for k, v in prompt_batch(plans, planner.cfg)[0].items()}
+    inputs = to_device(prompt_batch(plans, planner.cfg)[0], device)
     ids = torch.stack(list(model.generate(**inputs, max_new_tokens=max_new_tokens, stop=(tok.eos,))), 1).tolist()
     return [tok.decode(row[:row.index(tok.eos)] if tok.eos in row else row) for row in ids]
 

@@ -45,6 +45,14 @@ def read_json(path):
     return value
 
 
+def write_json(path, value):
+    """Write a JSON value and sync it to disk."""
+    with open(path, "w") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
 def read_safetensors(path):
     """{name: tensor} of one file, memory-mapped: a tensor's bytes are read when it is copied from. BadCheckpoint otherwise."""
     try:
@@ -228,7 +236,4 @@ def save(model, folder):
     os.makedirs(folder, exist_ok=True)
     state = {their_name(n): p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     write_safetensors(os.path.join(folder, "model.safetensors"), state)
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(hub_config(model.cfg), f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    write_json(os.path.join(folder, "config.json"), hub_config(model.cfg))
