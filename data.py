@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from media import BadMedia, image_crops, image_layout, image_size, inside_folder, load_image
-from points import CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, format_points, is_unit
+from media import BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times, video_duration
+from points import CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, format_points, is_unit, number, styled
 from points import parse_points  # noqa: F401  public under this name too
 
 # task -> (media it is about, weight of an answer token). None: any media, or none.
@@ -69,6 +69,14 @@ def parse_row(line):
     names = row[kind] if kind == "images" else [row[kind]] if kind else []
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names) or kind == "images" and not names:
         raise BadRow("wrong field", f"{kind} is {row[kind]!r}")
+    if not all(isinstance(row.get(k, 1), int) and row.get(k, 1) > 0 for k in ("width", "height")) or \
+            ("width" in row) != ("height" in row):
+        raise BadRow("wrong field", f"width and height are pixels, both or neither: {row.get('width')!r}, {row.get('height')!r}")
+    second = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
+    if kind == "video" and not (second(row.get("start", 0)) and second(row.get("end", 0)) and isinstance(row.get("subtitles", []), list)
+                                and all(isinstance(s, dict) and second(s.get("start")) and second(s.get("end"))
+                                        and isinstance(s.get("text"), str) for s in row.get("subtitles", []))):
+        raise BadRow("wrong field", "start and end are seconds; subtitles are [{start, end, text}]")
     if not isinstance(row.get("annotations"), list) or not row["annotations"]:
         raise BadRow("wrong field", "annotations must be a list with something in it")
     for a in row["annotations"]:
@@ -82,7 +90,7 @@ def check_annotation(a, kind, n_media):
     about = TASKS[a["task"]][0]
     if about and about != kind or a["task"] == "text" and kind:
         raise BadRow("wrong field", f"task {a['task']} on a line with {kind or 'no media'}")
-    for key in ("prompt", "answer", "label"):
+    for key in ("prompt", "answer", "label", "style"):
         if not isinstance(a.get(key, ""), str):
             raise BadRow("wrong field", f"{key} is {a[key]!r}, not text")
     if "messages" in a:
@@ -115,16 +123,19 @@ def check_points(points, kind, n_media):
             raise BadRow("wrong field", f"point at time {p.get('t')!r}")
 
 
-def to_messages(a, kind, rng):
-    """An annotation as a chat. A missing prompt is drawn from the templates of its task."""
+def to_messages(a, kind, rng, point_format="spec"):
+    """An annotation as a chat. A missing prompt is drawn from the templates of its task. Its "style", the set it came from,
+    matters to the released format alone."""
+    style = a.get("style") if point_format == "released" else None
     if "messages" in a:
-        return a["messages"]
+        return [dict(m, content=styled(m["content"], style)) if m["role"] == "user" else m for m in a["messages"]]
     if "answer" in a:
         answer = a["answer"]
     else:
-        answer = str(len(a["points"])) if a["task"] == "counting" else format_points(a["points"], kind)
+        answer = str(len(a["points"])) if a["task"] == "counting" else \
+            format_points(a["points"], kind, point_format, a.get("label", ""), tracks=a["task"] == "video_tracking")
     prompt = a.get("prompt") or rng.choice(PROMPTS[a["task"]]).format(label=a.get("label", "objects"))
-    return [dict(role="user", content=prompt), dict(role="assistant", content=answer)]
+    return [dict(role="user", content=styled(prompt, style)), dict(role="assistant", content=answer)]
 
 
 # ---- plan: a row as tokens, before any pixel is decoded -------------------------------------------------------------
@@ -153,33 +164,69 @@ class Plan:
 class Planner:
     """Turns rows into plans for one model and sequence length."""
 
-    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec"):
+    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0):
         self.tokenizer, self.cfg, self.seq_len = tokenizer, model_cfg, seq_len
         self.tiles = tiles  # high-resolution crops a picture may get; 0 = the low-resolution one alone
+        self.multi_tiles = 0  # the same for each of several pictures
+        self.max_frames = max_frames  # of a video; 0 = videos are not read
         self.token_weights = token_weights
+        self.released = model_cfg.point_format == "released"
+        if not self.released and any(name not in tokenizer.ids for name in WRITABLE):
+            raise ValueError(f"{tokenizer.path}: no unused id below {tokenizer.vocab} for {' and '.join(WRITABLE)}; "
+                             "--point_format released needs none")
         self.n = model_cfg.crop // model_cfg.patch
 
     def trunk(self, row, folder):
         """BOS and the media: (ids, [(path, Layout)])."""
         tok, ids, media = self.tokenizer, [self.tokenizer.bos], []
         if "video" in row:
-            raise BadRow("no reader for video yet")
+            return self.video_trunk(row, folder)
         names = row.get("images") or ([row["image"]] if "image" in row else [])
         for i, name in enumerate(names):
             path = inside_folder(folder, name)
             w, h = (row["width"], row["height"]) if "width" in row and len(names) == 1 else image_size(path)
-            layout = image_layout(w, h, self.n, self.cfg.patch, self.tiles if len(names) == 1 else 0)
-            if len(names) > 1:
-                ids += tok.encode(f"Image {i}")
+            layout = image_layout(w, h, self.n, self.cfg.patch, self.tiles if len(names) == 1 else self.multi_tiles)
+            if len(names) > 1:  # introduced by its index, by which points name it
+                ids += tok.encode(f"Image {i + self.released}")
             ids += [tok.ids[t] for t in layout.tokens]
             media.append((path, layout))
         return ids, media
 
+    def video_trunk(self, row, folder):
+        """BOS and the frames of a clip, each after its time in seconds; then the subtitles of moments that are shown.
+
+            <timestamp> 0.5 <frame_start> <image>... <frame_end>        released:  " 0.5 " in plain text
+        """
+        if not self.max_frames:
+            raise BadRow("no reader for video in this stage", "--max_frames above 0 reads it")
+        tok, path = self.tokenizer, inside_folder(folder, row["video"])
+        length, start = video_duration(path), row.get("start", 0.0)
+        end = min(row.get("end", length), length)
+        if not 0 <= start < end:
+            raise BadRow("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
+        pool = frame_layout(self.n)
+        # As many frames as leave half a thousand tokens, or an eighth of a short row, for what is said about them.
+        room = self.seq_len - min(512, self.seq_len // 8)
+        times = sample_times(end - start, max(min(self.max_frames, room // (len(pool) + 9)), 1))
+        opening, closing = (tok.ids[t] for t in (("<frame_start>", "<frame_end>") if self.cfg.frame_tokens else
+                                                 ("<image_start>", "<image_end>")))
+        ids = [tok.bos]
+        for i, t in enumerate(times):
+            ids += tok.encode(" " * (i > 0) + f"{t:.1f} ") if self.released else \
+                [tok.ids["<timestamp>"]] + tok.encode(number(t, 2))
+            ids += [opening] + [tok.ids["<image>"]] * len(pool) + [closing]
+        lines = [s for s in row.get("subtitles", ()) if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times)]
+        if lines:
+            ids += tok.encode("subtitle\n" + "".join(
+                f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n" for s in lines))
+        windows = np.concatenate([pool + i * self.n ** 2 for i in range(len(times))])
+        return ids, [(path, Layout([], windows, len(times), times=tuple(float(t + start) for t in times)))]
+
     def branch(self, messages):
         """A chat as (ids, which of them are learned); every answer ends with a learned EOS."""
-        ids, learn = [], []
+        ids, learn, ours = [], [], () if self.released else WRITABLE
         for text, learned in chat_pieces(messages):
-            piece = self.tokenizer.encode(text, special=WRITABLE if learned else WRITABLE + CHAT)
+            piece = self.tokenizer.encode(text, special=ours if learned else ours + CHAT)
             piece += [self.tokenizer.eos] if learned else []
             ids += piece
             learn += [learned] * len(piece)
@@ -195,7 +242,7 @@ class Planner:
         kind = next((k for k in MEDIA if k in row), None)
         groups, left_out, room = [], [], 0
         for a in row["annotations"]:
-            ids, learn = self.branch(to_messages(a, kind, rng))
+            ids, learn = self.branch(to_messages(a, kind, rng, self.cfg.point_format))
             if len(trunk) + len(ids) - 1 > self.seq_len:
                 left_out.append("annotation too long")
                 continue
@@ -211,12 +258,14 @@ class Planner:
         n = len(trunk)
         tokens, targets, weights = [trunk], [trunk[1:] + branches[0][1][:1]], [[0.0] * n]
         pos, branch = [np.arange(n)], [np.zeros(n)]
+        # The released models saw trees of text alone restart at 0: there the trunk, which is BOS, was not counted.
+        start = 0 if self.released and not media and len(branches) > 1 else n
         for b, (task, ids, learn) in enumerate(branches, 1):
             w = self.weight(task, sum(learn), len(branches))
             tokens.append(ids[:-1])
             targets.append(ids[1:])
             weights.append([w * l for l in learn[1:]])
-            pos.append(n + np.arange(len(ids) - 1))  # every branch restarts where the trunk ends
+            pos.append(start + np.arange(len(ids) - 1))  # every branch restarts where the trunk ends
             branch.append(np.full(len(ids) - 1, b))
         cat = lambda parts, dtype: np.concatenate([np.asarray(p, dtype) for p in parts])
         return Plan(cat(tokens, np.int64), cat(targets, np.int64), cat(weights, np.float32), cat(pos, np.int64),
@@ -320,7 +369,7 @@ def decode(plans, cfg, seq_len):
         start += plan.n_tokens
         for path, layout in plan.media:
             try:
-                pixels = image_crops(load_image(path), n, cfg.patch, layout.tiling)
+                pixels = load_crops(path, layout, n, cfg.patch)
             except (BadMedia, OSError, MemoryError) as error:
                 failed.append(f"{plan.where}: {error}")
                 row["weights"][part] = 0

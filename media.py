@@ -1,11 +1,12 @@
 """
-Media: a picture becomes crops of patches, and a list of windows that says which patches make up each visual token.
+Media: a picture or a video becomes crops of patches, and a list of windows that says which patches make up each visual token.
 
-    size (from the header alone) ─► layout: tokens, pooling windows, how many crops      planning: no pixel is decoded
-    file ─► pixels ─► resize ─► crops ─► patches                                         decoding: in the workers
+    size, duration (from the header alone) ─► layout: tokens, pooling windows, how many crops     planning: no pixel is decoded
+    file ─► pixels ─► resize ─► crops ─► patches                                                  decoding: in the workers
 
 As the released Molmo2 code does it: one low-resolution crop shows the whole picture; up to
-`max_crops` more tile an enlarged copy of it, overlapping by a margin so that no object is cut by every crop.
+`max_crops` more tile an enlarged copy of it, overlapping by a margin so that no object is cut by every crop. A video is
+frames at 2 per second, each one crop.
 
 Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled into one
 """
@@ -13,6 +14,7 @@ import math
 import os
 from dataclasses import dataclass
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000  # larger pictures are refused before anything of them is decoded
 POOL_IMAGE, POOL_VIDEO = 2, 3  # patches pooled on a side
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,asf"  # no playlists: those name other files
 
 
 class BadMedia(Exception):
@@ -32,7 +35,8 @@ class Layout:
     tokens: list        # names of special tokens, in order
     pool: np.ndarray    # (M, K) indices into this picture's own patches, -1 = none
     n_crops: int
-    tiling: tuple       # (rows, columns) of high-resolution crops; (0, 0) = the low-resolution one alone
+    tiling: tuple = (0, 0)  # (rows, columns) of high-resolution crops; (0, 0) = the low-resolution one alone
+    times: tuple = ()   # of a video: seconds at which its frames are taken, from the start of the file
 
 
 # ---- planning -------------------------------------------------------------------------------------------------------
@@ -119,6 +123,53 @@ def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
     return Layout(tokens, both, 1 + rows * cols, (rows, cols))
 
 
+def frame_layout(n, pool=POOL_VIDEO):
+    """Windows of one video frame of n x n patches: (M, K). 27 x 27 patches give 9 x 9 tokens; no column tokens."""
+    return windows(np.arange(n * n).reshape(n, n), pool).reshape(-1, pool * pool)
+
+
+def sample_times(duration, max_frames, max_fps=2.0):
+    """Seconds at which frames are taken: `max_fps` a second and the very last one; evenly spread ones if those are too many."""
+    if duration > (max_frames - 1) / max_fps:
+        return np.linspace(0, duration, max_frames)
+    return np.append(np.arange(0, duration, 1 / max_fps), duration)
+
+
+def open_video(path):
+    """An open container whose first video stream has been found. A file cannot make the decoder open other files or URLs."""
+    if not os.path.isfile(path):
+        raise BadMedia(f"{path}: no such file")
+    try:
+        container = av.open(path, options={"protocol_whitelist": "file", "format_whitelist": VIDEO_FORMATS})
+    except (av.FFmpegError, OSError, ValueError) as e:
+        raise BadMedia(f"{path}: not a readable video ({e})") from None
+    if not container.streams.video:
+        container.close()
+        raise BadMedia(f"{path}: has no video stream")
+    stream = container.streams.video[0]
+    if stream.width * stream.height > MAX_PIXELS:
+        container.close()
+        raise BadMedia(f"{path}: frames of {stream.width}x{stream.height} are more than {MAX_PIXELS // 10**6} megapixels")
+    return container, stream
+
+
+def video_duration(path):
+    """Seconds of a video, from its header; where that does not say, from its packets. Nothing is decoded."""
+    container, stream = open_video(path)
+    with container:
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        if container.duration:
+            return container.duration / av.time_base
+        try:
+            ends = [float((p.pts + (p.duration or 0)) * stream.time_base) for p in container.demux(stream) if p.pts is not None]
+        except av.FFmpegError as e:
+            raise BadMedia(f"{path}: broken video ({e})") from None
+        if not ends:
+            raise BadMedia(f"{path}: a video without frames")
+        return max(ends)
+
+
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 def load_image(path):
@@ -153,3 +204,35 @@ def image_crops(pixels, n, patch, tiling):
         canvas = resize(pixels, rows * step + 2 * margin, cols * step + 2 * margin)
         crops += [canvas[i * step:i * step + side, j * step:j * step + side] for i in range(rows) for j in range(cols)]
     return np.stack([to_patches(c, patch) for c in crops])
+
+
+def load_frames(path, times):
+    """The frames shown at `times` (seconds, ascending): a list of (H, W, 3) uint8."""
+    container, stream = open_video(path)
+    frames, shown = [], None
+    with container:
+        try:
+            stream.thread_type = "AUTO"
+            begin = stream.start_time or 0
+            container.seek(begin + int(times[0] / stream.time_base), stream=stream)  # to the key frame before it
+            for frame in container.decode(stream):
+                at = float((frame.pts - begin) * stream.time_base) if frame.pts is not None else 0.0
+                while shown is not None and len(frames) < len(times) and at > times[len(frames)] + 1e-6:
+                    frames.append(shown)
+                if len(frames) == len(times):
+                    break
+                shown = frame
+            if shown is None:
+                raise BadMedia(f"{path}: no frame could be decoded")
+            frames += [shown] * (len(times) - len(frames))  # the last one is shown until the end
+            pixels = {id(f): np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in frames}
+            return [pixels[id(f)] for f in frames]
+        except (av.FFmpegError, OSError, ValueError) as e:
+            raise BadMedia(f"{path}: broken video ({e})") from None
+
+
+def load_crops(path, layout, n, patch):
+    """The crops of a picture or video as its layout asks for them: (N, P, patch·patch·3) uint8."""
+    if layout.times:
+        return np.concatenate([image_crops(f, n, patch, (0, 0)) for f in load_frames(path, layout.times)])
+    return image_crops(load_image(path), n, patch, layout.tiling)

@@ -47,6 +47,8 @@ class ModelConfig:
     rope_theta: float = 5e5
     yarn: dict | None = None        # {"factor", "original", "beta_fast", "beta_slow", "attention_factor"}
     yarn_layers: tuple = ()         # decoder layers that use it; the others keep plain RoPE
+    window: int = 0                 # tokens a query looks back in `window_layers`; only plain OLMo-3 has that, Molmo2 never
+    window_layers: tuple = ()
     tie: bool = False               # the head is the base embedding table
     max_positions: int = 36864      # written to config.json for other readers; RoPE itself needs no limit
     crop: int = 378                 # side of a crop, pixels
@@ -57,6 +59,8 @@ class ModelConfig:
     vit_mlp: int = 4304
     vit_eps: float = 1e-6
     vit_features: tuple = (24, 18)  # block outputs handed on, in this order; blocks after the last one do not exist
+    point_format: str = "spec"      # how the model was taught to write points and times: "spec" or "released" (points.py)
+    frame_tokens: bool = True       # video frames stand between <frame_start> and <frame_end>, else the tokens of a picture
 
     def __post_init__(self):
         self.projector_mlp = self.projector_mlp or self.mlp
@@ -75,9 +79,9 @@ class ModelConfig:
 OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079441541679836)
 QWEN3 = dict(norm_after=False, qk_norm="head", vocab=151936, layers=36, heads=32, kv_heads=8)
 PRESETS = {
-    "small": ModelConfig(layers=4, width=128, heads=8, kv_heads=8, head_dim=16, mlp=256, vocab=1024, rope_theta=1e4,
+    "small": ModelConfig(layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=256, vocab=1024, rope_theta=1e4,
                          norm_after=False, qk_norm="head", max_positions=4608, crop=64, patch=8, vit_width=128, vit_heads=8,
-                         vit_head_dim=16, vit_mlp=512, vit_features=(3, 1)),
+                         vit_head_dim=16, vit_mlp=256, vit_features=(2, 1)),
     "1b": ModelConfig(),
     "4b": ModelConfig(**QWEN3, width=2560, mlp=9728, rope_theta=5e6),
     "7b": ModelConfig(layers=32, width=4096, heads=32, kv_heads=32, mlp=11008, vocab=100278, yarn=OLMO3_YARN,
@@ -357,13 +361,18 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.ln_f = RMSNorm(cfg.width, cfg.eps)
 
-    def forward(self, x, pos, mask, drop=None, caches=None):
-        """x: (B, T, D) embedded tokens with the image features added -> (B, T, D) after the last norm."""
-        ropes = {False: rope_table(self.cfg, pos, None)}
+    def forward(self, x, pos, mask, drop=None, caches=None, key_pos=None):
+        """x: (B, T, D) embedded tokens with the image features added -> (B, T, D) after the last norm.
+        key_pos: (B, S) positions of all keys, where the cache holds some already."""
+        ropes, local = {False: rope_table(self.cfg, pos, None)}, None
         if self.cfg.yarn_layers:
             ropes[True] = rope_table(self.cfg, pos, self.cfg.yarn)
+        if self.cfg.window:
+            key_pos = pos if key_pos is None else key_pos
+            local = mask & (pos[:, None, :, None] - key_pos[:, None, None] < self.cfg.window)
         for i, block in enumerate(self.blocks):
-            x = block(x, ropes[i in self.cfg.yarn_layers], mask, drop, caches[i] if caches else None)
+            x = block(x, ropes[i in self.cfg.yarn_layers], local if i in self.cfg.window_layers else mask, drop,
+                      caches[i] if caches else None)
         return self.ln_f(x)
 
 
@@ -424,8 +433,8 @@ class Molmo2(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
-        """Random weights from which training starts fast: N(0, 0.02) at published widths, and three aids.
+    def reset_parameters(self, only=None):
+        """Random weights from which training starts fast: N(0, 0.02) at published widths, and three aids. only: their names.
 
         - 0.02 suits widths of thousands. In a narrow matrix it would shrink whatever passes: the picture would reach the
           decoder a million times fainter than the `<image>` embedding it is added to. There, 1/sqrt(inputs) keeps its size.
@@ -433,12 +442,16 @@ class Molmo2(nn.Module):
         - The ViT's places start as sines and cosines of row and column, so that it need not learn first what is next to what.
         """
         for name, p in self.named_parameters():
+            if only is not None and name not in only:
+                continue
             if p.ndim == 1:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
             elif name.endswith("positional_embedding"):
                 p.copy_(waves(self.cfg.crop // self.cfg.patch, p.shape[1]) / 2)
             else:
                 nn.init.normal_(p, std=0.02 if "wte." in name or p.shape[1] >= 1024 else p.shape[1] ** -0.5)
+        if only is not None:  # blocks are only new where all is
+            return
         for block in self.vision_backbone.image_vit.transformer["resblocks"]:
             nn.init.zeros_(block.attention.wo.weight)
             nn.init.zeros_(block.feed_forward.w2.weight)
@@ -525,6 +538,7 @@ class Molmo2(nn.Module):
         last = (example > 0).sum(1) - 1  # where each prompt ends
         rows = torch.arange(B, device=tokens.device)
         x, next_pos = x[rows, last], pos[rows, last] + 1
+        all_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
         # From here on every new token sees its whole prompt (what it may see there) and all tokens after it.
         seen = torch.cat([mask[rows, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]  # (B, 1, 1, S)
         stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
@@ -541,14 +555,16 @@ class Molmo2(nn.Module):
             yield ids.clone()
             if step + 1 == max_new_tokens or bool(done.all()):
                 return
-            x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], seen[..., :T + step + 1], caches=caches)
+            x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], seen[..., :T + step + 1], caches=caches,
+                                 key_pos=all_pos[:, :T + step + 1])
             x, next_pos = x[:, 0], next_pos + 1
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """A model from a checkpoint folder in the published layout; see weights.py, which does the reading."""
+    def from_pretrained(cls, folder, vision=None):
+        """A model from a checkpoint folder in any published layout (weights.py does the reading), or from a plain language
+        model and the folder of a SigLIP, `vision`."""
         import weights
-        return weights.load(folder)
+        return weights.load(folder, vision)
 
     def save_pretrained(self, folder):
         """config.json and model.safetensors in the published layout, so that other tools can load them too."""

@@ -2,7 +2,7 @@
 Text in and text out: the tokenizer, the chat format, the prompts a row may leave out, and the grammar of points.
 
     tokenizer.json (any byte-level BPE) ─► Tokenizer ─► ids;   messages ─► pieces, each to be learned or only read
-    points ─► "<point 0.31, 0.62, 0>" ─► points
+    points ─► "<point 0.31, 0.62, 0>" ─► points, and the same in the grammar of the released checkpoints
 
 `data.py` re-exports the two public functions, `format_points` and `parse_points`.
 """
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import tiktoken
 
@@ -38,19 +39,33 @@ def byte_alphabet():
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+def read_object(path):
+    """The JSON object in a file, ValueError with one line otherwise."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            value = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}: not readable as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return value
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer.json as a tiktoken.Encoding, with the ids this project adds for a table of V rows.
 
-    `ids[name]` is the id of a special token, `bos` and `eos` those that open and close a sequence. Text is encoded without
-    special tokens unless they are asked for: what a user writes cannot forge a picture or a turn.
+    `ids[name]` is the id of a special token, `bos` and `eos` those that open and close a sequence: as tokenizer_config.json
+    beside the file says, else <|endoftext|> or <|im_end|>. Text is encoded without special tokens unless they are asked
+    for: what a user writes cannot forge a picture or a turn.
     """
 
     def __init__(self, path, vocab):
         self.path, self.vocab = path, vocab
-        with open(path, encoding="utf-8") as f:
-            spec = json.load(f)
-        if spec.get("model", {}).get("type") != "BPE":
-            raise ValueError(f"{path}: model.type is {spec.get('model', {}).get('type')!r}, only byte-level BPE is read")
+        spec, beside = read_object(path), os.path.join(os.path.dirname(path), "tokenizer_config.json")
+        names = read_object(beside) if os.path.exists(beside) else {}
+        kind = spec["model"].get("type") if isinstance(spec.get("model"), dict) else None
+        if kind != "BPE":
+            raise ValueError(f"{path}: model.type is {kind!r}, only byte-level BPE is read")
         alphabet = byte_alphabet()
         special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["id"] < vocab}
         ranks = {}
@@ -65,19 +80,27 @@ class Tokenizer:
             raise ValueError(f"{path}: has ids up to {top}, but the model's table has {vocab} rows: not its tokenizer")
         spare = [t for t in special if re.fullmatch(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|", t)]
         unused = iter([special.pop(t) for t in spare] + list(range(top + 1, vocab)))
-        for name in WRITABLE:
-            if name not in special:
-                special[name] = next(unused, None)
-                if special[name] is None:
-                    raise ValueError(f"{path}: no unused id below {vocab} for {name}")
+        for name in WRITABLE:  # a table without spare rows can still write points and times as released checkpoints do
+            if name not in special and (spare_id := next(unused, None)) is not None:
+                special[name] = spare_id
         special |= {name: vocab + k for k, name in enumerate(READ_ONLY)}
         self.ids = special
         self.encoding = tiktoken.Encoding(os.path.basename(path), pat_str=split_pattern(spec.get("pre_tokenizer")),
                                           mergeable_ranks=ranks, special_tokens=special)
-        self.eos = special.get("<|endoftext|>", special.get("<|im_end|>"))
-        if self.eos is None:
+        named = lambda key: names[key].get("content") if isinstance(names.get(key), dict) else names.get(key)
+        self.eos_name = next((n for n in (named("eos_token"), "<|endoftext|>", "<|im_end|>") if n in special), None)
+        if self.eos_name is None:
             raise ValueError(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
-        self.bos = self.eos
+        self.eos = special[self.eos_name]
+        self.bos = special.get(named("bos_token"), self.eos)  # Qwen has none: there a sequence opens with what ends another
+
+    def save(self, folder):
+        """tokenizer.json and tokenizer_config.json, which names the ends of a sequence and the chat template, in `folder`."""
+        shutil.copyfile(self.path, os.path.join(folder, "tokenizer.json"))
+        bos = next(name for name, i in self.ids.items() if i == self.bos)
+        with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+            json.dump(dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=bos,
+                           chat_template=CHAT_TEMPLATE), f, indent=1)
 
     def encode(self, text, special=WRITABLE):
         return self.encoding.encode(text, allowed_special=set(special), disallowed_special=())
@@ -123,6 +146,14 @@ def chat_pieces(messages):
     return pieces
 
 
+# The same for readers that expect a Jinja template: pictures and videos come first, whatever the message they are in.
+CHAT_TEMPLATE = (
+    "{%- for m in messages if m.content is not string %}{%- for c in m.content if c.type in ('image', 'video') %}"
+    "{{ '<|' + c.type + '|>' }}{%- endfor %}{%- endfor %}"
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{%- if m.content is string %}{{ m.content }}"
+    "{%- else %}{%- for c in m.content if c.type == 'text' %}{{ c.text }}{%- endfor %}{%- endif %}"
+    "{{ '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
+
 PROMPTS = {  # for annotations without one; {label} is what the annotation is about
     "image_caption": ("Describe the image.", "What is in this picture?", "Write a detailed caption.", "What do you see?"),
     "image_pointing": ("Point to the {label}.", "Where is the {label}?", "Find the {label}.", "Show me every {label}."),
@@ -132,6 +163,24 @@ PROMPTS = {  # for annotations without one; {label} is what the annotation is ab
     "video_pointing": ("Point to the {label} in the video.", "When and where does the {label} appear?"),
     "video_tracking": ("Track the {label}.", "Follow the {label} through the video.", "Where does the {label} go?"),
 }
+
+
+# The released models were told the set an academic question came from ("vqa2: What is ..."), which steers them to its short
+# answers. Styles people talk in carry no such prefix, and neither does multiple choice.
+NO_PREFIX = frozenset("""
+    point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption text_sft
+    video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end video_transcript
+    video_clip_caption_start_end video_clip_caption_start_end_in_seconds video_clip_transcript_start_end
+    video_clip_transcript_start_end_in_seconds video_frame_caption_timestamp video_frame_caption_timestamp_in_seconds
+    correction_qa video_point video_point_count video_count video_count_point multi_image_pointing multi_image_counting
+    multi_image_point_then_count multi_image_count_then_point video_multiple_choice a_okvqa_mc ai2_diagram
+    ai2_diagram_no_letter science_qa eval_multiple_choice multi_image_mc multi_image_mc_exp mantis_instruct_mc
+    eval_multi_image_mc""".split())
+
+
+def styled(prompt, style):
+    """A prompt as the released models saw it: "style: prompt", or as it is for the styles without a prefix."""
+    return prompt if not style or style in NO_PREFIX else f"{style}: {prompt}".rstrip()
 
 
 # ---- points ---------------------------------------------------------------------------------------------------------
@@ -146,24 +195,100 @@ def number(x, digits):
     return "0" if text == "-0" else text
 
 
-def format_points(points, kind):
+def format_points(points, kind, grammar="spec", label="", mode="point", tracks=False):
     """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point: "There are none."
 
     kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id).
-    x, y in [0, 1] with at most 3 decimals, t with at most 2.
+    x, y in [0, 1] with at most 3 decimals, t with at most 2. grammar "released" writes what the published checkpoints do;
+    label, mode and tracks matter to it alone.
     """
     first = {"image": None, "images": "image", "video": "t"}[kind]
+    if not points:
+        return NOTHING
+    if grammar == "released":
+        groups = {}
+        for p in sorted(points, key=lambda p: p[first] if first else 0):
+            prefix = {"image": "1", "images": str(p.get("image", 0) + 1), "video": f"{p.get('t', 0):.1f}"}[kind]
+            groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
+        if tracks:
+            return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()], label)
+        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label, mode)
     out = []
     for p in sorted(points, key=lambda p: (p[first] if first else 0, p["id"])):
         where = [number(p["t"], 2)] if kind == "video" else [str(p["image"])] if kind == "images" else []
         out.append("<point " + ", ".join([*where, number(p["x"], 3), number(p["y"], 3), str(p["id"])]) + ">")
-    return " ".join(out) or NOTHING
+    return " ".join(out)
+
+
+# The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
+# Groups, one per picture (from 1) or frame (seconds), are parted by ";"; an item is an id and thousandths of the sides.
+
+def thousandths(x, y):
+    """(x, y) of [0, 1] as the released formatter rounds it: half to even. What lies outside is clipped only if y does not:
+    a slip there, kept so that its output can be reproduced; rows with such points never get this far."""
+    if 0 <= y <= 1:
+        x = min(max(x, 0), 1)
+    return round(1000 * x), round(1000 * y)
+
+
+def released_tag(name, groups, label, alt):
+    coords = ";".join(f"{prefix} " + " ".join(f"{i} {x:03d} {y:03d}" for i, (x, y) in items) for prefix, items in groups)
+    return f"<{name}{'' if alt is None else f' alt={chr(34)}{alt}{chr(34)}'} coords=\"{coords}\">{label}</{name}>"
+
+
+def released_points(groups, label, mode="point", alt=None):
+    """[(prefix, [(x, y), ...])] -> the released text. Ids count through the answer, in each group by x, then y.
+
+    mode: point, point_count ("Counting the ... shows a total of 2."), count_point ("There are 2 ...") or count ("2").
+    """
+    total, numbered = 0, []
+    for prefix, places in groups:
+        places = sorted(thousandths(*p) for p in places)
+        numbered.append((prefix, list(enumerate(places, total + 1))))
+        total += len(places)
+    tag = released_tag("points", numbered, label, alt)
+    texts = {"point": tag, "count": str(total), "point_count": f"Counting the {tag} shows a total of {total}.",
+             "count_point": f"There are {total} {tag}."}
+    return texts[mode] if total else NOTHING
+
+
+def released_tracks(frames, label, alt=None, ends_only=False, after=None):
+    """[(t, {object: (x, y)})], visible objects only -> the released text. An object keeps the number of its first appearance.
+
+    ends_only: first and last appearances alone. after: frames later than this time alone, as when the start is given.
+    """
+    if not frames:
+        return "No tracks available."
+    frames = sorted(((t, {k: thousandths(*p) for k, p in seen.items()}) for t, seen in frames), key=lambda f: f[0])
+    ids, times = {}, {}
+    for t, seen in frames:
+        for k in sorted(seen, key=lambda k: seen[k]):
+            ids.setdefault(k, len(ids) + 1)
+            times.setdefault(k, []).append(t)
+    groups = []
+    for t, seen in frames:
+        items = sorted((ids[k], p) for k, p in seen.items() if not ends_only or t in (times[k][0], times[k][-1]))
+        if items and (after is None or t > after):
+            groups.append((f"{t:.1f}", items))
+    return released_tag("tracks", groups, label, alt) if groups else ""
+
+
+def parse_released(text):
+    """[(prefix, id, x, y)] in the released grammar, in order, x and y in thousandths; what is malformed is left out."""
+    found = []
+    for coords in re.findall(r'<(?:points|tracks)\b[^<>]*coords="([0-9\t:;, .]+)"/?>', text):
+        for prefix, items in re.findall(r"(?:^|[\t:,;])(\d{1,9}(?:\.\d{1,9})?) ([0-9. ]+)", coords):
+            for i, x, y in re.findall(r"(\d{1,9}) (\d{3,4}) (\d{3,4})", items):
+                if int(x) <= 1000 and int(y) <= 1000:
+                    found.append((float(prefix), int(i), int(x), int(y)))
+    return found
 
 
 def parse_points(text, kind="video"):
-    """The points written in `text`: [{x, y, id}], with `t` (or, of kind "images", `image`) where four numbers are given.
+    """The points written in `text`, in either grammar: [{x, y, id}], with `t` (or, of kind "images", `image`) where one is
+    given; kind "image" ignores it.
 
-    Never raises: what is malformed is dropped, x and y are clipped to [0, 1].
+    Never raises: what is malformed is dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
     """
     points = []
     for body in re.findall(r"<point ([^<>]{1,80})>", text):
@@ -171,17 +296,18 @@ def parse_points(text, kind="video"):
         if len(fields) not in (3, 4) or not all(re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", f) for f in fields):
             continue
         *first, x, y, i = fields
-        if "." in i or i.startswith("-") or first and first[0].startswith("-"):
+        if "." in i or i.startswith("-") or first and (first[0].startswith("-") or kind == "images" and "." in first[0]):
             continue
-        p = dict(x=min(max(float(x), 0.0), 1.0), y=min(max(float(y), 0.0), 1.0), id=int(i))
-        if first and kind == "images":
-            if "." in first[0]:
-                continue
-            p["image"] = int(first[0])
-        elif first:
-            p["t"] = float(first[0])
-        points.append(p)
-    return points
+        points.append((float(first[0]) if first else None, float(x), float(y), int(i)))
+    for prefix, i, x, y in parse_released(text):
+        points.append((prefix - (kind == "images"), x / 1000, y / 1000, max(i - 1, 0)))
+    out = []
+    for first, x, y, i in points:
+        p = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
+        if first is not None and kind != "image":
+            p |= {"image": int(first)} if kind == "images" else {"t": first}
+        out.append(p)
+    return out
 
 
 def is_unit(value):

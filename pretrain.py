@@ -3,7 +3,7 @@ Stage 1, and the one training loop: a vision encoder and a language model learn 
 
     python pretrain.py --config small                               # a laptop: the toy world, from random weights
     python pretrain.py --config small --data photos/my.jsonl        # your own pictures (README: three lines of JSONL)
-    python pretrain.py --config 1b --data data/ --init_from weights/olmo2-1b-siglip2    # one GPU
+    python pretrain.py --config 1b --data data/ --init_from weights/OLMo-2-0425-1B weights/siglip2-so400m-patch14-384
     python pretrain.py --resume                                     # go on where the last checkpoint was written
 
 What a stage is, is data: a `Config`. The loop below has no notion of stages; sft.py and longctx.py hand it other numbers.
@@ -46,7 +46,7 @@ class Config:
     data: tuple = flag((), "JSONL files or folders of them; 'toy' is the embedded toy world")
     eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
     mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing and counting, text) or equal")
-    init_from: str = flag("", "checkpoint folder to start from; empty = random weights")
+    init_from: tuple = flag((), "checkpoint folder to start from, or a plain OLMo or Qwen3 and a SigLIP folder; none = random weights")
     resume: bool = flag(False, "continue this run from its last checkpoint")
     out: str = flag("out", "folder of all runs; this one goes to OUT/CONFIG/STAGE")
     steps: int = flag(32000, "optimiser steps")
@@ -56,7 +56,9 @@ class Config:
     seq_len: int = flag(4096, "tokens per packed row")
     tiles: int = flag(8, "high-resolution crops a picture may get on top of the low-resolution one")
     max_crops: int = flag(32, "crops per packed row")
-    token_weights: str = flag("spec", "loss weight of an answer token: spec (by task) or released (by length)")
+    max_frames: int = flag(0, "frames a video may get, at 2 per second; 0 = this stage reads no video")
+    point_format: str = flag("auto", "how points and times are written: spec, released, or auto: as --init_from, else spec")
+    token_weights: str = flag("auto", "loss weight of an answer token: spec (by task), released (by length), or auto, likewise")
     optimizer: str = flag("adamw", "adamw, or muon (on hidden matrices; the rest stays on AdamW)")
     adam_share: float = flag(0.25, "with muon: learning rate of the parameters left to AdamW, as a share of Muon's")
     lr_vit: float = flag(6e-6, "peak learning rate of the vision encoder")
@@ -84,8 +86,8 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(data=("toy",), steps=400, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
-                  optimizer="muon", lr_vit=3e-3, lr_connector=2e-3, lr_decoder=1.5e-3, warmup_vit=30, warmup_connector=30,
+    "small": dict(data=("toy",), steps=1000, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
+                  optimizer="muon", lr_vit=4e-3, lr_connector=2e-3, lr_decoder=1e-3, warmup_vit=30, warmup_connector=30,
                   warmup_decoder=30, response_dropout=0.0, save_every=200, eval_every=10**6, workers=1),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
 }
@@ -121,7 +123,8 @@ def check_config(cfg):
     if cfg.global_batch % cfg.micro_batch:
         raise UserError(f"--global_batch {cfg.global_batch} is not a multiple of --micro_batch {cfg.micro_batch}: "
                         f"try --micro_batch {math.gcd(cfg.global_batch, cfg.micro_batch)}")
-    choices = dict(mixture=("pretrain", "equal"), token_weights=("spec", "released"), optimizer=("adamw", "muon"),
+    formats = ("auto", "spec", "released")
+    choices = dict(mixture=("pretrain", "equal"), token_weights=formats, point_format=formats, optimizer=("adamw", "muon"),
                    device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "fp32", "bf16"))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -152,13 +155,24 @@ def load_model(cfg):
     """(model, tokenizer) of --init_from, or random weights of the preset."""
     torch.manual_seed(cfg.seed)
     if cfg.init_from:
-        model = Molmo2.from_pretrained(cfg.init_from)
-        if model.cfg != MODELS[cfg.config]:
-            raise UserError(f"--init_from {cfg.init_from}: not a checkpoint of --config {cfg.config}")
-        path = os.path.join(cfg.init_from, "tokenizer.json")
+        if len(cfg.init_from) > 2:
+            raise UserError(f"--init_from {' '.join(cfg.init_from)}: one checkpoint, or a language model and a SigLIP")
+        model = Molmo2.from_pretrained(*cfg.init_from)
+        model.cfg.window, model.cfg.window_layers = 0, ()  # Molmo2 lets every layer of an OLMo-3 see everything
+        free = ("point_format", "frame_tokens", "max_positions", "yarn_layers", "tie")  # a checkpoint may differ in these
+        was, want = dataclasses.asdict(model.cfg), dataclasses.asdict(MODELS[cfg.config])
+        odd = [k for k in want if k not in free and was[k] != want[k]]
+        if odd:
+            raise UserError(f"--init_from {cfg.init_from[0]}: not of --config {cfg.config}: "
+                            + ", ".join(f"{k} is {was[k]}, not {want[k]}" for k in odd[:3]))
+        path = os.path.join(cfg.init_from[0], "tokenizer.json")
+        if len(cfg.init_from) == 2:
+            model.cfg.point_format = "spec"
     else:
         print("starting from random weights (no --init_from)")
         model, path = Molmo2(cfg.config), SMALL_TOKENIZER
+    if cfg.point_format != "auto":
+        model.cfg.point_format = cfg.point_format
     return model, Tokenizer(path, model.cfg.vocab)
 
 
@@ -240,7 +254,7 @@ def save_checkpoint(run, step, model, tokenizer, optimizers, names, state, cfg):
     shutil.rmtree(aside, ignore_errors=True)
     os.makedirs(os.path.join(aside, "train_state"))
     model.save_pretrained(aside)
-    shutil.copyfile(tokenizer.path, os.path.join(aside, "tokenizer.json"))
+    tokenizer.save(aside)
     tensors = {f"{i}/{key}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items() for key, t in s.items()}
     weights.write_safetensors(os.path.join(aside, "train_state", "optimizer.safetensors"), tensors)
     weights.write_json(os.path.join(aside, "train_state", "state.json"),
@@ -256,15 +270,12 @@ def save_checkpoint(run, step, model, tokenizer, optimizers, names, state, cfg):
     return final
 
 
-def load_checkpoint(run, cfg, fingerprint):
-    """(model, tokenizer, optimisers, names, step, state) of the run's `latest`."""
+def load_checkpoint(run, cfg):
+    """(model, tokenizer, optimisers, names, saved) of the run's `latest`; saved: step, config, stream, fingerprint."""
     folder = os.path.join(run, "latest")
     if not os.path.isdir(folder):
         raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start")
     saved = weights.read_json(os.path.join(folder, "train_state", "state.json"))
-    for key, was in saved["fingerprint"].items():
-        if was != fingerprint[key]:
-            raise UserError(f"--resume: {key} is {fingerprint[key]} now, but the run was started with {was}")
     for key, was in saved["config"].items():
         now = getattr(cfg, key, None)
         now = list(now) if isinstance(now, tuple) else now
@@ -277,7 +288,14 @@ def load_checkpoint(run, cfg, fingerprint):
     for key, t in tensors.items():
         i, what, name = key.split("/")
         optimizers[int(i)].state[by_name[name]][what] = t.clone()
-    return model, Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab), optimizers, names, saved["step"], saved
+    return model, Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab), optimizers, names, saved
+
+
+def check_same_data(was, now):
+    """A resumed run must read what it read before."""
+    for key in was:
+        if was[key] != now[key]:
+            raise UserError(f"--resume: {key} is {now[key]} now, but the run was started with {was[key]}")
 
 
 def start_over(run):
@@ -338,24 +356,26 @@ def train(cfg, defaults):
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
-    # 2. Data. The stream is a function of files, mixture and seed alone; `state` says where in it we are.
+    # 2. Model and optimiser: fresh, from --init_from, or as the run left them.
     mixture = open_data(cfg)
-    model_cfg = MODELS[cfg.config]
-    planner = Planner(None, model_cfg, cfg.seq_len, cfg.tiles, cfg.token_weights)
-    stream = Stream(mixture, planner, cfg.max_crops, cfg.seed)
-
-    # 3. Model and optimiser: fresh, from --init_from, or as the run left them.
     step, state, skipped = 0, None, 0
     if cfg.resume:
-        model, planner.tokenizer, optimizers, names, step, saved = load_checkpoint(run, cfg, stream.fingerprint())
-        state = saved["stream"]
-        model.to(device)
+        model, tokenizer, optimizers, names, saved = load_checkpoint(run, cfg)
+        step, state = saved["step"], saved["stream"]
         print(f"resuming after step {step}")
     else:
-        start_over(run)
-        model, planner.tokenizer = load_model(cfg)
-        model.to(device)
+        model, tokenizer = load_model(cfg)
         optimizers, names = make_optimizers(model, cfg)
+    model.to(device)
+
+    # 3. Data. The stream is a function of files, mixture and seed alone; `state` says where in it we are.
+    token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
+    planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames)
+    stream = Stream(mixture, planner, cfg.max_crops, cfg.seed)
+    if cfg.resume:
+        check_same_data(saved["fingerprint"], stream.fingerprint())
+    else:
+        start_over(run)
     for o in optimizers:  # the state follows its parameters to the device
         for p, s in o.state.items():
             s.update({k: t.to(p.device) if t.ndim else t for k, t in s.items()})
@@ -367,8 +387,9 @@ def train(cfg, defaults):
     print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} rows of {cfg.seq_len} tokens, "
           f"{cfg.micro_batch} at a time; data: " + ", ".join(f"{d.name} {len(d)} rows at {r:.0%}" for d, r in mixture))
     log = Log(os.path.join(run, "log.jsonl"), step)
+    # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file of its own.
     loader = iter(torch.utils.data.DataLoader(Batches(stream, state), batch_size=None, num_workers=cfg.workers,
-                                              pin_memory=device == "cuda"))
+                                              collate_fn=tuple, prefetch_factor=cfg.global_batch if cfg.workers else None))
     bar, losses, failed, nan_rows, started = Progress(cfg.steps, step), [], 0, [], time.time()
     model.train()
 
@@ -433,7 +454,7 @@ def train(cfg, defaults):
             log.write(step=step, eval=scores)
             bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         if last or step % cfg.save_every == 0:
-            folder = save_checkpoint(run, step, model, planner.tokenizer, optimizers, names,
+            folder = save_checkpoint(run, step, model, tokenizer, optimizers, names,
                                      dict(stream=state, fingerprint=stream.fingerprint()), cfg)
 
     # 10. Say what was left out and what to do next.

@@ -9,7 +9,12 @@ point at things in it within minutes on a laptop, and nothing has to be download
     python toy.py data/toy       # write it (pretrain.py does so by itself on first use)
 
 Nothing can be answered without looking: colour, shape, size, angle, place, number, background and wording are all drawn at
-random, and queries for what is not there name a colour or a shape that is.
+random, and queries for what is not there name a colour or a shape that is. What makes it learnable in minutes was measured:
+
+- every shape has a dark outline. A model that starts from nothing knows no edges; without the line a circle differs from a
+  star by the product of a colour and a contrast, and in 400 steps the shape was never learned at all;
+- centres lie on a grid of 0.05, three pixels of what the model sees. Finer digits are noise to it, and noise in most of the
+  tokens of an answer drowns the one that says "circle".
 """
 import json
 import math
@@ -28,8 +33,8 @@ from points import NOTHING, format_points, parse_points
 
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}
-SHAPES = ("circle", "triangle", "star", "bar")
-VERSION = 8  # part of the done-file: a toy world drawn by older code is drawn again
+SHAPES = ("circle", "star", "bar")
+VERSION = 18  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
@@ -39,9 +44,9 @@ def outline(shape, radius, angle):
     if shape == "bar":
         corners = np.array([(-1.3, -0.35), (1.3, -0.35), (1.3, 0.35), (-1.3, 0.35)])
     else:  # corners around a circle, of one distance or of two in turn
-        n, radii = {"circle": (32, (0.85, 0.85)), "triangle": (3, (1.25, 1.25)), "star": (10, (1.25, 0.45))}[shape]
-        corners = np.array([(radii[k % 2] * math.sin(2 * math.pi * k / n), -radii[k % 2] * math.cos(2 * math.pi * k / n))
-                            for k in range(n)])
+        n, radii = {"circle": (32, (0.85, 0.85)), "star": (10, (1.25, 0.45))}[shape]
+        corners = np.array([(radii[k % 2] * math.sin(2 * math.pi * k / n),
+                             -radii[k % 2] * math.cos(2 * math.pi * k / n)) for k in range(n)])
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return corners @ turn * radius
 
@@ -49,19 +54,22 @@ def outline(shape, radius, angle):
 def draw_scene(rng):
     """One scene: {"size": (w, h), "objects": [{"colour", "shape", "x", "y", "polygon"}], ...}, left to right, in [0, 1]."""
     w, h = rng.randint(80, 128), rng.randint(80, 128)
-    objects, taken = [], []
-    kinds = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))]
-    for i, kind in enumerate(kinds):
-        if i and rng.random() < 0.3:  # several of a kind, so that "the red circles" is a question worth asking
-            kinds[i] = kind = kinds[rng.randrange(i)]
-        for _ in range(60):
-            x, y, r = rng.randint(10, 90) / 100, rng.randint(10, 90) / 100, rng.uniform(0.14, 0.22) * min(w, h)
-            if 1.1 * r < min(x * w, y * h, w - x * w, h - y * h) and \
-                    all(math.hypot((x - a) * w, (y - b) * h) > 1.3 * (r + c) for a, b, c in taken):
-                taken.append((x, y, r))
-                polygon = outline(kind[1], r, rng.uniform(-0.25, 0.25)) / (w, h) + (x, y)
-                objects.append(dict(colour=kind[0], shape=kind[1], x=x, y=y, polygon=polygon.round(4).tolist()))
-                break
+    kinds = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(rng.choice((1, 1, 1, 2, 2, 2, 3)))]
+    for i in range(1, len(kinds)):  # several of a kind, so that "the red circles" is a question worth asking
+        if rng.random() < 0.3:
+            kinds[i] = kinds[rng.randrange(i)]
+    at, tries = [], 0
+    while len(at) < len(kinds):
+        x, y, r = rng.randint(2, 18) / 20, rng.randint(2, 18) / 20, rng.uniform(0.18, 0.25) * min(w, h)
+        if 1.1 * r < min(x * w, y * h, w - x * w, h - y * h) and all(  # x apart too: "from left to right" is then clear
+                math.hypot((x - a) * w, (y - b) * h) > 1.2 * (r + c) and abs(x - a) > 0.07 for a, b, c in at):
+            at.append((x, y, r))
+        tries += 1
+        if tries % 60 == 0:  # no room left for the next one
+            at = []
+    objects = [dict(colour=colour, shape=shape, x=x, y=y,
+                    polygon=(outline(shape, r, rng.uniform(-0.15, 0.15)) / (w, h) + (x, y)).round(4).tolist())
+               for (colour, shape), (x, y, r) in zip(kinds, at)]
     return dict(size=(w, h), objects=sorted(objects, key=lambda o: (o["x"], o["y"])), look=rng.getrandbits(32))
 
 
@@ -83,7 +91,9 @@ def paint(scene):
             pen.ellipse([a - 2, b - 2, a + 2, b + 2], colour)
     for o in scene["objects"]:
         colour = np.array(COLOURS[o["colour"]]) + rng.uniform(-12, 12, 3)
-        pen.polygon([(px * w * big, py * h * big) for px, py in o["polygon"]], tuple(int(c) for c in colour.clip(0, 255)))
+        corners = [(px * w * big, py * h * big) for px, py in o["polygon"]]
+        pen.polygon(corners, tuple(int(c) for c in colour.clip(0, 255)))
+        pen.line(corners + corners[:2], (15, 15, 15), width=3 * big, joint="curve")
     return image.resize((w, h), Image.BOX)
 
 
@@ -100,9 +110,10 @@ def inside(polygon, x, y):
 
 CAPTION_PROMPTS = ("Describe the image.", "What is in this picture?", "Write a caption.", "What do you see?",
                    "Tell me about this image.", "List the shapes from left to right.")
-GROUNDED_PROMPTS = ("Describe the image and point.", "What is where?", "Point to everything you describe.")
+SHAPE_PROMPTS = ("What shapes are there?", "Which shapes do you see, from left to right?")
 POINT_PROMPTS = ("Point to the {}.", "Where is the {}?", "Find the {}.", "Show me the {}.", "Click on the {}.")
-POINT_ALL_PROMPTS = ("Point to all {}.", "Where are the {}?", "Find every one of the {}.", "Mark the {}.", "Point to the {}.")
+POINT_ALL_PROMPTS = ("Point to all {}.", "Where are the {}?", "Find every one of the {}.", "Mark the {}.",
+                     "Point to the {}.")
 COUNT_PROMPTS = ("How many {} are there?", "Count the {}.", "What is the number of {}?", "How many {} can you see?")
 
 
@@ -115,13 +126,12 @@ def listing(parts):
 
 
 def captions(rng, scene):
-    """Two descriptions, left to right: one names the shapes, one also points at each as it goes."""
-    names = [f"a {o['colour']} {o['shape']}" for o in scene["objects"]]
-    pointed = [f"{name} {format_points([dict(x=o['x'], y=o['y'], id=i)], 'image')}"
-               for i, (name, o) in enumerate(zip(names, scene["objects"]))]
+    """A description from left to right, and the shapes alone."""
     frame = rng.choice(("There is {}.", "From left to right: {}.", "The picture shows {}.", "I see {}."))
-    return [dict(task="image_caption", prompt=rng.choice(CAPTION_PROMPTS), answer=frame.format(listing(names))),
-            dict(task="image_caption", prompt=rng.choice(GROUNDED_PROMPTS), answer=f"{listing(pointed)}.".capitalize())]
+    names = listing([f"a {o['colour']} {o['shape']}" for o in scene["objects"]])
+    return [dict(task="image_caption", prompt=rng.choice(CAPTION_PROMPTS), answer=frame.format(names)),
+            dict(task="image_qa", prompt=rng.choice(SHAPE_PROMPTS),
+                 answer=", ".join(o["shape"] for o in scene["objects"]) + ".")]
 
 
 def select(scene, colour, shape):
@@ -139,25 +149,24 @@ def pointing(rng, scene, colour, shape):
 
 
 def pointing_tree(rng, scene):
-    """Branches: up to two kinds of shape, everything, one colour or shape alone, and one that is not there."""
+    """Branches: up to two kinds of shape, everything, a colour alone, a shape alone, and one kind that is not there."""
     kinds = sorted({(o["colour"], o["shape"]) for o in scene["objects"]})
-    some = rng.choice(scene["objects"])
-    queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), rng.choice(((some["colour"], None), (None, some["shape"])))]
-    change_shape, = rng.sample((True, False), 1)
+    some, other = rng.choice(scene["objects"]), rng.choice(scene["objects"])
+    queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), (some["colour"], None), (None, other["shape"])]
     c, s = rng.choice(kinds)
-    other = [(c, x) for x in SHAPES] if change_shape else [(x, s) for x in COLOURS]
-    absent = [q for q in other if not select(scene, *q)]  # not there, but half of it is
+    near = [(c, x) for x in SHAPES] if rng.random() < 0.5 else [(x, s) for x in COLOURS]
+    absent = [q for q in near if not select(scene, *q)]  # not there, but half of it is
     queries += [rng.choice(absent)] if absent else []
     return [pointing(rng, scene, *q) for q in queries]
 
 
 def counting(rng, scene):
-    """Two of: how many there are of everything, of a colour, of a shape, of something that may not be there."""
-    some = rng.choice(scene["objects"])
-    asked = [(None, None), (some["colour"], None), (None, some["shape"])]
-    asked.append((rng.choice(list(COLOURS)), None) if rng.random() < 0.5 else (None, rng.choice(SHAPES)))
+    """How many there are of everything, of a colour that is there and of one that may be, of a shape likewise."""
+    some, other = rng.choice(scene["objects"]), rng.choice(scene["objects"])
+    asked = [(None, None), (some["colour"], None), (None, other["shape"]), (rng.choice(list(COLOURS)), None),
+             (None, rng.choice(SHAPES))]
     return [dict(task="counting", prompt=rng.choice(COUNT_PROMPTS).format(plural(f"{c or ''} {s or 'shape'}".strip())),
-                 answer=str(len(select(scene, c, s)))) for c, s in rng.sample(asked, 2)]
+                 answer=str(len(select(scene, c, s)))) for c, s in asked]
 
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -208,12 +217,13 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         paint(scene).save(os.path.join(folder_of, name), **({"compress_level": 1} if name.endswith("png") else {"quality": 92}))
         described = captions(rng, scene)
         points = pointing_tree(rng, scene) + counting(rng, scene)
+        picture = dict(image=name, width=scene["size"][0], height=scene["size"][1])  # known, so that no header need be read
         if i < held_out:
-            rows["eval/scenes"].append(dict(id=f"held-out-{i}", image=name, annotations=described[:1] + points))
+            rows["eval/scenes"].append(dict(id=f"held-out-{i}", **picture, annotations=described[:1] + points))
             geometry[f"held-out-{i}"] = scene["objects"]
         else:
-            rows["captions"].append(dict(id=f"scene-{i}", image=name, annotations=described))
-            rows["points"].append(dict(id=f"scene-{i}", image=name, annotations=points))
+            rows["captions"].append(dict(id=f"scene-{i}", **picture, annotations=described))
+            rows["points"].append(dict(id=f"scene-{i}", **picture, annotations=points))
     rng = random.Random(f"toy {seed} text")
     rows["text"] = [dict(id=f"text-{i}", annotations=[dict(task="text", messages=[
         dict(role="user", content=q), dict(role="assistant", content=a)])]) for i in range(texts) for q, a in [text_row(rng)]]
@@ -316,7 +326,6 @@ def contact_sheet(folder, answers, geometry, path, columns=6, cells=24, side=150
             pen.text((left, top + side + 1 + 13 * line), words[:27], fill="black" if line else (0, 80, 160))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     page.save(path)
-
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ Checkpoints in the published Molmo2 layout: safetensors and JSON, read and writt
 A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes.
 It is memory-mapped, so loading holds the model and one tensor at a time, and nothing in it can run code.
 
-Module names in model.py are those of the released files less a leading "model.", so the name map is one line.
+Module names in model.py are those of the released files less a leading "model."; the other schemes in use are mapped to them.
 """
 import json
 import math
 import os
+import re
 
 import torch
 
@@ -130,55 +131,168 @@ def hub_config(cfg):
                 qk_norm_type="olmo" if cfg.qk_norm == "full" else "qwen3", layer_norm_eps=cfg.eps,
                 norm_after=cfg.norm_after, tie_word_embeddings=cfg.tie)
     return dict(model_type="molmo2", architectures=["Molmo2ForConditionalGeneration"], torch_dtype="float32",
-                tie_word_embeddings=cfg.tie, use_frame_special_tokens=True, image_start_token_id=ids["<image_start>"],
+                tie_word_embeddings=cfg.tie, use_frame_special_tokens=cfg.frame_tokens, image_start_token_id=ids["<image_start>"],
                 image_end_token_id=ids["<image_end>"], image_patch_id=ids["<image>"], image_col_id=ids["<image_col>"],
                 image_high_res_id=ids["<image>"], image_low_res_id=ids["<image_low>"],
                 low_res_image_start_token_id=ids["<low_res_image_start>"], frame_start_token_id=ids["<frame_start>"],
-                frame_end_token_id=ids["<frame_end>"], vit_config=vit, adapter_config=adapter, text_config=text)
+                frame_end_token_id=ids["<frame_end>"], point_format=cfg.point_format, vit_config=vit, adapter_config=adapter,
+                text_config=text)
 
 
-def parse_config(config, path):
-    """A published config.json (old keys: vit_config, rope_theta; new keys: vision_config, rope_parameters) -> ModelConfig."""
+# What a config may say only in this way: these computations exist here in one form.
+FIXED = {"text": dict(hidden_act="silu", attention_bias=False, qkv_bias=False, mlp_bias=False, additional_vocab_size=EXTRA,
+                      clip_qkv=None, scale_logits=False, normalize_input_embeds=False, use_sliding_window=False),
+         "vision": dict(hidden_act="gelu_pytorch_tanh", attention_bias=True, num_channels=3, image_model_type="siglip"),
+         "adapter": dict(hidden_act="silu", pooling_attention_mask=True, image_padding_embed=None, attention_bias=True,
+                         mlp_bias=False)}
+LANGUAGE_MODELS = ("olmo2", "olmo3", "qwen3")
+
+
+def check_fixed(part, config, path):
+    for key, want in FIXED[part].items():
+        if config.get(key, want) != want:
+            raise BadCheckpoint(f"{path}: {part} {key} is {config[key]!r}; only {want!r} is computed here")
+
+
+def parse_yarn(rope, path):
+    """RoPE settings of a config -> the `yarn` of ModelConfig, or None for plain RoPE."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise BadCheckpoint(f"{path}: rope type {kind!r} is not known here")
+    return dict(factor=rope["factor"], original=rope["original_max_position_embeddings"],
+                beta_fast=rope.get("beta_fast", 32.0), beta_slow=rope.get("beta_slow", 1.0),
+                attention_factor=rope.get("attention_factor") or 0.1 * math.log(rope["factor"]) + 1)
+
+
+def parse_text(text, path):
+    """The language half of ModelConfig: the text_config of a Molmo2, or the config of a plain OLMo-2, OLMo-3 or Qwen3."""
+    check_fixed("text", text, path)
+    kind, n = text.get("model_type"), text["num_hidden_layers"]
+    types = text.get("layer_types") or ["full_attention"] * n
+    full = tuple(i for i, t in enumerate(types) if t == "full_attention")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    theta = text.get("rope_theta") or rope.get("rope_theta")
+    if "full_attention" in rope:  # OLMo-3 names the two kinds of layer apart
+        theta, rope = rope["full_attention"]["rope_theta"], rope["full_attention"]
+    yarn = parse_yarn(rope, path)
+    if kind in LANGUAGE_MODELS:
+        norm_after, qk_norm = kind != "qwen3", "head" if kind == "qwen3" else "full"
+    else:
+        norm_after = bool(text["norm_after"])
+        qk_norm = {"olmo": "full", "qwen3": "head"}[text["qk_norm_type"]] if text.get("use_qk_norm", True) else "none"
+    heads, window = text["num_attention_heads"], text.get("sliding_window") if len(full) < n else None
+    return dict(layers=n, width=text["hidden_size"], heads=heads, kv_heads=text.get("num_key_value_heads") or heads,
+                head_dim=text.get("head_dim") or text["hidden_size"] // heads, mlp=text["intermediate_size"],
+                vocab=text["vocab_size"], norm_after=norm_after, qk_norm=qk_norm,
+                eps=text.get("layer_norm_eps") or text["rms_norm_eps"], rope_theta=theta or 1e4, yarn=yarn,
+                yarn_layers=tuple(text.get("rope_scaling_layers") or full) if yarn else (),
+                window=window or 0, window_layers=tuple(i for i in range(n) if i not in full) if window else (),
+                tie=bool(text.get("tie_word_embeddings")), max_positions=text["max_position_embeddings"])
+
+
+def parse_vision(vit, path):
+    """The vision half of ModelConfig but for the blocks that are handed on."""
+    check_fixed("vision", vit, path)
+    side = vit.get("image_default_input_size") or vit["image_size"]
+    side, patch = side if isinstance(side, int) else side[0], vit.get("image_patch_size") or vit["patch_size"]
+    return dict(crop=side // patch * patch, patch=patch, vit_width=vit["hidden_size"], vit_mlp=vit["intermediate_size"],
+                vit_heads=vit["num_attention_heads"], vit_eps=vit["layer_norm_eps"],
+                vit_head_dim=vit.get("head_dim") or vit["hidden_size"] // vit["num_attention_heads"])
+
+
+def parse_config(config, path, vision=None):
+    """config.json -> ModelConfig. Of a Molmo2 (old keys: vit_config, rope_theta; new ones: vision_config, rope_parameters);
+    or of a plain language model, with `vision`, the config of a SigLIP."""
     try:
-        text, adapter = config["text_config"], config["adapter_config"]
-        vit = config.get("vit_config") or config["vision_config"]
-        layers = adapter.get("vit_layers") or adapter["vision_feature_layer"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        yarn = None
-        if rope.get("rope_type", "default") == "yarn":
-            yarn = dict(factor=rope["factor"], original=rope["original_max_position_embeddings"],
-                        beta_fast=rope.get("beta_fast", 32.0), beta_slow=rope.get("beta_slow", 1.0),
-                        attention_factor=rope.get("attention_factor") or 0.1 * math.log(rope["factor"]) + 1)
-        elif rope.get("rope_type", "default") != "default":
-            raise BadCheckpoint(f"{path}: rope type {rope['rope_type']!r} is not known here")
-        every = tuple(range(text["num_hidden_layers"]))
-        side = vit.get("image_default_input_size") or vit["image_size"]
-        cfg = ModelConfig(
-            layers=text["num_hidden_layers"], width=text["hidden_size"], heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"], head_dim=text["head_dim"], mlp=text["intermediate_size"],
-            projector_mlp=adapter["intermediate_size"],
-            vocab=text["vocab_size"], norm_after=bool(text["norm_after"]),
-            qk_norm={"olmo": "full", "qwen3": "head"}[text["qk_norm_type"]] if text.get("use_qk_norm", True) else "none",
-            eps=text.get("layer_norm_eps") or text["rms_norm_eps"], rope_theta=text.get("rope_theta") or rope["rope_theta"],
-            yarn=yarn, yarn_layers=tuple(text.get("rope_scaling_layers") or every) if yarn else (),
-            tie=bool(text.get("tie_word_embeddings")), max_positions=text["max_position_embeddings"],
-            crop=side[0], patch=vit.get("image_patch_size") or vit["patch_size"], vit_width=vit["hidden_size"],
-            vit_heads=vit["num_attention_heads"], vit_head_dim=vit["head_dim"], vit_mlp=vit["intermediate_size"],
-            vit_eps=vit["layer_norm_eps"], vit_features=tuple(i % vit["num_hidden_layers"] for i in layers))
-    except (KeyError, TypeError, IndexError, AttributeError) as e:
+        if config.get("model_type") in LANGUAGE_MODELS:
+            vision = vision.get("vision_config", vision)
+            n = vision["num_hidden_layers"]  # SigLIP 2 so400m gives blocks 24 and 18 of 27; a small one its last and middle
+            fields = dict(parse_text(config, path), **parse_vision(vision, path))
+            fields.update(projector_mlp=fields["mlp"], vit_features=(24, 18) if n == 27 else (n - 1, n // 2))
+        else:
+            text, adapter = config["text_config"], config["adapter_config"]
+            vit = config.get("vit_config") or config["vision_config"]
+            check_fixed("adapter", adapter, path)
+            layers = adapter.get("vit_layers") or adapter["vision_feature_layer"]
+            fields = dict(parse_text(text, path), **parse_vision(vit, path))
+            fields.update(projector_mlp=adapter["intermediate_size"],
+                          vit_features=tuple(i % vit["num_hidden_layers"] for i in layers),
+                          point_format=config.get("point_format", "released"),  # a file that does not say is not ours
+                          frame_tokens=bool(config.get("use_frame_special_tokens", True)))
+            want = fields["vocab"] + IMAGE
+            for key, value, right in (("adapter_config.text_hidden_size", adapter["text_hidden_size"], fields["width"]),
+                                      ("image_patch_id", config.get("image_patch_id", want), want)):
+                if value != right:
+                    raise BadCheckpoint(f"{path}: {key} is {value}, expected {right}")
+        for key, value in fields.items():
+            kind = ModelConfig.__dataclass_fields__[key].type  # sizes are whole numbers that some machine could hold
+            top = 1000 if key == "layers" else fields["layers"] if key.endswith("_layers") else 100 if kind is tuple else 2**26
+            fine = {int: lambda v: type(v) is int and (key == "window" or 0 < v) and v < top,
+                    float: lambda v: isinstance(v, (int, float)) and 0 < v < 1e12,
+                    tuple: lambda v: all(type(i) is int and 0 <= i < top for i in v),
+                    bool: lambda v: True, str: lambda v: v in ("spec", "released", "full", "head", "none")}
+            if not fine.get(kind, lambda v: True)(value):
+                raise BadCheckpoint(f"{path}: {key} of the model would be {value!r}")
+        if fields["heads"] % fields["kv_heads"] or fields["head_dim"] % 2 or not fields["vit_features"]:
+            raise BadCheckpoint(f"{path}: {fields['heads']} heads, {fields['kv_heads']} key/value heads of {fields['head_dim']}"
+                                f" and ViT blocks {fields['vit_features']} make no model")
+        return ModelConfig(**fields)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError, OverflowError) as e:
+        if isinstance(e, BadCheckpoint):
+            raise
         raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
-    for key, value, want in (("additional_vocab_size", text.get("additional_vocab_size", EXTRA), EXTRA),
-                             ("adapter_config.text_hidden_size", adapter["text_hidden_size"], cfg.width),
-                             ("image_patch_id", config.get("image_patch_id", cfg.vocab + IMAGE), cfg.vocab + IMAGE)):
-        if value != want:
-            raise BadCheckpoint(f"{path}: {key} is {value}, expected {want}")
-    return cfg
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+# ---- names: four schemes, one of them ours --------------------------------------------------------------------------
+#
+#   released (hub)        model.transformer.blocks.0.self_attn.att_proj.weight    ours, with "model." in front
+#   official training     transformer.blocks.0.att_proj.weight                    no level self_attn or mlp
+#   transformers          model.language_model.layers.0.self_attn.q_proj.weight   q, k, v and up, gate in tensors of their own
+#   plain OLMo and Qwen3  model.layers.0.self_attn.q_proj.weight
+#   SigLIP                vision_model.encoder.layers.0.self_attn.q_proj.weight
 
-def our_name(name):
-    return name[len("model."):] if name.startswith("model.") else name
+LANGUAGE_LAYER = {  # their name -> ours, and which part of a fused matrix it is
+    "self_attn.q_proj": ("self_attn.att_proj", 0), "self_attn.k_proj": ("self_attn.att_proj", 1),
+    "self_attn.v_proj": ("self_attn.att_proj", 2), "self_attn.o_proj": ("self_attn.attn_out", 0),
+    "self_attn.q_norm": ("self_attn.q_norm", 0), "self_attn.k_norm": ("self_attn.k_norm", 0),
+    "mlp.up_proj": ("mlp.ff_proj", 0), "mlp.gate_proj": ("mlp.ff_proj", 1), "mlp.down_proj": ("mlp.ff_out", 0),
+    "input_layernorm": ("attn_norm", 0), "post_attention_layernorm": ("ff_norm", 0)}
+OLMO_NORMS = {"post_attention_layernorm": ("attn_norm", 0), "post_feedforward_layernorm": ("ff_norm", 0)}
+VISION_LAYER = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+                "self_attn.o_proj": "attention.wo", "self_attn.out_proj": "attention.wo", "mlp.fc1": "feed_forward.w1",
+                "mlp.fc2": "feed_forward.w2", "layer_norm1": "attention_norm", "layer_norm2": "ffn_norm"}
+CONNECTOR = {"image_pooling_2d.q_proj": "image_pooling_2d.wq", "image_pooling_2d.k_proj": "image_pooling_2d.wk",
+             "image_pooling_2d.v_proj": "image_pooling_2d.wv", "image_pooling_2d.o_proj": "image_pooling_2d.wo",
+             "image_projector.gate_proj": "image_projector.w1", "image_projector.down_proj": "image_projector.w2",
+             "image_projector.up_proj": "image_projector.w3"}
+SINGLE = {"embed_tokens.weight": "transformer.wte.embedding", "norm.weight": "transformer.ln_f.weight",
+          "transformer.ff_out.weight": "lm_head.weight",
+          "vision_tower.patch_embedding.weight": "vision_backbone.image_vit.patch_embedding.weight",
+          "vision_tower.patch_embedding.bias": "vision_backbone.image_vit.patch_embedding.bias",
+          "vision_tower.positional_embedding": "vision_backbone.image_vit.positional_embedding",
+          "embeddings.patch_embedding.weight": "vision_backbone.image_vit.patch_embedding.weight",
+          "embeddings.patch_embedding.bias": "vision_backbone.image_vit.patch_embedding.bias",
+          "embeddings.position_embedding.weight": "vision_backbone.image_vit.positional_embedding"}
+# What a SigLIP checkpoint also holds and Molmo2 does not use: its text tower, its last norm and its pooling head.
+UNUSED = re.compile(r"text_model\..*|logit_(scale|bias)|(vision_model\.)?(post_layernorm|head)\..*")
+
+
+def our_name(name, olmo):
+    """A tensor's name in any scheme -> (ours, which part of a fused matrix). olmo: its two norms follow the sub-layers."""
+    name = re.sub(r"^(model\.)?(language_model\.|vision_model\.)?", "", name)
+    if m := re.fullmatch(r"transformer\.blocks\.(\d+)\.(att_proj|attn_out|q_norm|k_norm|ff_proj|ff_out)\.weight", name):
+        level = "mlp" if m[2].startswith("ff") else "self_attn"
+        return f"transformer.blocks.{m[1]}.{level}.{m[2]}.weight", 0
+    if m := re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name):
+        ours, slot = (LANGUAGE_LAYER | (OLMO_NORMS if olmo else {})).get(m[2], (m[2], 0))
+        return f"transformer.blocks.{m[1]}.{ours}.weight", slot
+    if m := re.fullmatch(r"(?:vision_tower|encoder)\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        return f"vision_backbone.image_vit.transformer.resblocks.{m[1]}.{VISION_LAYER.get(m[2], m[2])}.{m[3]}", 0
+    if m := re.fullmatch(r"multi_modal_projector\.(.+)\.(weight|bias)", name):
+        return f"vision_backbone.{CONNECTOR.get(m[1], m[1])}.{m[2]}", 0
+    return SINGLE.get(name, name), 0
 
 
 def their_name(name):
@@ -186,49 +300,91 @@ def their_name(name):
 
 
 def read_shards(folder):
-    """All tensors of a folder, one file or several with an index, each mapped and not yet read."""
+    """{our name: {part: tensor}} of a folder, one file or several with an index, each mapped and not yet read."""
     index = os.path.join(folder, "model.safetensors.index.json")
     files = ["model.safetensors"]
     if os.path.exists(index):
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(f, str) and os.path.basename(f) == f for f in names.values()):
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(f, str) and os.path.basename(f) == f for f in listed.values()):
             raise BadCheckpoint(f"{index}: weight_map must map tensors to file names in this folder")
-        files = sorted(set(names.values()))
-    tensors = {}
-    for f in files:
-        for name, t in read_safetensors(os.path.join(folder, f)).items():
-            if our_name(name) in tensors:
-                raise BadCheckpoint(f"{os.path.join(folder, f)}: tensor {name} appears twice")
-            tensors[our_name(name)] = t
-    return tensors
+        files = sorted(set(listed.values()))
+    tensors, found = [(f, n, t) for f in files for n, t in read_safetensors(os.path.join(folder, f)).items()], {}
+    olmo = any(name.endswith("post_feedforward_layernorm.weight") for _, name, _ in tensors)
+    for f, name, t in tensors:
+        if UNUSED.fullmatch(name):
+            continue
+        ours, slot = our_name(name, olmo)
+        if slot in found.setdefault(ours, {}):
+            raise BadCheckpoint(f"{os.path.join(folder, f)}: tensor {name} appears twice")
+        # A convolution over patches is a matrix on flattened ones: (D, channel, row, column) -> (D, row · column · channel).
+        found[ours][slot] = t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t
+    return found
 
 
-def load(folder):
-    """The model of a checkpoint folder, in fp32 on the CPU."""
-    cfg = parse_config(read_json(os.path.join(folder, "config.json")), os.path.join(folder, "config.json"))
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+def load(folder, vision=None):
+    """The model of a checkpoint folder, in fp32 on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs a SigLIP folder beside it,
+    `vision`; the connector and the new embedding rows are then random."""
+    path = os.path.join(folder, "config.json")
+    config, plain = read_json(path), False
+    if config.get("model_type") in LANGUAGE_MODELS:
+        if not vision:
+            raise BadCheckpoint(f"{path}: a plain language model sees nothing; name a SigLIP folder after it")
+        plain, vision_config = True, read_json(os.path.join(vision, "config.json"))
+    elif vision:
+        raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only before {', '.join(LANGUAGE_MODELS)} "
+                            "does a second folder make sense")
+    cfg = parse_config(config, path, vision_config if plain else None)
+    found = read_shards(folder)
+    if plain:
+        blocks = max(cfg.vit_features) + 1
+        for name, parts in read_shards(vision).items():
+            m = re.match(r"vision_backbone\.image_vit\.transformer\.resblocks\.(\d+)\.", name)
+            if not m or int(m[1]) < blocks:
+                found[name] = parts
     with torch.device("meta"):
         model = Molmo2(cfg)
-    fill(model, read_shards(folder), folder)
+    new = [n for n, _ in model.named_parameters() if n.endswith("new_embedding") or "image_pooling" in n or "projector" in n]
+    fill(model, found, folder, new if plain else ())
     return model.eval()
 
 
-def fill(model, tensors, folder):
-    """Give every parameter its tensor; missing, unknown and misshapen ones are an error before anything is changed."""
-    wanted = dict(model.named_parameters(remove_duplicate=False))
-    if model.cfg.tie:
-        tensors.pop("lm_head.weight", None)
+def fill(model, found, folder, new=()):
+    """Give every parameter its tensor, and those in `new` random values; missing, unknown and misshapen ones are an error
+    before anything is changed."""
+    wanted, cfg = dict(model.named_parameters(remove_duplicate=False)), model.cfg
+    tables = [found.pop(f"transformer.wte.{n}", {}).get(0) for n in ("embedding", "new_embedding")]
+    tables = [t for t in tables if t is not None]
+    if tables:  # one table or two, and some writers part them in the middle: only the sum of their rows can be trusted
+        both = tables[0] if len(tables) == 1 else torch.cat(tables) if len(tables[0]) != cfg.vocab else None
+        base, extra = tables if both is None else (both[:cfg.vocab], both[cfg.vocab:])
+        found["transformer.wte.embedding"] = {0: base}
+        if "transformer.wte.new_embedding" not in new:
+            found["transformer.wte.new_embedding"] = {0: extra}
+    if cfg.tie:
+        found.pop("lm_head.weight", None)
         wanted.pop("lm_head.weight")
-    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, unknown = sorted(wanted.keys() - found.keys() - set(new)), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         some = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise BadCheckpoint(f"{folder}: " + "; ".join(
             text for text in (missing and f"no tensor for {some(missing)}", unknown and f"unknown tensor {some(unknown)}") if text))
-    for name, p in wanted.items():
-        if tensors[name].shape != p.shape:
-            raise BadCheckpoint(f"{folder}: {name} is {tuple(tensors[name].shape)}, the model needs {tuple(p.shape)}")
-    model.load_state_dict({n: tensors[n].to(torch.float32, copy=True) for n in wanted}, strict=False, assign=True)
-    if model.cfg.tie:
+    for name, parts in found.items():
+        shapes = [tuple(t.shape) for _, t in sorted(parts.items())]
+        got = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+        if got != wanted[name].shape or any(s[1:] != got[1:] for s in shapes):
+            raise BadCheckpoint(f"{folder}: {name} is {got}, the model needs {tuple(wanted[name].shape)}")
+    state = {}
+    for name, parts in found.items():
+        t = torch.cat([p for _, p in sorted(parts.items())]) if len(parts) > 1 else parts[0]
+        state[name] = t.to(torch.float32, copy=True)
+    state |= {name: torch.empty(wanted[name].shape) for name in new}
+    model.load_state_dict(state, strict=False, assign=True)
+    if cfg.tie:
         model.lm_head.weight = model.transformer.wte.embedding
+    if new:
+        model.reset_parameters(new)
 
 
 def save(model, folder):

@@ -237,7 +237,7 @@ def test_bad_rows_are_counted_and_the_rest_untouched(tmp_path, planner, world):
     assert epochs >= 5
     for reason in ("malformed JSON", "unknown task", "unreadable media"):
         assert epochs <= state["bad"][reason] <= epochs + 1
-    assert state["skipped"].keys() == {"no reader for video yet"}
+    assert state["skipped"].keys() == {"no reader for video in this stage"}
     assert any("mixed.jsonl:7" in e and "gone.png" in e for e in state["examples"])
     used = Counter(p[0].rsplit(":", 1)[1] for r, _ in rows for p in r)
     used += Counter(stream.plans(*ref[:2])[0][0].where.rsplit(":", 1)[1] for ref in state["waiting"])
