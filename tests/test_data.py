@@ -1,4 +1,5 @@
 """Rows, plans, packing, decoding, the stream; and every bad input that they can meet."""
+import dataclasses
 import json
 import os
 import random
@@ -12,7 +13,8 @@ import pytest
 import torch
 from conftest import picture, write_lines
 
-from data import BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_row, shuffled
+from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_row, shuffled,
+                  to_messages)
 from media import BadMedia, image_size, inside_folder, load_image
 
 
@@ -284,3 +286,37 @@ def test_data_that_is_not_there_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="not a single line"):
         find_datasets([str(tmp_path / "empty.jsonl")])
+
+
+# ---- the released format, video -------------------------------------------------------------------------------------
+
+def test_video_rows_in_both_formats(tmp_path, planner, tokenizer):
+    from test_media import video
+    video(tmp_path / "a.mp4", n=15)
+    row = parse_row(json.dumps(dict(video="a.mp4", start=0.5, subtitles=[dict(start=0, end=1, text="hello"), dict(
+        start=9, end=9, text="unseen")], annotations=[dict(task="video_tracking", label="dot", points=[
+            dict(t=0.5, x=0.25, y=1, id=3), dict(t=1, x=0.5, y=0.5, id=3)])])).encode())
+    answers = {"spec": "<point 0.5, 0.25, 1, 3> <point 1, 0.5, 0.5, 3>",
+               "released": '<tracks coords="0.5 1 250 1000;1.0 1 500 500">dot</tracks>'}
+    for point_format, answer in answers.items():
+        cfg = dataclasses.replace(planner.cfg, point_format=point_format)
+        p = Planner(tokenizer, cfg, 400, max_frames=8)
+        (plan,), left_out = p.plan(row, str(tmp_path), random.Random(0))
+        path, layout = plan.media[0]
+        assert not left_out and layout.times == (0.5, 1.0, 1.5) and len(layout.pool) == 12  # 5 x 5 patches, by 3 x 3: 4 tokens
+        learned = [int(t) for t, w in zip(plan.targets, plan.weights) if w]
+        assert tokenizer.decode(learned[:-1]) == answer and learned[-1] == tokenizer.eos
+        text = tokenizer.decode([int(t) for t in plan.tokens])
+        assert ("<timestamp>0.5<frame_start>" if point_format == "spec" else " 0.5 <frame_start>") in text
+        assert "subtitle\n-0.5 - 0.5 hello\n" in text and "unseen" not in text
+        decoded = decode([plan], cfg, 400)
+        assert decoded[1][0].shape == (3, 25, 48) and not decoded[3]
+    with pytest.raises(BadRow, match="clip from 0.5"):
+        p.plan(dict(row, end=0.2), str(tmp_path), random.Random(0))
+
+
+def test_styles_prefix_only_what_the_released_models_saw_prefixed(planner):
+    a = dict(task="image_qa", style="vqa2", prompt="What?", answer="A dog.")
+    assert to_messages(a, "image", None, "released")[0]["content"] == "vqa2: What?"
+    assert to_messages(dict(a, style="user_qa"), "image", None, "released")[0]["content"] == "What?"
+    assert to_messages(a, "image", None)[0]["content"] == "What?"

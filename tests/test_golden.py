@@ -378,3 +378,21 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
             assert "\n" not in str(e)
         slowest = max(slowest, time.perf_counter() - began)
     assert refused > 50 and slowest < 1.0, (refused, slowest)  # 0.1 s on an idle machine; a busy one must not fail the test
+
+
+def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, monkeypatch):
+    import sample
+    from test_media import video
+    for path in ("molmo2-qwen3-tiny/hub/config.json", "molmo2-qwen3-tiny/hub/model.safetensors", "molmo2-inputs/tokenizer.json",
+                 "molmo2-inputs/tokenizer_config.json"):
+        shutil.copy(os.path.join(GOLDEN, path), tmp_path)
+    model, planner = sample.load(str(tmp_path))
+    assert planner.released and planner.cfg.point_format == "released" and planner.tokenizer.eos == 258
+    for path in (os.path.join(GOLDEN, "image-preprocess", "tiny_60x40.png"), video(tmp_path / "clip.mp4")):
+        monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path), path, "What?", "--max_new_tokens", "4"])
+        sample.main()
+        assert capsys.readouterr().out.endswith("\n")
+    points = [dict(x=0.5, y=0.5, id=0, t=0.5)]
+    sample.draw_video(str(tmp_path / "clip.mp4"), [0.0, 0.5, 1.0], points, str(tmp_path / "out.mp4"))
+    frames = sample.load_frames(str(tmp_path / "out.mp4"), [0.0, 0.5, 1.0])
+    assert frames[1].std() > 1 > frames[0].std() and frames[0].shape == (352, 528, 3)  # 48 x 32, eleven times

@@ -1,10 +1,12 @@
-"""Pictures become the published crops, windows and tokens. The numbers are from FACTS 3.5 (the official code, executed)."""
+"""Pictures and videos become the published crops, windows and tokens. The numbers are from FACTS 3.5 (the official code, executed)."""
 import hashlib
 
+import av
 import numpy as np
 import pytest
 
-from media import image_crops, image_layout, load_image, pick_tiling, resize, windows
+from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames, load_image, pick_tiling,
+                   resize, sample_times, video_duration, windows)
 
 # H, W, and for 8 and 24 crops: tiling, crops, high-resolution rows and columns, tokens in all
 TABLE = [((50, 50), ((1, 1), 2, 14, 14, 410), None), ((378, 378), ((1, 1), 2, 14, 14, 410), None),
@@ -68,3 +70,41 @@ def test_any_picture_mode_becomes_rgb(tmp_path):
         path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
         Image.new(mode, (7, 5)).save(path)
         assert load_image(str(path)).shape == (5, 7, 3)
+
+
+# ---- video ----------------------------------------------------------------------------------------------------------
+
+def video(path, n=20, fps=10, size=(48, 32)):
+    """A clip whose frame i is grey level 10·i."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        (stream.width, stream.height), stream.bit_rate, stream.pix_fmt = size, 2_000_000, "yuv420p"
+        for i in range(n):
+            frame = np.full((size[1], size[0], 3), 10 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def test_frames_are_those_shown_at_their_times(tmp_path):
+    path = video(tmp_path / "a.mp4")
+    assert abs(video_duration(path) - 2.0) < 1e-6
+    times = sample_times(2.0, 128)
+    assert times.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
+    levels = [round(f.mean() / 10) for f in load_frames(path, times)]
+    assert levels == [0, 5, 10, 15, 19]  # at the very end the last frame is still shown
+    assert [round(f.mean() / 10) for f in load_frames(path, [0.349, 0.351, 1.2])] == [3, 3, 12]
+    crops = load_crops(path, Layout([], frame_layout(4), 2, times=(0.0, 1.0)), 4, 8)
+    assert crops.shape == (2, 16, 192) and abs(crops[1].mean() - 100) < 5
+
+
+def test_videos_that_cannot_be_used(tmp_path):
+    good = open(video(tmp_path / "good.mp4"), "rb").read()
+    (tmp_path / "cut.mp4").write_bytes(good[:len(good) // 3])
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost/x.ts\n")  # would open what it names
+    (tmp_path / "text.mp4").write_text("no video")
+    for name in ("cut.mp4", "list.mp4", "text.mp4", "missing.mp4"):
+        with pytest.raises(BadMedia, match=name):
+            load_frames(str(tmp_path / name), [0.0])
+        with pytest.raises(BadMedia, match=name):
+            video_duration(str(tmp_path / name))
