@@ -142,7 +142,7 @@ def hub_config(cfg):
 # What a config may say only in this way: these computations exist here in one form.
 FIXED = {"text": dict(hidden_act="silu", attention_bias=False, qkv_bias=False, mlp_bias=False, additional_vocab_size=EXTRA,
                       clip_qkv=None, scale_logits=False, normalize_input_embeds=False, use_sliding_window=False),
-         "vision": dict(hidden_act="gelu_pytorch_tanh", attention_bias=True, num_channels=3, image_model_type="siglip"),
+         "vision": dict(hidden_act="gelu_pytorch_tanh", attention_bias=True, num_channels=3),
          "adapter": dict(hidden_act="silu", pooling_attention_mask=True, image_padding_embed=None, attention_bias=True,
                          mlp_bias=False)}
 LANGUAGE_MODELS = ("olmo2", "olmo3", "qwen3")
@@ -172,6 +172,7 @@ def parse_text(text, path):
     kind, n = text.get("model_type"), text["num_hidden_layers"]
     types = text.get("layer_types") or ["full_attention"] * n
     full = tuple(i for i, t in enumerate(types) if t == "full_attention")
+    stretched = full if text.get("layer_types") else range(3, n, 4)  # every fourth layer of OLMo-3 sees everything
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     theta = text.get("rope_theta") or rope.get("rope_theta")
     if "full_attention" in rope:  # OLMo-3 names the two kinds of layer apart
@@ -187,7 +188,7 @@ def parse_text(text, path):
                 head_dim=text.get("head_dim") or text["hidden_size"] // heads, mlp=text["intermediate_size"],
                 vocab=text["vocab_size"], norm_after=norm_after, qk_norm=qk_norm,
                 eps=text.get("layer_norm_eps") or text["rms_norm_eps"], rope_theta=theta or 1e4, yarn=yarn,
-                yarn_layers=tuple(text.get("rope_scaling_layers") or full) if yarn else (),
+                yarn_layers=tuple(text.get("rope_scaling_layers") or stretched) if yarn else (),
                 window=window or 0, window_layers=tuple(i for i in range(n) if i not in full) if window else (),
                 tie=bool(text.get("tie_word_embeddings")), max_positions=text["max_position_embeddings"])
 

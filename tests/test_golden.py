@@ -396,3 +396,44 @@ def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, 
     sample.draw_video(str(tmp_path / "clip.mp4"), [0.0, 0.5, 1.0], points, str(tmp_path / "out.mp4"))
     frames = sample.load_frames(str(tmp_path / "out.mp4"), [0.0, 0.5, 1.0])
     assert frames[1].std() > 1 > frames[0].std() and frames[0].shape == (352, 528, 3)  # 48 x 32, eleven times
+
+
+@pytest.mark.parametrize("where, key, value", [
+    ("text_config", "hidden_act", "relu"), ("text_config", "qkv_bias", True), ("adapter_config", "pooling_attention_mask", False),
+    ("vit_config", "hidden_act", "gelu"), ("text_config", "num_key_value_heads", 3), ("text_config", "vocab_size", -1)])
+def test_configs_that_ask_for_another_computation(where, key, value, tmp_path):
+    folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
+    config = read_json(os.path.join(folder, "config.json"))
+    config[where][key] = value
+    with pytest.raises(BadCheckpoint, match=r"config\.json"):
+        parse_config(config, "config.json")
+
+
+def test_fine_tuning_a_released_checkpoint_keeps_its_ways(tmp_path, monkeypatch, capsys):
+    """--init_from sets the grammar of points and the loss weights, and what is saved says so again."""
+    import pretrain
+    from conftest import picture, write_lines
+    folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
+    start = tmp_path / "released"
+    shutil.copytree(folder, start)
+    for f in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(GOLDEN, "molmo2-inputs", f), start)
+    picture(str(tmp_path / "a.png"), "red")
+    rows = write_lines(tmp_path / "rows.jsonl", [dict(image="a.png", annotations=[
+        dict(task="image_pointing", label="dot", points=[dict(x=0.5, y=0.25, id=0)])])])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(pretrain.MODELS, "small", parse_config(read_json(os.path.join(folder, "config.json")), "x"))
+    seen = []
+    monkeypatch.setattr(pretrain, "Planner", lambda *a: seen.append(Planner(*a)) or seen[-1])
+    flags = ["--config", "small", "--mixture", "equal", "--data", rows, "--steps", "1", "--global_batch", "1", "--micro_batch",
+             "1", "--workers", "0", "--init_from"]
+    pretrain.main(pretrain.Config(), pretrain.PRESETS, [*flags, str(start)])
+    assert seen[0].released and seen[0].token_weights == "released"
+    saved = Molmo2.from_pretrained("out/small/pretrain/latest")
+    assert saved.cfg.point_format == "released" and Tokenizer("out/small/pretrain/latest/tokenizer.json", 264).eos == 258
+    plan = seen[0].plan(json.loads(open(rows).read()), str(tmp_path), np.random.default_rng(0))[0][0]
+    assert '<points coords="1 1 500 250">dot</points>' in seen[0].tokenizer.decode(plan.tokens.tolist())
+    with pytest.raises(SystemExit):  # another shape than --config says
+        pretrain.main(pretrain.Config(), pretrain.PRESETS, [*flags, os.path.join(GOLDEN, "olmo2-tiny"),
+                                                            os.path.join(GOLDEN, "siglip-tiny")])
+    assert "not of --config small" in capsys.readouterr().err
