@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -304,7 +305,7 @@ def test_packed_rows_through_the_network(model_name, pack):
     # The reference adds 1e-4 · (weighted z-loss) to the weighted cross-entropy and divides by the sum of weights.
     labels = x["labels"].long()
     loss = model(tokens, **ids, targets=labels.clamp(min=0), weights=weights, z_loss=1e-4) / float(want["weight_sum"])
-    assert abs(float(loss) - float(want["loss"])) <= 1e-5
+    assert abs(float(loss.detach()) - float(want["loss"])) <= 1e-5
     loss.backward()
     ours, checked = dict(model.named_parameters()), 0
     for key, g in want.items():
@@ -334,7 +335,6 @@ def test_the_tokenizer_of_olmo():
 @pytest.mark.parametrize("part", ["header", "config", "index"])
 def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
     """2,000 mutations over three files: each loads or is refused by BadCheckpoint, never anything else, and at once."""
-    import time
     folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
     for f in ("config.json", "model.safetensors"):
         shutil.copy(os.path.join(folder, f), tmp_path)
@@ -343,6 +343,7 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
     length, rng, slowest, refused = int.from_bytes(raw[:8], "little"), np.random.default_rng(1), 0.0, 0
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json"))
     config = (tmp_path / "config.json").read_bytes()
+    Molmo2.from_pretrained(tmp_path)  # whole, it loads
     index = json.dumps({"weight_map": {"lm_head.weight": "model.safetensors", "x": "model.safetensors"}}).encode()
     snippets = [b"-1", b"99999999999999999999", b"null", b"[]", b"{}", b'"x"', b"1e999", b"true", b"0", b"\xff", b"[[[[", b'"../x"']
 
@@ -377,7 +378,8 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
             refused += 1
             assert "\n" not in str(e)
         slowest = max(slowest, time.perf_counter() - began)
-    assert refused > 50 and slowest < 1.0, (refused, slowest)  # 0.1 s on an idle machine; a busy one must not fail the test
+    print(f"{part}: {refused} refused, slowest {slowest:.3f} s")  # pytest -s shows it
+    assert refused > 50 and slowest < 0.5  # under 0.1 s on an idle machine; a busy one must not fail the test
 
 
 def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, monkeypatch):
