@@ -502,5 +502,5 @@ def main(defaults, presets, argv=None):
 
 if __name__ == "__main__":
     cfg, run = main(Config(), PRESETS)
-    print(f"next: python sample.py {run}/latest {'data/toy/eval/images/00000.png' if 'toy' in cfg.data else 'PICTURE'} "
+    print(f"next: python sample.py {run}/latest {'data/toy/eval/images/00003.png' if 'toy' in cfg.data else 'PICTURE'} "
           "\"Point to all shapes.\"")

@@ -1,7 +1,7 @@
 """
 Ask a checkpoint about a picture or a video. The answer is printed as it is written; points in it are drawn onto a copy.
 
-    python sample.py out/small/pretrain/latest data/toy/eval/images/00000.png "Point to all shapes."
+    python sample.py out/small/pretrain/latest data/toy/eval/images/00003.png "Point to all shapes."
     python sample.py weights/Molmo2-8B kitchen.jpg "Point to the mugs." --out mugs.png --device cuda
     python sample.py weights/Molmo2-8B clip.mp4 "Track the red cup." --out answer.mp4
 """

@@ -25,6 +25,7 @@ def test_every_line_is_a_row_with_its_picture(folder):
             row = parse_row(line)
             if "image" in row:
                 assert load_image(os.path.join(where, row["image"])).shape[2] == 3
+    assert os.path.exists(os.path.join(folder, "eval/images/00003.png"))  # the README and pretrain.py ask about this one
     assert {f.rsplit(".")[-1] for f in os.listdir(os.path.join(folder, "images"))} == {"png", "jpg"}
 
 
