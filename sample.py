@@ -21,6 +21,8 @@ from model import Molmo2
 from points import Tokenizer
 from weights import BadCheckpoint
 
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
+
 
 def load(folder, device="cpu", tiles=None, max_frames=128):
     """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per picture; by
@@ -67,9 +69,6 @@ def ask(model, planner, plan, max_new_tokens=256, temperature=0.0, seed=0):
 def colour_of(i):
     """A colour per id, neighbours far apart."""
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i * 0.381966 % 1, 0.9, 1.0))
-
-
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
 
 
 def draw_points(pixels, points):
