@@ -33,6 +33,7 @@ import torch
 from media import BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times, video_duration
 from points import CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, format_points, is_unit, number, styled
 from points import parse_points  # noqa: F401  public under this name too
+from weights import BadCheckpoint
 
 # task -> (media it is about, weight of an answer token). None: any media, or none.
 TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_pointing": ("image", 2.0),
@@ -69,19 +70,35 @@ def parse_row(line):
     names = row[kind] if kind == "images" else [row[kind]] if kind else []
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names) or kind == "images" and not names:
         raise BadRow("wrong field", f"{kind} is {row[kind]!r}")
-    if not all(isinstance(row.get(k, 1), int) and row.get(k, 1) > 0 for k in ("width", "height")) or \
-            ("width" in row) != ("height" in row):
-        raise BadRow("wrong field", f"width and height are pixels, both or neither: {row.get('width')!r}, {row.get('height')!r}")
-    second = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
-    if kind == "video" and not (second(row.get("start", 0)) and second(row.get("end", 0)) and isinstance(row.get("subtitles", []), list)
-                                and all(isinstance(s, dict) and second(s.get("start")) and second(s.get("end"))
-                                        and isinstance(s.get("text"), str) for s in row.get("subtitles", []))):
-        raise BadRow("wrong field", "start and end are seconds; subtitles are [{start, end, text}]")
+    check_size(row)
+    if kind == "video":
+        check_clip(row)
     if not isinstance(row.get("annotations"), list) or not row["annotations"]:
         raise BadRow("wrong field", "annotations must be a list with something in it")
     for a in row["annotations"]:
         check_annotation(a, kind, len(names))
     return row
+
+
+def is_time(value):
+    """Whether a JSON value is a number of seconds from 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def check_size(row):
+    """width and height save reading a picture's header; one without the other is a slip."""
+    size = row.get("width"), row.get("height")
+    given = [n for n, key in zip(size, ("width", "height")) if key in row]
+    if len(given) == 1 or not all(isinstance(n, int) and n > 0 for n in given):
+        raise BadRow("wrong field", f"width and height are pixels, both or neither: {size[0]!r}, {size[1]!r}")
+
+
+def check_clip(row):
+    lines = row.get("subtitles", [])
+    fine = isinstance(lines, list) and all(isinstance(s, dict) and is_time(s.get("start")) and is_time(s.get("end"))
+                                           and isinstance(s.get("text"), str) for s in lines)
+    if not (fine and is_time(row.get("start", 0)) and is_time(row.get("end", 0))):
+        raise BadRow("wrong field", "start and end are seconds; subtitles are [{start, end, text}]")
 
 
 def check_annotation(a, kind, n_media):
@@ -119,7 +136,7 @@ def check_points(points, kind, n_media):
             raise BadRow("point outside [0, 1]", f"x {p.get('x')!r}, y {p.get('y')!r}")
         if kind == "images" and not (whole(p.get("image")) and p["image"] < n_media):
             raise BadRow("wrong field", f"point names image {p.get('image')!r} of {n_media}")
-        if kind == "video" and not (isinstance(p.get("t"), (int, float)) and math.isfinite(p["t"]) and p["t"] >= 0):
+        if kind == "video" and not is_time(p.get("t")):
             raise BadRow("wrong field", f"point at time {p.get('t')!r}")
 
 
@@ -172,7 +189,7 @@ class Planner:
         self.token_weights = token_weights
         self.released = model_cfg.point_format == "released"
         if not self.released and any(name not in tokenizer.ids for name in WRITABLE):
-            raise ValueError(f"{tokenizer.path}: no unused id below {tokenizer.vocab} for {' and '.join(WRITABLE)}; "
+            raise BadCheckpoint(f"{tokenizer.path}: no unused id below {tokenizer.vocab} for {' and '.join(WRITABLE)}; "
                              "--point_format released needs none")
         self.n = model_cfg.crop // model_cfg.patch
 

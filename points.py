@@ -6,7 +6,6 @@ Text in and text out: the tokenizer, the chat format, the prompts a row may leav
 
 `data.py` re-exports the two public functions, `format_points` and `parse_points`.
 """
-import json
 import math
 import os
 import re
@@ -14,7 +13,8 @@ import shutil
 
 import tiktoken
 
-from model import EXTRA, READ_ONLY
+from model import READ_ONLY
+from weights import BadCheckpoint, read_json, write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The small tokenizer shipped with the project: 1,020 byte-level BPE ids, learned from the toy world's sentences and some
@@ -39,18 +39,6 @@ def byte_alphabet():
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def read_object(path):
-    """The JSON object in a file, ValueError with one line otherwise."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            value = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
-    return value
-
-
 class Tokenizer:
     """A byte-level BPE tokenizer.json as a tiktoken.Encoding, with the ids this project adds for a table of V rows.
 
@@ -61,11 +49,11 @@ class Tokenizer:
 
     def __init__(self, path, vocab):
         self.path, self.vocab = path, vocab
-        spec, beside = read_object(path), os.path.join(os.path.dirname(path), "tokenizer_config.json")
-        names = read_object(beside) if os.path.exists(beside) else {}
+        spec, beside = read_json(path), os.path.join(os.path.dirname(path), "tokenizer_config.json")
+        names = read_json(beside) if os.path.exists(beside) else {}
         kind = spec["model"].get("type") if isinstance(spec.get("model"), dict) else None
         if kind != "BPE":
-            raise ValueError(f"{path}: model.type is {kind!r}, only byte-level BPE is read")
+            raise BadCheckpoint(f"{path}: model.type is {kind!r}, only byte-level BPE is read")
         alphabet = byte_alphabet()
         special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["id"] < vocab}
         ranks = {}
@@ -74,10 +62,10 @@ class Tokenizer:
                 try:
                     ranks[bytes(alphabet[c] for c in token)] = i
                 except KeyError:
-                    raise ValueError(f"{path}: token {token!r} is not written in the byte-level alphabet") from None
+                    raise BadCheckpoint(f"{path}: token {token!r} is not written in the byte-level alphabet") from None
         top = max([*ranks.values(), *special.values()])
         if top >= vocab:
-            raise ValueError(f"{path}: has ids up to {top}, but the model's table has {vocab} rows: not its tokenizer")
+            raise BadCheckpoint(f"{path}: has ids up to {top}, but the model's table has {vocab} rows: not its tokenizer")
         spare = [t for t in special if re.fullmatch(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|", t)]
         unused = iter([special.pop(t) for t in spare] + list(range(top + 1, vocab)))
         for name in WRITABLE:  # a table without spare rows can still write points and times as released checkpoints do
@@ -90,7 +78,7 @@ class Tokenizer:
         named = lambda key: names[key].get("content") if isinstance(names.get(key), dict) else names.get(key)
         self.eos_name = next((n for n in (named("eos_token"), "<|endoftext|>", "<|im_end|>") if n in special), None)
         if self.eos_name is None:
-            raise ValueError(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
+            raise BadCheckpoint(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
         self.eos = special[self.eos_name]
         self.bos = special.get(named("bos_token"), self.eos)  # Qwen has none: there a sequence opens with what ends another
 
@@ -98,9 +86,9 @@ class Tokenizer:
         """tokenizer.json and tokenizer_config.json, which names the ends of a sequence and the chat template, in `folder`."""
         shutil.copyfile(self.path, os.path.join(folder, "tokenizer.json"))
         bos = next(name for name, i in self.ids.items() if i == self.bos)
-        with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
-            json.dump(dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=bos,
-                           chat_template=CHAT_TEMPLATE), f, indent=1)
+        write_json(os.path.join(folder, "tokenizer_config.json"),
+                   dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=bos,
+                        chat_template=CHAT_TEMPLATE))
 
     def encode(self, text, special=WRITABLE):
         return self.encoding.encode(text, allowed_special=set(special), disallowed_special=())
@@ -195,12 +183,12 @@ def number(x, digits):
     return "0" if text == "-0" else text
 
 
-def format_points(points, kind, grammar="spec", label="", mode="point", tracks=False):
+def format_points(points, kind, grammar="spec", label="", tracks=False):
     """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point: "There are none."
 
     kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id).
     x, y in [0, 1] with at most 3 decimals, t with at most 2. grammar "released" writes what the published checkpoints do;
-    label, mode and tracks matter to it alone.
+    label and tracks matter to it alone.
     """
     first = {"image": None, "images": "image", "video": "t"}[kind]
     if not points:
@@ -212,7 +200,7 @@ def format_points(points, kind, grammar="spec", label="", mode="point", tracks=F
             groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
         if tracks:
             return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()], label)
-        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label, mode)
+        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label)
     out = []
     for p in sorted(points, key=lambda p: (p[first] if first else 0, p["id"])):
         where = [number(p["t"], 2)] if kind == "video" else [str(p["image"])] if kind == "images" else []

@@ -203,6 +203,29 @@ def parse_vision(vit, path):
                 vit_head_dim=vit.get("head_dim") or vit["hidden_size"] // vit["num_attention_heads"])
 
 
+def check_sizes(fields, path):
+    """The fields of a ModelConfig are numbers that some machine could hold, and fit each other."""
+    for key, value in fields.items():
+        kind = ModelConfig.__dataclass_fields__[key].type
+        fine = True
+        if kind is int:
+            least, top = 0 if key == "window" else 1, 1000 if key == "layers" else 2 ** 26
+            fine = type(value) is int and least <= value < top
+        elif kind is float:
+            fine = isinstance(value, (int, float)) and 0 < value < 1e12
+        elif kind is tuple:  # numbers of blocks
+            top = fields["layers"] if key.endswith("_layers") else 100
+            fine = all(type(i) is int and 0 <= i < top for i in value)
+        elif kind is str:
+            fine = value in ("spec", "released", "full", "head", "none")
+        if not fine:
+            raise BadCheckpoint(f"{path}: {key} of the model would be {value!r}")
+    heads, kv_heads, head_dim, blocks = (fields[k] for k in ("heads", "kv_heads", "head_dim", "vit_features"))
+    if heads % kv_heads or head_dim % 2 or not blocks:
+        raise BadCheckpoint(f"{path}: {heads} heads, {kv_heads} key/value heads of {head_dim} and ViT blocks {blocks} "
+                            "make no model")
+
+
 def parse_config(config, path, vision=None):
     """config.json -> ModelConfig. Of a Molmo2 (old keys: vit_config, rope_theta; new ones: vision_config, rope_parameters);
     or of a plain language model, with `vision`, the config of a SigLIP."""
@@ -227,22 +250,11 @@ def parse_config(config, path, vision=None):
                                       ("image_patch_id", config.get("image_patch_id", want), want)):
                 if value != right:
                     raise BadCheckpoint(f"{path}: {key} is {value}, expected {right}")
-        for key, value in fields.items():
-            kind = ModelConfig.__dataclass_fields__[key].type  # sizes are whole numbers that some machine could hold
-            top = 1000 if key == "layers" else fields["layers"] if key.endswith("_layers") else 100 if kind is tuple else 2**26
-            fine = {int: lambda v: type(v) is int and (key == "window" or 0 < v) and v < top,
-                    float: lambda v: isinstance(v, (int, float)) and 0 < v < 1e12,
-                    tuple: lambda v: all(type(i) is int and 0 <= i < top for i in v),
-                    bool: lambda v: True, str: lambda v: v in ("spec", "released", "full", "head", "none")}
-            if not fine.get(kind, lambda v: True)(value):
-                raise BadCheckpoint(f"{path}: {key} of the model would be {value!r}")
-        if fields["heads"] % fields["kv_heads"] or fields["head_dim"] % 2 or not fields["vit_features"]:
-            raise BadCheckpoint(f"{path}: {fields['heads']} heads, {fields['kv_heads']} key/value heads of {fields['head_dim']}"
-                                f" and ViT blocks {fields['vit_features']} make no model")
+        check_sizes(fields, path)
         return ModelConfig(**fields)
+    except BadCheckpoint:
+        raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError, OverflowError) as e:
-        if isinstance(e, BadCheckpoint):
-            raise
         raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
 
 
@@ -346,8 +358,9 @@ def load(folder, vision=None):
                 found[name] = parts
     with torch.device("meta"):
         model = Molmo2(cfg)
-    new = [n for n, _ in model.named_parameters() if n.endswith("new_embedding") or "image_pooling" in n or "projector" in n]
-    fill(model, found, folder, new if plain else ())
+    new = [n for n, _ in model.named_parameters()
+           if plain and (n.endswith("new_embedding") or "image_pooling" in n or "projector" in n)]
+    fill(model, found, folder, new)
     return model.eval()
 
 

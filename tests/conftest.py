@@ -3,6 +3,8 @@ import json
 import os
 import sys
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -51,6 +53,18 @@ def picture(path, colour, size=(30, 24)):
     image = Image.new("RGB", size, colour)
     image.putpixel((3, 4), (255, 255, 255))
     image.save(path)
+    return str(path)
+
+
+def video(path, n=20, fps=10, size=(48, 32)):
+    """A clip whose frame i is grey level 10·i."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        (stream.width, stream.height), stream.bit_rate, stream.pix_fmt = size, 2_000_000, "yuv420p"
+        for i in range(n):
+            frame = np.full((size[1], size[0], 3), 10 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
     return str(path)
 
 

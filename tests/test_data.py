@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import picture, write_lines
+from conftest import picture, video, write_lines
 
 from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_row, shuffled,
                   to_messages)
@@ -291,7 +291,6 @@ def test_data_that_is_not_there_is_named(tmp_path):
 # ---- the released format, video -------------------------------------------------------------------------------------
 
 def test_video_rows_in_both_formats(tmp_path, planner, tokenizer):
-    from test_media import video
     video(tmp_path / "a.mp4", n=15)
     row = parse_row(json.dumps(dict(video="a.mp4", start=0.5, subtitles=[dict(start=0, end=1, text="hello"), dict(
         start=9, end=9, text="unseen")], annotations=[dict(task="video_tracking", label="dot", points=[

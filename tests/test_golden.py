@@ -13,9 +13,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import HERE
+from conftest import HERE, picture, video, write_lines
 
 import data
+import pretrain
+import sample
 from data import Planner, collate, decode, parse_points
 from media import frame_layout, image_crops, image_layout, load_image, pick_tiling, sample_times
 from model import Molmo2, dense_mask, is_vision
@@ -383,8 +385,6 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
 
 
 def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, monkeypatch):
-    import sample
-    from test_media import video
     for path in ("molmo2-qwen3-tiny/hub/config.json", "molmo2-qwen3-tiny/hub/model.safetensors", "molmo2-inputs/tokenizer.json",
                  "molmo2-inputs/tokenizer_config.json"):
         shutil.copy(os.path.join(GOLDEN, path), tmp_path)
@@ -413,8 +413,6 @@ def test_configs_that_ask_for_another_computation(where, key, value, tmp_path):
 
 def test_fine_tuning_a_released_checkpoint_keeps_its_ways(tmp_path, monkeypatch, capsys):
     """--init_from sets the grammar of points and the loss weights, and what is saved says so again."""
-    import pretrain
-    from conftest import picture, write_lines
     folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
     start = tmp_path / "released"
     shutil.copytree(folder, start)

@@ -1,9 +1,9 @@
 """Pictures and videos become the published crops, windows and tokens. The numbers are from FACTS 3.5 (the official code, executed)."""
 import hashlib
 
-import av
 import numpy as np
 import pytest
+from conftest import video
 
 from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames, load_image, pick_tiling,
                    resize, sample_times, video_duration, windows)
@@ -73,18 +73,6 @@ def test_any_picture_mode_becomes_rgb(tmp_path):
 
 
 # ---- video ----------------------------------------------------------------------------------------------------------
-
-def video(path, n=20, fps=10, size=(48, 32)):
-    """A clip whose frame i is grey level 10·i."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        (stream.width, stream.height), stream.bit_rate, stream.pix_fmt = size, 2_000_000, "yuv420p"
-        for i in range(n):
-            frame = np.full((size[1], size[0], 3), 10 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return str(path)
-
 
 def test_frames_are_those_shown_at_their_times(tmp_path):
     path = video(tmp_path / "a.mp4")
