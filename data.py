@@ -31,8 +31,9 @@ import numpy as np
 import torch
 
 from media import BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times, video_duration
-from points import CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, format_points, is_unit, number, styled
-from points import parse_points  # noqa: F401  public under this name too
+from points import (CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, is_unit, multiple_choice, number, styled,
+                    write_points, write_prompt)
+from points import format_points, parse_points  # noqa: F401  public under this name too
 from weights import BadCheckpoint
 
 # task -> (media it is about, weight of an answer token). None: any media, or none.
@@ -82,7 +83,7 @@ def parse_row(line):
 
 def is_time(value):
     """Whether a JSON value is a number of seconds from 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
 def check_size(row):
@@ -101,15 +102,25 @@ def check_clip(row):
         raise BadRow("wrong field", "start and end are seconds; subtitles are [{start, end, text}]")
 
 
+whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31
+is_text = lambda v: isinstance(v, str)
+# What an annotation may say: (fields, whether a value is fine, what it should be).
+ANNOTATION_FIELDS = ((("prompt", "answer", "label", "style", "question"), is_text, "text"),
+                     (("fps", "start_time", "end_time", "timestamp"), is_time, "a number from 0"),
+                     (("options",), lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
+                     (("images",), lambda v: isinstance(v, list) and v and all(map(whole, v)), "a list of picture numbers"))
+
+
 def check_annotation(a, kind, n_media):
     if not isinstance(a, dict) or a.get("task") not in TASKS:
         raise BadRow("unknown task", f"{a.get('task') if isinstance(a, dict) else a!r}; one of {', '.join(TASKS)}")
     about = TASKS[a["task"]][0]
     if about and about != kind or a["task"] == "text" and kind:
         raise BadRow("wrong field", f"task {a['task']} on a line with {kind or 'no media'}")
-    for key in ("prompt", "answer", "label", "style"):
-        if not isinstance(a.get(key, ""), str):
-            raise BadRow("wrong field", f"{key} is {a[key]!r}, not text")
+    for keys, fine, what in ANNOTATION_FIELDS:
+        for key in keys:
+            if key in a and not fine(a[key]):
+                raise BadRow("wrong field", f"{key} is {a[key]!r}, not {what}")
     if "messages" in a:
         m = a["messages"]
         fine = isinstance(m, list) and m and len(m) % 2 == 0 and all(
@@ -117,18 +128,23 @@ def check_annotation(a, kind, n_media):
             for i, x in enumerate(m))
         if not fine:
             raise BadRow("wrong field", "messages must alternate user and assistant, with content, and end with an answer")
-    elif "points" in a:
-        check_points(a["points"], kind, n_media)
-    elif "answer" not in a:
-        raise BadRow("wrong field", f"task {a['task']} without answer, points or messages")
-    elif not (a.get("prompt") or a["task"] in PROMPTS):
+    elif "options" in a:
+        if not (a.get("question") and isinstance(a.get("correct"), int) and 0 <= a["correct"] < len(a["options"]) > 1):
+            raise BadRow("wrong field", "options need a question, and correct: the place of the right one, from 0")
+    elif "points" not in a and "answer" not in a:
+        raise BadRow("wrong field", f"task {a['task']} without answer, points, options or messages")
+    elif not (a.get("prompt") or a["task"] in PROMPTS or a.get("style") in PROMPTS):
         raise BadRow("wrong field", f"task {a['task']} without a prompt")
+    for key in ("points", "input_points"):
+        if key in a:
+            check_points(a[key], kind, n_media)
+    if "images" in a and not all(i < n_media for i in a["images"]):
+        raise BadRow("wrong field", f"images {a['images']} of {n_media}")
 
 
 def check_points(points, kind, n_media):
     if not isinstance(points, list) or kind is None:
         raise BadRow("wrong field", "points must be a list, on a line with a picture or a video")
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0
     for p in points:
         if not isinstance(p, dict) or not whole(p.get("id")):
             raise BadRow("wrong field", f"point {p!r} needs a whole number id from 0")
@@ -141,17 +157,16 @@ def check_points(points, kind, n_media):
 
 
 def to_messages(a, kind, rng, point_format="spec"):
-    """An annotation as a chat. A missing prompt is drawn from the templates of its task. Its "style", the set it came from,
-    matters to the released format alone."""
+    """An annotation as a chat. What it does not word itself, prompt or answer, is written from its fields by its task, or by
+    its "style": the finer kind of task, in the released models' names. To them alone a style is also told (see `styled`)."""
     style = a.get("style") if point_format == "released" else None
     if "messages" in a:
         return [dict(m, content=styled(m["content"], style)) if m["role"] == "user" else m for m in a["messages"]]
-    if "answer" in a:
-        answer = a["answer"]
+    if "options" in a:
+        prompt, answer = multiple_choice(a["question"], a["options"], a["correct"], rng)
     else:
-        answer = str(len(a["points"])) if a["task"] == "counting" else \
-            format_points(a["points"], kind, point_format, a.get("label", ""), tracks=a["task"] == "video_tracking")
-    prompt = a.get("prompt") or rng.choice(PROMPTS[a["task"]]).format(label=a.get("label", "objects"))
+        prompt = a.get("prompt") or write_prompt(a, kind, rng, point_format)
+        answer = a["answer"] if "answer" in a else write_points(a, kind, point_format)
     return [dict(role="user", content=styled(prompt, style)), dict(role="assistant", content=answer)]
 
 

@@ -6,10 +6,8 @@ Text in and text out: the tokenizer, the chat format, the prompts a row may leav
 
 `data.py` re-exports the two public functions, `format_points` and `parse_points`.
 """
-import math
 import os
 import re
-import shutil
 
 import tiktoken
 
@@ -83,12 +81,28 @@ class Tokenizer:
         self.bos = special.get(named("bos_token"), self.eos)  # Qwen has none: there a sequence opens with what ends another
 
     def save(self, folder):
-        """tokenizer.json and tokenizer_config.json, which names the ends of a sequence and the chat template, in `folder`."""
-        shutil.copyfile(self.path, os.path.join(folder, "tokenizer.json"))
+        """tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template, in `folder`.
+
+        Every id up to the last input-only row gets a name there, the published one: other readers number the tokens they
+        are given in order, and look the vision tokens up by name.
+        """
+        spec = read_json(self.path)
+        ordinary = set(spec["model"]["vocab"].values())
+        names = {i: name for name, i in self.ids.items() if i < self.vocab}
+        names |= {self.vocab + k: "<im_patch>" if name == "<image>" else name.replace("image_", "im_")
+                  for k, name in enumerate(READ_ONLY)}
+        kept = {t["id"]: t for t in spec.get("added_tokens", []) if t["id"] in names and t["content"] == names[t["id"]]}
+        spec["added_tokens"] = [
+            kept.get(i) or dict(id=i, content=names.get(i, f"|<EXTRA_TOKENS_{i}>|"), single_word=False, lstrip=False, rstrip=False,
+                                normalized=False, special=names.get(i) not in WRITABLE)
+            for i in range(self.vocab + len(READ_ONLY)) if i in kept or i not in ordinary]
+        write_json(os.path.join(folder, "tokenizer.json"), spec)
         bos = next(name for name, i in self.ids.items() if i == self.bos)
         write_json(os.path.join(folder, "tokenizer_config.json"),
                    dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=bos,
                         chat_template=CHAT_TEMPLATE))
+        with open(os.path.join(folder, "chat_template.jinja"), "w") as f:  # where processors look for it
+            f.write(CHAT_TEMPLATE)
 
     def encode(self, text, special=WRITABLE):
         return self.encoding.encode(text, allowed_special=set(special), disallowed_special=())
@@ -142,15 +156,88 @@ CHAT_TEMPLATE = (
     "{%- else %}{%- for c in m.content if c.type == 'text' %}{{ c.text }}{%- endfor %}{%- endif %}"
     "{{ '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
 
-PROMPTS = {  # for annotations without one; {label} is what the annotation is about
+# Wordings for annotations without a prompt, by style; a task is the style of its plain form.
+PROMPTS = {
     "image_caption": ("Describe the image.", "What is in this picture?", "Write a detailed caption.", "What do you see?"),
+    "short_caption": ("Describe the image in a sentence.", "Write a short caption."),
     "image_pointing": ("Point to the {label}.", "Where is the {label}?", "Find the {label}.", "Show me every {label}."),
+    "point_count": ("Count the {label} by pointing.", "Point to the {label} and say how many there are."),
     "counting": ("How many {label} are there?", "Count the {label}.", "What is the number of {label}?"),
-    "multi_image_pointing": ("Point to the {label} in all images.", "Find the {label} in these images."),
+    "multi_image_pointing": ("Point to the {label} in {selected_images}.", "Find {selected_label}."),
+    "multi_image_counting": ("How many {label} are there in {selected_images}?", "Count {selected_label}."),
+    "multi_image_point_then_count": ("Point to {selected_label}, then say how many there are.",),
+    "multi_image_count_then_point": ("How many {label} are there in {selected_images}? Then point to each.",),
     "video_caption": ("Describe the video.", "What happens in this video?", "Write a detailed caption of the clip."),
+    "video_short_caption": ("Describe the video in a sentence.", "Write a short caption of the clip."),
+    "video_short_answer": ("{question}", "{question} Answer briefly.", "Give a short answer: {question}"),
+    "video_clip_caption_start_end": ("What happens between {start_time} and {end_time}?",
+                                     "Describe the video from {start_time} to {end_time}."),
+    "video_clip_transcript_start_end": ("What is said between {start_time} and {end_time}?",),
+    "video_frame_caption_timestamp": ("What can be seen at {timestamp}?", "Describe the frame at {timestamp}."),
+    "video_transcript": ("What is said in this video?", "Write down what is said."),
     "video_pointing": ("Point to the {label} in the video.", "When and where does the {label} appear?"),
+    "video_point_count": ("Point to the {label} in the video, then say how many there are.",),
+    "video_count": ("How many {label} are there in the video?", "Count the {label} in the clip."),
+    "video_count_point": ("How many {label} are there in the video? Then point to each.",),
     "video_tracking": ("Track the {label}.", "Follow the {label} through the video.", "Where does the {label} go?"),
+    "video_point_track_per_frame": ("Track the {label} at {fps} frames per second.", "Follow the {label}, {fps} times a second."),
+    "video_point_ground_start_end": ("Where does the {label} first and last appear?",
+                                     "Point to the {label} when it comes and when it goes."),
+    "video_single_point_track_per_frame": ("Track the {label} from {input_points}.", "Where does {input_points} go from here?"),
 }
+PROMPTS |= {alias: PROMPTS[style] for alias, style in (  # the released names of the same
+    ("long_caption", "image_caption"), ("pointing", "image_pointing"), ("cosyn_point", "image_pointing"),
+    ("video_long_caption", "video_caption"), ("video_point", "video_pointing"),
+    ("video_single_point_track_start_end", "video_single_point_track_per_frame"))}
+# Styles whose answer holds a number: how `released_points` words it.
+ANSWER_MODES = {"counting": "count", "video_count": "count", "multi_image_counting": "count", "point_count": "point_count",
+                "video_point_count": "point_count", "multi_image_point_then_count": "point_count",
+                "video_count_point": "count_point", "multi_image_count_then_point": "count_point"}
+OPTIONS = ("{question}\nOnly return the correct answer option.\n{options}",  # the wording of evaluations; the others are varied
+           "{question}\n{options}", "{question} Choose from:\n{options}", "{options}\n\n{question}",
+           "{question}\nWhich of these is right?\n{options}")
+
+
+def multiple_choice(question, options, correct, rng=None):
+    """(prompt, answer) of a question whose `correct`-th option is right. rng None gives the one wording of evaluations; else
+    wording and order are drawn, and one in five lists has no letters."""
+    order, template, lettered = list(range(len(options))), OPTIONS[0], True
+    if rng:
+        rng.shuffle(order)
+        if rng.random() > 0.1:
+            template, lettered = rng.choice(OPTIONS[1:]), rng.random() < 0.8 or not options[correct].strip()
+    lines = [f"{chr(65 + k)}. {options[i]}" if lettered else options[i] for k, i in enumerate(order)]
+    return template.format(question=question, options="\n".join(lines)), lines[order.index(correct)]
+
+
+def write_prompt(a, kind, rng, grammar="spec"):
+    """The prompt of an annotation that has none: a wording of its style or task, its placeholders filled from its fields."""
+    def clock(seconds):  # half of the times people would type a clock
+        if rng.random() < 0.5:
+            return f"{seconds:.1f}"
+        return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:04.1f}"
+
+    images = "all images" if "images" not in a else " and ".join(
+        f"image_{i + 1}" if grammar == "released" else f"image {i}" for i in a["images"])
+    label = a.get("label", "objects")
+    return rng.choice(PROMPTS.get(a.get("style")) or PROMPTS[a["task"]]).format(
+        label=label, fps=number(a.get("fps", 2), 2), question=a.get("question", ""), selected_images=images,
+        selected_label=f"the {label} in {images}", start_time=clock(a.get("start_time", 0)), end_time=clock(a.get("end_time", 0)),
+        timestamp=clock(a.get("timestamp", 0)), input_points=format_points(a.get("input_points", []), kind, grammar, label))
+
+
+def write_points(a, kind, grammar="spec"):
+    """The answer of an annotation that has points, as its style asks: all, the ends of each track, what follows the given
+    point, or their number."""
+    points, style = a["points"], a.get("style") or a["task"]
+    if "ground_start_end" in style:
+        times = lambda i: [p["t"] for p in points if p["id"] == i]
+        points = [p for p in points if p["t"] in (min(times(p["id"])), max(times(p["id"])))]
+    if kind == "video" and a.get("input_points"):
+        points = [p for p in points if p["t"] > max(q["t"] for q in a["input_points"])]
+    mode = ANSWER_MODES.get(style) or ANSWER_MODES.get(a["task"], "point")
+    text = format_points(points, kind, grammar, a.get("label", ""), a["task"] == "video_tracking", mode)
+    return "0" if mode == "count" and not points else text
 
 
 # The released models were told the set an academic question came from ("vqa2: What is ..."), which steers them to its short
@@ -183,12 +270,12 @@ def number(x, digits):
     return "0" if text == "-0" else text
 
 
-def format_points(points, kind, grammar="spec", label="", tracks=False):
+def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
     """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point: "There are none."
 
     kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id).
-    x, y in [0, 1] with at most 3 decimals, t with at most 2. grammar "released" writes what the published checkpoints do;
-    label and tracks matter to it alone.
+    x, y in [0, 1] with at most 3 decimals, t with at most 2. mode: point, count (their number alone), point_count or
+    count_point (both). grammar "released" writes what the published checkpoints do; label and tracks matter to it alone.
     """
     first = {"image": None, "images": "image", "video": "t"}[kind]
     if not points:
@@ -200,12 +287,13 @@ def format_points(points, kind, grammar="spec", label="", tracks=False):
             groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
         if tracks:
             return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()], label)
-        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label)
+        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label, mode)
     out = []
     for p in sorted(points, key=lambda p: (p[first] if first else 0, p["id"])):
         where = [number(p["t"], 2)] if kind == "video" else [str(p["image"])] if kind == "images" else []
         out.append("<point " + ", ".join([*where, number(p["x"], 3), number(p["y"], 3), str(p["id"])]) + ">")
-    return " ".join(out)
+    text, n = " ".join(out), len(points)
+    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.", "count_point": f"There are {n}: {text}"}[mode]
 
 
 # The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
@@ -300,4 +388,4 @@ def parse_points(text, kind="video"):
 
 def is_unit(value):
     """Whether a JSON value is a finite number in [0, 1]."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1

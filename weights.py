@@ -139,6 +139,20 @@ def hub_config(cfg):
                 text_config=text)
 
 
+def processor_configs(cfg, tiles=8):
+    """{file name: contents}: what other readers need to cut pictures and videos as this model was shown them."""
+    margin = round(cfg.crop / cfg.patch * 4 / 27)
+    pixels = dict(size=dict(height=cfg.crop, width=cfg.crop), patch_size=cfg.patch, do_resize=True, resample=2, do_rescale=True,
+                  rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
+    return {"preprocessor_config.json": dict(pixels, image_processor_type="Molmo2ImageProcessor", max_crops=tiles,
+                                             overlap_margins=[margin, margin], pooling_size=[2, 2]),
+            "video_preprocessor_config.json": dict(pixels, video_processor_type="Molmo2VideoProcessor", pooling_size=[3, 3],
+                                                   max_fps=2, num_frames=384, do_sample_frames=True),
+            "processor_config.json": dict(processor_class="Molmo2Processor", image_use_col_tokens=True, video_use_col_tokens=False,
+                                          use_single_crop_col_tokens=False, use_single_crop_start_token=True,
+                                          use_frame_special_tokens=cfg.frame_tokens)}
+
+
 # What a config may say only in this way: these computations exist here in one form.
 FIXED = {"text": dict(hidden_act="silu", attention_bias=False, qkv_bias=False, mlp_bias=False, additional_vocab_size=EXTRA,
                       clip_qkv=None, scale_logits=False, normalize_input_embeds=False, use_sliding_window=False),
@@ -402,8 +416,9 @@ def fill(model, found, folder, new=()):
 
 
 def save(model, folder):
-    """config.json and model.safetensors of `model` in `folder`, in the released names."""
+    """Configuration and model.safetensors of `model` in `folder`, in the released names."""
     os.makedirs(folder, exist_ok=True)
     state = {their_name(n): p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     write_safetensors(os.path.join(folder, "model.safetensors"), state)
-    write_json(os.path.join(folder, "config.json"), hub_config(model.cfg))
+    for name, contents in {"config.json": hub_config(model.cfg), **processor_configs(model.cfg)}.items():
+        write_json(os.path.join(folder, name), contents)

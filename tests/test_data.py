@@ -34,6 +34,10 @@ def points_row(**p):
     return row_of(annotations=[dict(task="image_pointing", label="cat", points=[dict(dict(x=0.5, y=0.5, id=0), **p)])])
 
 
+def annotated(**a):
+    return row_of(annotations=[dict(task="image_qa", prompt="?", **a)])
+
+
 BAD = [(b"{", "malformed JSON"), (b"[1]", "wrong field"), (b'{"a": "\xff"}', "not UTF-8"), (b"[" * 100_000, "malformed JSON"),
        (row_of(annotations=[]), "wrong field"), (row_of(image=3), "wrong field"), (row_of(video="v.mp4"), "wrong field"),
        (row_of(annotations=[dict(task="sing")]), "unknown task"), (row_of(annotations=["x"]), "unknown task"),
@@ -43,6 +47,9 @@ BAD = [(b"{", "malformed JSON"), (b"[1]", "wrong field"), (b'{"a": "\xff"}', "no
        (row_of(annotations=[dict(task="image_qa", messages=[dict(role="user", content="?")])]), "wrong field"),
        (points_row(x=1.01), "point outside [0, 1]"), (points_row(y=-0.01), "point outside [0, 1]"),
        (points_row(x=float("nan")), "point outside [0, 1]"), (points_row(x=float("inf")), "point outside [0, 1]"),
+       (annotated(options=["a", "b"], correct=2, question="?"), "wrong field"), (annotated(options="ab"), "wrong field"),
+       (annotated(answer="x", fps=-1), "wrong field"), (annotated(answer="x", images=[1]), "wrong field"),
+       (annotated(answer="x", input_points=[1]), "wrong field"), (points_row(x=10 ** 400), "point outside [0, 1]"),
        (points_row(x=True), "point outside [0, 1]"), (points_row(id=-1), "wrong field"), (points_row(id=None), "wrong field")]
 
 

@@ -1,11 +1,14 @@
 """Text in and out: the tokenizer, the chat, the grammar of points."""
 import json
 import random
+import re
+from collections import Counter
 
 import pytest
 
 from data import format_points, parse_points
-from points import CHAT, NOTHING, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces
+from points import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, multiple_choice, write_points,
+                    write_prompt)
 
 
 def test_digits_are_never_merged(tokenizer):
@@ -93,3 +96,52 @@ def test_parsing_never_raises():
             chars[rng.randrange(len(chars))] = rng.choice("<>point0123456789., -e\0\u00e9")
         for p in parse_points("".join(chars)):
             assert 0 <= p["x"] <= 1 and 0 <= p["y"] <= 1 and p["id"] >= 0
+
+
+def test_saved_tokenizer_names_every_id(tmp_path, tokenizer):
+    """Other readers number added tokens in order and look vision tokens up by name: a gap would shift every picture."""
+    tokenizer.save(str(tmp_path))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids = sorted({*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"])})
+    assert ids == list(range(1024 + 10))
+    names = {t["content"]: t["id"] for t in spec["added_tokens"]}
+    assert names["<im_patch>"] == tokenizer.ids["<image>"] and names["<im_start>"] == tokenizer.ids["<image_start>"]
+    again = Tokenizer(str(tmp_path / "tokenizer.json"), 1024)
+    assert again.ids == tokenizer.ids and (again.bos, again.eos) == (tokenizer.bos, tokenizer.eos)
+
+
+def test_every_wording_fills_from_the_fields():
+    a = dict(task="video_qa", label="cups", fps=2, question="Why?", start_time=3661.5, end_time=3662, timestamp=1, images=[0, 2],
+             input_points=[dict(t=0.5, x=0.25, y=0.5, id=0)])
+    for style in PROMPTS:
+        seen = {write_prompt(dict(a, style=style), "video", random.Random(i)) for i in range(40)}
+        assert not any(re.search(r"[{}]", s) for s in seen)
+    said = lambda style, grammar="spec": " ".join(write_prompt(dict(a, style=style), "video", random.Random(i), grammar) for i in range(20))
+    assert "01:01:01.5" in said("video_clip_caption_start_end") and "3661.5" in said("video_clip_caption_start_end")
+    assert "image 0 and image 2" in said("multi_image_pointing")
+    assert "image_1 and image_3" in said("multi_image_pointing", "released")
+    assert "<point 0.5, 0.25, 0.5, 0>" in said("video_single_point_track_per_frame")
+    assert '<points coords="0.5 1 250 500">cups</points>' in said("video_single_point_track_per_frame", "released")
+
+
+def test_styles_ask_for_ends_continuations_and_numbers():
+    track = [dict(t=t, x=0.1 * t, y=0.5, id=i) for t in (0, 1, 2) for i in (0, 1)]
+    a = dict(task="video_tracking", label="ball", points=track)
+    assert [p["t"] for p in parse_points(write_points(dict(a, style="video_point_ground_start_end"), "video"))] == [0, 0, 2, 2]
+    assert [p["t"] for p in parse_points(write_points(dict(a, input_points=track[:1]), "video"))] == [1, 1, 2, 2]
+    b = dict(task="video_pointing", label="ball", points=track[:2])
+    assert write_points(dict(b, style="video_count"), "video") == "2"
+    assert write_points(dict(b, style="video_point_count"), "video", "released") == \
+        'Counting the <points coords="0.0 1 000 500 2 000 500">ball</points> shows a total of 2.'
+    assert write_points(dict(b, task="counting", points=[]), "image") == "0"
+
+
+def test_multiple_choice_never_leaves_the_right_option_in_place():
+    options = ["red", "green", "blue", "pink"]
+    assert multiple_choice("Colour?", options, 2) == (
+        "Colour?\nOnly return the correct answer option.\nA. red\nB. green\nC. blue\nD. pink", "C. blue")
+    drawn = [multiple_choice("Colour?", options, 2, random.Random(i)) for i in range(400)]
+    assert all(answer.endswith("blue") and answer in prompt for prompt, answer in drawn)
+    letters = Counter(answer[0] for _, answer in drawn if answer != "blue")
+    assert set(letters) == set("ABCD") and min(letters.values()) > 50
+    assert 0.12 < sum(answer == "blue" for _, answer in drawn) / 400 < 0.25
