@@ -10,7 +10,7 @@ frames at 2 per second, each one crop.
 
 Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled into one
 """
-import math
+import bisect
 import os
 from dataclasses import dataclass
 
@@ -22,7 +22,11 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000  # larger pictures are refused before anything of them is decoded
 POOL_IMAGE, POOL_VIDEO = 2, 3  # patches pooled on a side
-VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,asf"  # no playlists: those name other files
+# A video's container is told by its first bytes, never by its name: a playlist would name other files. (offset, bytes) -> format
+MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"free"): "mov", (4, b"skip"): "mov",
+         (4, b"wide"): "mov", (0, b"\x1aE\xdf\xa3"): "matroska", (8, b"AVI "): "avi", (188, b"G"): "mpegts",
+         (0, b"\x00\x00\x01\xba"): "mpeg", (0, b"FLV"): "flv", (0, b"OggS"): "ogg", (0, b"GIF8"): "gif",
+         (0, b"\x30\x26\xb2\x75"): "asf"}
 
 
 class BadMedia(Exception):
@@ -55,10 +59,10 @@ def inside_folder(folder, name):
 
 def open_image(path):
     """A PIL image whose header has been read and found sane, pixels not yet."""
+    if not os.path.isfile(path):  # also not a pipe, which would wait for ever
+        raise BadMedia(f"{path}: no such file")
     try:
         image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
-    except FileNotFoundError:
-        raise BadMedia(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadMedia(f"{path}: not a readable picture ({e})") from None
     if image.width * image.height > MAX_PIXELS:
@@ -136,20 +140,26 @@ def sample_times(duration, max_frames, max_fps=2.0):
 
 
 def open_video(path):
-    """An open container whose first video stream has been found. A file cannot make the decoder open other files or URLs."""
+    """An open container and its first video stream. A file cannot make the decoder open other files or URLs."""
     if not os.path.isfile(path):
         raise BadMedia(f"{path}: no such file")
     try:
-        container = av.open(path, options={"protocol_whitelist": "file", "format_whitelist": VIDEO_FORMATS})
+        with open(path, "rb") as f:
+            head = f.read(189)
+        kind = next((kind for (at, magic), kind in MAGIC.items() if head[at:at + len(magic)] == magic), None)
+        if kind is None:
+            raise BadMedia(f"{path}: not a video in a known container ({', '.join(sorted(set(MAGIC.values())))})")
+        container = av.open(path, format=kind, options={"protocol_whitelist": "file", "format_whitelist": kind})
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: not a readable video ({e})") from None
     if not container.streams.video:
         container.close()
         raise BadMedia(f"{path}: has no video stream")
     stream = container.streams.video[0]
-    if stream.width * stream.height > MAX_PIXELS:
+    if not 0 < stream.width * stream.height <= MAX_PIXELS:
         container.close()
-        raise BadMedia(f"{path}: frames of {stream.width}x{stream.height} are more than {MAX_PIXELS // 10**6} megapixels")
+        raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}, not within {MAX_PIXELS // 10**6} megapixels")
+    stream.thread_type = "NONE"  # one thread: the workers are the parallelism, and a packet's skip_frame stays its own
     return container, stream
 
 
@@ -206,33 +216,111 @@ def image_crops(pixels, n, patch, tiling):
     return np.stack([to_patches(c, patch) for c in crops])
 
 
-def load_frames(path, times):
-    """The frames shown at `times` (seconds, ascending): a list of (H, W, 3) uint8."""
+# Frames of a video cost most when they are decoded and not wanted. So: read the packets without decoding them, find which
+# frames are shown at the wanted times, and decode only from the key frame before each to the frame itself, skipping frames
+# that no other refers to. Only wanted frames are ever converted to RGB and kept.
+#
+#     times      0          5                    10      at 0.2 a second
+#     packets    K p b p b  K p b p b  K p b p b  K      K key frame, p refers back, b is referred to by none
+#     decoded    K          K p b                 K
+
+def packets_of(container, stream, times):
+    """The packets that hold what is shown from times[0] to times[-1], and some around: from the key frame before."""
+    begin, tick, past = stream.start_time or 0, float(stream.time_base), 0
+    if times[0] > 0:
+        container.seek(begin + int(times[0] / tick), stream=stream)
+    for packet in container.demux(stream):
+        # What follows a key frame in the file may be shown before it, but not what follows the second one.
+        past += packet.is_keyframe and packet.pts is not None and (packet.pts - begin) * tick > times[-1] + 1e-6
+        if past == 2:
+            return
+        if packet.size:
+            yield packet
+
+
+def frame_plan(container, stream, times):
+    """(pts of the frame shown at each of `times`, whether to decode each packet in file order), or None where the packets do
+    not tell."""
+    packets = [(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream, times)]
+    if not packets or not packets[0][1] or any(pts is None for pts, *_ in packets):
+        return None
+    shown = sorted(pts for pts, _, discard in packets if not discard)
+    begin, tick = stream.start_time or 0, float(stream.time_base)
+    at = [bisect.bisect_right(shown, begin + (t + 1e-6) / tick) - 1 for t in times]
+    if times[0] > 0 and at[0] < 0:
+        return None  # the seek went too far
+    end = (shown[-1] - begin) * tick
+    if times[-1] > end + max(1, 0.1 * times[-1]):
+        raise BadMedia(f"{container.name}: ends at {end:.1f} s, and {times[-1]:.1f} s were asked for: truncated?")
+    wanted, order = [shown[max(i, 0)] for i in at], {pts: i for i, (pts, *_) in enumerate(packets)}
+    keys, decode = [i for i, (_, key, _) in enumerate(packets) if key], np.zeros(len(packets), bool)
+    for pts in dict.fromkeys(wanted):
+        i = order[pts]
+        k = bisect.bisect_right(keys, i) - 1
+        if pts < packets[keys[k]][0] and k:  # shown before the key frame it follows in the file: it may refer further back
+            k -= 1
+        decode[keys[k]:i + 1] = True
+    return wanted, decode
+
+
+def frames_of(stream, packets, decode, wanted):
+    """Yields the decoded frames of those packets that `decode` marks, and with them some more around."""
+    context = stream.codec_context
+    for i, packet in enumerate(packets):
+        if decode[i]:
+            context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            yield from context.decode(packet)
+            if i + 1 == len(decode) or not decode[i + 1]:
+                yield from context.decode(None)  # what the decoder still holds back
+                context.flush_buffers()
+
+
+def load_frames(path, times, keep=lambda rgb: rgb):
+    """keep(frame) of the frames shown at `times` (seconds from the start, ascending), each (H, W, 3) uint8 and upright.
+
+    A frame is shown until the next begins, the last one to the end. Exactly the frames that decoding everything gives.
+    """
+    def upright(frame):
+        if frame.is_corrupt:
+            raise BadMedia(f"{path}: broken video")
+        return keep(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+
+    try:
+        container, stream = open_video(path)
+        with container:
+            plan = frame_plan(container, stream, times)
+        if plan:
+            wanted, decode = plan
+            container, stream = open_video(path)
+            with container:
+                want, packets = set(wanted), packets_of(container, stream, times)
+                kept = {f.pts: upright(f) for f in frames_of(stream, packets, decode, want) if f.pts in want}
+            if want <= kept.keys():
+                return [kept[pts] for pts in wanted]
+        return load_frames_in_turn(path, times, upright)
+    except (av.FFmpegError, OSError, ValueError) as e:
+        raise BadMedia(f"{path}: broken video ({e})") from None
+
+
+def load_frames_in_turn(path, times, keep):
+    """The same by decoding every frame up to the last one wanted, for files whose packets do not tell enough."""
     container, stream = open_video(path)
-    frames, shown = [], None
+    kept, shown, rate = [], None, float(stream.average_rate or 25)
     with container:
-        try:
-            stream.thread_type = "AUTO"
-            begin = stream.start_time or 0
-            container.seek(begin + int(times[0] / stream.time_base), stream=stream)  # to the key frame before it
-            for frame in container.decode(stream):
-                at = float((frame.pts - begin) * stream.time_base) if frame.pts is not None else 0.0
-                while shown is not None and len(frames) < len(times) and at > times[len(frames)] + 1e-6:
-                    frames.append(shown)
-                if len(frames) == len(times):
-                    break
-                shown = frame
-            if shown is None:
-                raise BadMedia(f"{path}: no frame could be decoded")
-            frames += [shown] * (len(times) - len(frames))  # the last one is shown until the end
-            pixels = {id(f): np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in frames}
-            return [pixels[id(f)] for f in frames]
-        except (av.FFmpegError, OSError, ValueError) as e:
-            raise BadMedia(f"{path}: broken video ({e})") from None
+        for n, frame in enumerate(container.decode(stream)):
+            at = float((frame.pts - (stream.start_time or 0)) * stream.time_base) if frame.pts is not None else n / rate
+            late = sum(at > t + 1e-6 for t in times[len(kept):]) if shown is not None else 0
+            kept += [keep(shown)] * late if late else []
+            if len(kept) == len(times):
+                return kept
+            shown = frame
+        if shown is None:
+            raise BadMedia(f"{path}: no frame could be decoded")
+        return kept + [keep(shown)] * (len(times) - len(kept))
 
 
 def load_crops(path, layout, n, patch):
     """The crops of a picture or video as its layout asks for them: (N, P, patch·patch·3) uint8."""
     if layout.times:
-        return np.concatenate([image_crops(f, n, patch, (0, 0)) for f in load_frames(path, layout.times)])
+        return np.concatenate(load_frames(path, layout.times, lambda rgb: image_crops(rgb, n, patch, (0, 0))))
     return image_crops(load_image(path), n, patch, layout.tiling)
