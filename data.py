@@ -13,13 +13,17 @@ each annotation is a branch that sees the trunk and itself, so five questions ab
 Everything up to the pixels is a function of (files, mixture, seed): the stream is the same for any number of workers and
 ranks, and where it stands is a small JSON that travels with each row.
 
-    python data.py data/my.jsonl          # check every line, and print what the rows become
+    python data.py data/my.jsonl --show 8     # check every line; a page with what the model will see of the first eight
 
 Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """
 import argparse
+import base64
+import csv
 import glob
 import hashlib
+import html
+import io
 import json
 import math
 import os
@@ -29,8 +33,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
-from media import BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times, video_duration
+from media import (MAX_PIXELS, BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times,
+                   video_duration)
 from points import (CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, is_unit, multiple_choice, number, styled,
                     write_points, write_prompt)
 from points import format_points, parse_points  # noqa: F401  public under this name too
@@ -42,6 +48,8 @@ TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_poi
          "video_caption": ("video", 1.0), "video_qa": ("video", 1.0), "video_pointing": ("video", 2.0),
          "video_tracking": ("video", 2.0), "text": (None, 1.0)}
 MEDIA = ("image", "images", "video")  # what a line may be about, and the kinds of points `format_points` knows
+MAX_LINE = 32 << 20  # bytes; a longer line is not read
+REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "datasets.tsv")
 
 
 class BadRow(Exception):
@@ -56,9 +64,13 @@ class BadRow(Exception):
 
 def parse_row(line):
     """Bytes of one line -> the row as a dict; BadRow says what is wrong with it."""
+    if len(line) >= MAX_LINE:
+        raise BadRow("line too long", f"more than {MAX_LINE >> 20} MiB")
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
+        row = json.loads(line.decode("utf-8-sig"))
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a character, which is no text
+    except UnicodeError:
         raise BadRow("not UTF-8") from None
     except (ValueError, RecursionError) as e:
         raise BadRow("malformed JSON", str(e)) from None
@@ -81,6 +93,10 @@ def parse_row(line):
     return row
 
 
+whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31
+is_text = lambda v: isinstance(v, str)
+
+
 def is_time(value):
     """Whether a JSON value is a number of seconds from 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
@@ -90,20 +106,19 @@ def check_size(row):
     """width and height save reading a picture's header; one without the other is a slip."""
     size = row.get("width"), row.get("height")
     given = [n for n, key in zip(size, ("width", "height")) if key in row]
-    if len(given) == 1 or not all(isinstance(n, int) and n > 0 for n in given):
+    if len(given) == 1 or not all(map(whole, given)) or given and not 0 < given[0] * given[1] <= MAX_PIXELS:
         raise BadRow("wrong field", f"width and height are pixels, both or neither: {size[0]!r}, {size[1]!r}")
 
 
 def check_clip(row):
+    """duration saves reading a video's header; start, end and every other time count from the start of the file."""
     lines = row.get("subtitles", [])
     fine = isinstance(lines, list) and all(isinstance(s, dict) and is_time(s.get("start")) and is_time(s.get("end"))
                                            and isinstance(s.get("text"), str) for s in lines)
-    if not (fine and is_time(row.get("start", 0)) and is_time(row.get("end", 0))):
-        raise BadRow("wrong field", "start and end are seconds; subtitles are [{start, end, text}]")
+    if not (fine and all(is_time(row.get(key, 1)) for key in ("start", "end", "duration", "fps"))):
+        raise BadRow("wrong field", "start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
 
 
-whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31
-is_text = lambda v: isinstance(v, str)
 # What an annotation may say: (fields, whether a value is fine, what it should be).
 ANNOTATION_FIELDS = ((("prompt", "answer", "label", "style", "question"), is_text, "text"),
                      (("fps", "start_time", "end_time", "timestamp"), is_time, "a number from 0"),
@@ -170,6 +185,18 @@ def to_messages(a, kind, rng, point_format="spec"):
     return [dict(role="user", content=styled(prompt, style)), dict(role="assistant", content=answer)]
 
 
+def in_clip(a, start, end):
+    """An annotation whose times count from the start of its clip, as the model counts; points outside the clip are left out."""
+    a = dict(a)
+    for key in ("points", "input_points"):
+        if key in a:
+            a[key] = [dict(p, t=max(p["t"] - start, 0)) for p in a[key] if start - 0.01 <= p["t"] <= end + 0.01]
+    for key in ("start_time", "end_time", "timestamp"):
+        if key in a:
+            a[key] = max(a[key] - start, 0)
+    return a
+
+
 # ---- plan: a row as tokens, before any pixel is decoded -------------------------------------------------------------
 
 @dataclass
@@ -196,61 +223,69 @@ class Plan:
 class Planner:
     """Turns rows into plans for one model and sequence length."""
 
-    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0):
+    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0, max_crops=10**9):
         self.tokenizer, self.cfg, self.seq_len = tokenizer, model_cfg, seq_len
         self.tiles = tiles  # high-resolution crops a picture may get; 0 = the low-resolution one alone
-        self.multi_tiles = 0  # the same for each of several pictures
         self.max_frames = max_frames  # of a video; 0 = videos are not read
+        self.max_crops = max_crops  # of a row
         self.token_weights = token_weights
         self.released = model_cfg.point_format == "released"
         if not self.released and any(name not in tokenizer.ids for name in WRITABLE):
             raise BadCheckpoint(f"{tokenizer.path}: no unused id below {tokenizer.vocab} for {' and '.join(WRITABLE)}; "
-                             "--point_format released needs none")
+                                "--point_format released needs none")
         self.n = model_cfg.crop // model_cfg.patch
 
-    def trunk(self, row, folder):
-        """BOS and the media: (ids, [(path, Layout)])."""
-        tok, ids, media = self.tokenizer, [self.tokenizer.bos], []
+    def trunk(self, row, folder, room=None):
+        """BOS and the media, as fine as `room` tokens allow: (ids, [(path, Layout)])."""
+        tok, room = self.tokenizer, room or self.seq_len
         if "video" in row:
-            return self.video_trunk(row, folder)
-        names = row.get("images") or ([row["image"]] if "image" in row else [])
-        for i, name in enumerate(names):
-            path = inside_folder(folder, name)
-            w, h = (row["width"], row["height"]) if "width" in row and len(names) == 1 else image_size(path)
-            layout = image_layout(w, h, self.n, self.cfg.patch, self.tiles if len(names) == 1 else self.multi_tiles)
-            if len(names) > 1:  # introduced by its index, by which points name it
-                ids += tok.encode(f"Image {i + self.released}")
-            ids += [tok.ids[t] for t in layout.tokens]
-            media.append((path, layout))
-        return ids, media
+            return self.video_trunk(row, folder, room)
+        paths = [inside_folder(folder, name) for name in row.get("images") or [row[k] for k in ("image",) if k in row]]
+        sizes = [(row["width"], row["height"])] if "width" in row and len(paths) == 1 else [image_size(p) for p in paths]
+        tiles = self.tiles
+        while True:
+            ids, media = [tok.bos], []
+            for i, (path, (w, h)) in enumerate(zip(paths, sizes)):
+                layout = image_layout(w, h, self.n, self.cfg.patch, tiles)
+                if len(paths) > 1:  # introduced by its index, by which points name it
+                    ids += tok.encode(f"Image {i + self.released}")
+                ids += [tok.ids[t] for t in layout.tokens]
+                media.append((path, layout))
+            if not tiles or len(ids) <= room and sum(layout.n_crops for _, layout in media) <= self.max_crops:
+                return ids, media
+            tiles //= 2  # coarser pictures rather than no pictures
 
-    def video_trunk(self, row, folder):
+    def video_trunk(self, row, folder, room):
         """BOS and the frames of a clip, each after its time in seconds; then the subtitles of moments that are shown.
 
             <timestamp> 0.5 <frame_start> <image>... <frame_end>        released:  " 0.5 " in plain text
+
+        Two frames a second and the last one; of a longer clip as many evenly spread ones as fit.
         """
         if not self.max_frames:
             raise BadRow("no reader for video in this stage", "--max_frames above 0 reads it")
         tok, path = self.tokenizer, inside_folder(folder, row["video"])
-        length, start = video_duration(path), row.get("start", 0.0)
+        length, start = row.get("duration") or video_duration(path), row.get("start", 0.0)
         end = min(row.get("end", length), length)
-        if not 0 <= start < end:
+        if not start < end:
             raise BadRow("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
         pool = frame_layout(self.n)
-        # As many frames as leave half a thousand tokens, or an eighth of a short row, for what is said about them.
-        room = self.seq_len - min(512, self.seq_len // 8)
-        times = sample_times(end - start, max(min(self.max_frames, room // (len(pool) + 9)), 1))
         opening, closing = (tok.ids[t] for t in (("<frame_start>", "<frame_end>") if self.cfg.frame_tokens else
                                                  ("<image_start>", "<image_end>")))
-        ids = [tok.bos]
-        for i, t in enumerate(times):
-            ids += tok.encode(" " * (i > 0) + f"{t:.1f} ") if self.released else \
-                [tok.ids["<timestamp>"]] + tok.encode(number(t, 2))
-            ids += [opening] + [tok.ids["<image>"]] * len(pool) + [closing]
-        lines = [s for s in row.get("subtitles", ()) if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times)]
-        if lines:
-            ids += tok.encode("subtitle\n" + "".join(
-                f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n" for s in lines))
+        most = min(self.max_frames, self.max_crops)
+        while True:
+            times, ids = sample_times(end - start, most), [tok.bos]
+            for i, t in enumerate(times):
+                ids += tok.encode(" " * (i > 0) + f"{t:.1f} ") if self.released else \
+                    [tok.ids["<timestamp>"]] + tok.encode(number(t, 2))
+                ids += [opening] + [tok.ids["<image>"]] * len(pool) + [closing]
+            lines = [s for s in row.get("subtitles", ()) if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times)]
+            if lines:
+                ids += tok.encode("subtitle\n" + "".join(
+                    f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n" for s in lines))
+            if len(ids) <= room or len(times) == 1:
+                break
+            most = max(len(times) - max((len(ids) - room) // (len(pool) + 3), 1), 1)
         windows = np.concatenate([pool + i * self.n ** 2 for i in range(len(times))])
         return ids, [(path, Layout([], windows, len(times), times=tuple(float(t + start) for t in times)))]
 
@@ -270,18 +305,23 @@ class Planner:
         A tree too long for a row becomes several, each with the whole trunk and some of the branches; an annotation too
         long by itself is left out. Pixels are never cut.
         """
-        trunk, media = self.trunk(row, folder)
-        kind = next((k for k in MEDIA if k in row), None)
+        kind, annotations = next((k for k in MEDIA if k in row), None), row["annotations"]
+        if "start" in row or "end" in row:
+            annotations = [in_clip(a, row.get("start", 0), row.get("end", math.inf)) for a in annotations]
+        branches = [(a["task"], *self.branch(to_messages(a, kind, rng, self.cfg.point_format))) for a in annotations]
+        # The media leave room for the longest annotation, and for all of them if that takes no more than an eighth of the row.
+        lengths = [len(ids) for _, ids, _ in branches]
+        need = max(min(sum(lengths), self.seq_len // 8), max([n for n in lengths if n <= self.seq_len * 3 // 4], default=0))
+        trunk, media = self.trunk(row, folder, self.seq_len - need)
         groups, left_out, room = [], [], 0
-        for a in row["annotations"]:
-            ids, learn = self.branch(to_messages(a, kind, rng, self.cfg.point_format))
+        for task, ids, learn in branches:
             if len(trunk) + len(ids) - 1 > self.seq_len:
                 left_out.append("annotation too long")
                 continue
             if not groups or room < len(ids) - 1:
                 groups.append([])
                 room = self.seq_len - len(trunk)
-            groups[-1].append((a["task"], ids, learn))
+            groups[-1].append((task, ids, learn))
             room -= len(ids) - 1
         return [self.assemble(trunk, media, g) for g in groups], left_out
 
@@ -317,8 +357,8 @@ class Planner:
 
     def question(self, row, folder, messages):
         """A plan that ends where the model's answer begins. messages: [{role, content}], ending with the user's."""
-        trunk, media = self.trunk(row, folder)
         ids, _ = self.branch(messages)
+        trunk, media = self.trunk(row, folder, self.seq_len - len(ids) - min(512, self.seq_len // 8))
         return self.assemble(trunk, media, [("text", ids + [self.tokenizer.eos], [False] * (len(ids) + 1))])
 
 
@@ -327,8 +367,9 @@ class Planner:
 class Packer:
     """Fills rows of `seq_len` tokens and `max_crops` crops from a buffer of waiting items (n_tokens, n_crops).
 
-    Whenever the buffer is full, one row leaves: the item that has waited longest, and of the others those that fill the
-    rest best (exact subset-sum over tokens). So nothing starves, and nothing is ever cut.
+    Whenever the buffer is full one row leaves: the item that has waited longest, so that none starves, and those of the
+    others that fill the rest best. A beam search finds them: of all ways to add one more item to the 64 best sets so far,
+    the 64 fullest are kept, tokens and crops counting as shares of their limits. Nothing is ever cut.
     """
 
     def __init__(self, seq_len, max_crops, buffer=48):
@@ -337,7 +378,7 @@ class Packer:
         self.refused = 0
 
     def add(self, item):
-        """Take an item in; returns the rows (lists of items) that leave: none or one."""
+        """Take an item in; returns the rows (lists of items) that leave: none or one. What fits no row is refused and counted."""
         if item.n_tokens > self.seq_len or item.n_crops > self.max_crops:
             self.refused += 1
             return []
@@ -351,41 +392,39 @@ class Packer:
             rows.append(self.emit())
         return rows
 
-    def emit(self):
+    def emit(self, beam=64):
         first, others = self.waiting[0], self.waiting[1:]
-        tokens, crops = self.seq_len - first.n_tokens, self.max_crops - first.n_crops
-        # reach[i]: bit s is set if some subset of the first i others has s tokens. Python's integers are the bit sets.
-        reach, limit = [1], (1 << (tokens + 1)) - 1
-        for item in others:
-            reach.append((reach[-1] | reach[-1] << item.n_tokens) & limit)
-        best, left = [], reach[-1]
-        for _ in range(64):  # the fullest sum whose items also have few enough crops
-            total = left.bit_length() - 1
-            if total <= 0:
+        tokens, crops = (np.array([getattr(i, key) for i in others], np.int64) for key in ("n_tokens", "n_crops"))
+        share = tokens / self.seq_len + crops / max(self.max_crops, 1)
+        order = np.argsort(-share, kind="stable")  # a set is built from its largest item down, so in one way only
+        tokens, crops, share = tokens[order], crops[order], share[order]
+        room, free = np.array([self.seq_len - first.n_tokens]), np.array([self.max_crops - first.n_crops])
+        last, full, added, best = np.array([-1]), np.zeros(1), [], (0.0, -1, -1)
+        while True:  # level by level: sets of one more item. s: the set it extends, k: the item
+            s, k = np.nonzero((tokens <= room[:, None]) & (crops <= free[:, None]) & (np.arange(len(order)) > last[:, None]))
+            if not len(s):
                 break
-            chosen, s = [], total
-            for i in range(len(others), 0, -1):
-                if not reach[i - 1] >> s & 1:  # only reached with item i
-                    chosen.append(i - 1)
-                    s -= others[i - 1].n_tokens
-            if sum(others[i].n_crops for i in chosen) <= crops:
-                best = chosen
-                break
-            left ^= 1 << total
-        else:
-            for i in sorted(range(len(others)), key=lambda i: -others[i].n_tokens):  # crops bind: take what fits
-                if others[i].n_tokens <= tokens and others[i].n_crops <= crops:
-                    best.append(i)
-                    tokens, crops = tokens - others[i].n_tokens, crops - others[i].n_crops
-        best = set(best)
-        self.waiting = [item for i, item in enumerate(others) if i not in best]
-        return [first] + [others[i] for i in sorted(best)]
+            fuller = full[s] + share[k]
+            if len(s) > beam:
+                top = np.argpartition(-fuller, beam)[:beam]
+                s, k, fuller = s[top], k[top], fuller[top]
+            added.append((s, k))
+            if fuller.max() > best[0]:
+                best = (fuller.max(), len(added) - 1, int(fuller.argmax()))
+            room, free, last, full = room[s] - tokens[k], free[s] - crops[k], k, fuller
+        chosen, (_, level, i) = set(), best
+        while level >= 0:
+            s, k = added[level]
+            chosen.add(int(order[k[i]]))
+            level, i = level - 1, int(s[i])
+        self.waiting = [item for i, item in enumerate(others) if i not in chosen]
+        return [first] + [others[i] for i in sorted(chosen)]
 
 
 # ---- decode and collate ---------------------------------------------------------------------------------------------
 
 def decode(plans, cfg, seq_len):
-    """One packed row with its pixels: (arrays of T, crops, pools, sources that failed).
+    """One packed row with its pixels: (arrays of T, crops, pools, events). Events: [dataset, file:line, reason, detail].
 
     When a picture cannot be decoded its tokens stay, its pixels are zeros and its example is not trained on: the other
     examples of the row, and the order of the stream, are as they would have been.
@@ -403,7 +442,7 @@ def decode(plans, cfg, seq_len):
             try:
                 pixels = load_crops(path, layout, n, cfg.patch)
             except (BadMedia, OSError, MemoryError) as error:
-                failed.append(f"{plan.where}: {error}")
+                failed.append([plan.ref[0] if plan.ref else "", plan.where, "failed to decode", str(error)])
                 row["weights"][part] = 0
                 pixels = np.zeros((layout.n_crops, n * n, cfg.patch ** 2 * 3), np.uint8)
             crops.append(pixels)
@@ -416,7 +455,7 @@ def collate(rows):
     """Decoded rows -> one batch: (B, T) ids and weights, crops (N, P, ·) uint8, pool (M, K); None without pictures."""
     batch = {k: torch.from_numpy(np.stack([row[k] for row, *_ in rows])) for k in rows[0][0]}
     crops, pools, offset = [], [], 0
-    for _, row_crops, row_pool, _ in rows:
+    for _, row_crops, row_pool, *_ in rows:
         pools += [np.where(p >= 0, p + offset, -1) for p in row_pool]
         offset += sum(c.shape[0] * c.shape[1] for c in row_crops)
         crops += row_crops
@@ -445,41 +484,79 @@ def prompt_batch(plans, cfg):
 
 # ---- datasets and mixtures ------------------------------------------------------------------------------------------
 
-class Dataset:
-    """The lines of some JSONL files, read by byte offset. name: what the mixture calls it."""
+def line_index(path):
+    """Where the lines of a file start that are not blank, and their numbers: (2 + n, 2) int64, memory-mapped. The first two
+    rows are (size, time of change) of the file and (hash of its contents, n).
 
-    def __init__(self, name, files):
-        self.name, self.files, self.offsets, self.lines = name, files, [], []
-        for path in files:
-            with open(path, "rb") as f:
-                at, offsets, lines = 0, [], []
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        offsets.append(at)
-                        lines.append(number)
-                    at += len(line)
-            self.offsets.append(np.array(offsets, np.int64))
-            self.lines.append(np.array(lines, np.int64))
-        self.ends = np.cumsum([len(o) for o in self.offsets])
-        self.handles = {}
+    Built once and kept beside the file as .NAME.index.npy, so that ten million lines cost no time and no memory at start.
+    """
+    stat, (folder, name) = os.stat(path), os.path.split(os.path.abspath(path))
+    kept, key = os.path.join(folder, f".{name}.index.npy"), (stat.st_size, stat.st_mtime_ns)
+    try:
+        table = np.load(kept, mmap_mode="r", allow_pickle=False)
+        if table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == 2 and tuple(table[0]) == key:
+            return table
+    except (OSError, ValueError, EOFError):
+        pass  # none yet, or not one
+    digest, ends, at = hashlib.blake2b(digest_size=8), [], 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+            ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at)
+            at += len(chunk)
+    ends = np.concatenate(ends + [np.empty(0, np.int64)])
+    starts, stops = np.append(0, ends + 1), np.append(ends, at)
+    lone = np.flatnonzero(stops - starts == 1)  # one byte: the first half of a Windows line end?
+    blank = stops <= starts
+    blank[lone] = [open_byte == 13 for open_byte in np.memmap(path, np.uint8, "r")[starts[lone]]] if len(lone) else []
+    rows = np.stack([starts, np.arange(1, len(starts) + 1)], 1)[~blank]
+    head = [key, (int.from_bytes(digest.digest(), "little", signed=True), len(rows))]
+    table = np.concatenate([np.array(head, np.int64), rows])
+    try:
+        with open(f"{kept}.{os.getpid()}", "wb") as f:
+            np.save(f, table)
+        os.replace(f"{kept}.{os.getpid()}", kept)
+    except OSError:
+        pass  # a folder one may not write to: built again next time
+    return table
+
+
+class Dataset:
+    """The lines of some JSONL files. name: what the mixture calls it; entry: its line of the registry, if it has one."""
+
+    def __init__(self, name, files, entry=None):
+        self.name, self.files, self.entry, self.open = name, files, entry or {}, {}
+        heads = [line_index(path)[1].tolist() for path in files]
+        self.ends = np.cumsum([n for _, n in heads])
+        self.contents = hashlib.blake2b(repr(heads).encode(), digest_size=8).hexdigest()
 
     def __len__(self):
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.ends[-1])
 
     def line(self, i):
         """The i-th row: (bytes, folder its media are under, "file:line")."""
         shard = int(np.searchsorted(self.ends, i, side="right"))
-        k = i - (int(self.ends[shard - 1]) if shard else 0)
         path, key = self.files[shard], (os.getpid(), shard)  # a forked worker must not share a file position
-        if key not in self.handles:
-            self.handles[key] = open(path, "rb")
-        f = self.handles[key]
-        f.seek(int(self.offsets[shard][k]))
-        return f.readline(), os.path.dirname(os.path.abspath(path)), f"{path}:{int(self.lines[shard][k])}"
+        if key not in self.open:
+            if len(self.open) >= 64:  # of thousands of shards, no more files than a process may open
+                self.open.clear()
+            self.open[key] = line_index(path), open(path, "rb")
+        index, f = self.open[key]
+        start, number = index[2 + i - (int(self.ends[shard - 1]) if shard else 0)].tolist()
+        f.seek(start)
+        return f.readline(MAX_LINE), os.path.dirname(os.path.abspath(path)), f"{path}:{number}"
 
-    def fingerprint(self):
-        """What must not change between a run and its continuation: names, sizes and number of rows."""
-        return [self.name, len(self), [[os.path.basename(p), os.path.getsize(p)] for p in self.files]]
+    def task(self):
+        """What it is about: as the registry says, else its first annotation's task."""
+        try:
+            return self.entry.get("task") or parse_row(self.line(0)[0])["annotations"][0]["task"]
+        except BadRow:
+            return "image_qa"
+
+    def weight(self):
+        """sqrt(rows), at most those of its cap, times its multiplier: large sets get more draws, but not in proportion."""
+        rows = min(len(self), int(self.entry.get("size_cap") or len(self)))
+        return float(self.entry.get("multiplier") or 1) * math.sqrt(rows)
 
 
 def shuffled(i, n, key):
@@ -499,18 +576,81 @@ def shuffled(i, n, key):
             return i
 
 
-def find_datasets(paths):
-    """JSONL files, or folders of them, -> [Dataset], one per file."""
-    datasets = []
+def read_registry():
+    """{name: its line} of datasets.tsv."""
+    with open(REGISTRY, newline="", encoding="utf-8") as f:
+        return {entry["name"]: entry for entry in csv.DictReader(f, delimiter="\t")}
+
+
+def find_datasets(paths, stage=None):
+    """JSONL files, or folders of them -> ([Dataset], names of the registry's sets that are not there).
+
+    In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage; any other *.jsonl is a
+    set of its own.
+    """
+    registry, found = read_registry(), []
     for path in paths:
-        files = sorted(glob.glob(os.path.join(path, "*.jsonl"))) if os.path.isdir(path) else [path]
-        if not files or not os.path.isfile(files[0]):
-            raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl in that folder")
-        datasets += [Dataset(os.path.basename(f)[:-len(".jsonl")] if f.endswith(".jsonl") else f, [f]) for f in files]
-    empty = [d.files[0] for d in datasets if not len(d)]
-    if empty:
-        raise ValueError(f"--data {empty[0]}: not a single line in it")
-    return datasets
+        before = len(found)
+        if os.path.isdir(path):
+            files = set(glob.glob(os.path.join(path, "*.jsonl")))
+            for name, entry in registry.items():
+                mine = sorted(glob.glob(os.path.join(path, name + ".jsonl")) + glob.glob(os.path.join(path, name, "*.jsonl")))
+                files -= set(mine)
+                if mine and (stage is None or stage in entry["stage"].split(",")):
+                    found.append((name, mine, entry))
+        else:
+            files = {path} if os.path.isfile(path) else set()
+        found += [(os.path.basename(f).removesuffix(".jsonl"), [f], None) for f in sorted(files)]
+        if len(found) == before:
+            raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl of this stage in that folder")
+    names = [name for name, *_ in found]
+    datasets = [Dataset(name if names.count(name) == 1 else files[0], files, entry) for name, files, entry in found]
+    for d in datasets:
+        if not len(d):
+            raise ValueError(f"--data {d.files[0]}: not a single line in it")
+    missing = [name for name, entry in registry.items() if name not in names and (stage is None or stage in entry["stage"].split(","))]
+    return datasets, missing if any(entry for *_, entry in found) else []
+
+
+# Groups of datasets and their shares of the draws; inside a group sets share by `Dataset.weight`. pretrain: the report's
+# stage 1. sft: one group. released: the published recipe's groups (its numbers add up to 1.1).
+MIXTURES = {
+    "pretrain": {"captions": 0.6, "pointing": 0.3, "text": 0.1},
+    "sft": {"all": 1.0},
+    "released": {"demo": 0.15, "video_academic": 0.20, "image_academic": 0.25, "tracking": 0.15, "video_pointing": 0.15,
+                 "image_pointing": 0.10, "nlp": 0.0995, "hardcodes": 0.0005},
+    "equal": {"all": 1.0}}
+
+
+def group_of(dataset, mixture):
+    """Which group of a mixture a dataset belongs to."""
+    task = dataset.task()
+    pointing = task == "counting" or "pointing" in task or task == "video_tracking"
+    if mixture == "pretrain":
+        return "text" if task == "text" else "pointing" if pointing else "captions"
+    if mixture == "released":
+        return dataset.entry.get("sft_group") or {"text": "nlp", "video_tracking": "tracking", "video_pointing": "video_pointing"
+                                                  }.get(task, "image_pointing" if pointing else "demo")
+    return "all"
+
+
+def mix(datasets, mixture):
+    """[(Dataset, rate)], rates adding up to 1. Groups of which nothing is there leave their share to the others."""
+    groups = [group_of(d, mixture) for d in datasets]
+    weights = [1.0 if mixture == "equal" else d.weight() for d in datasets]
+    inside = {g: sum(w for w, other in zip(weights, groups) if other == g) for g in groups}
+    total = sum(MIXTURES[mixture][g] for g in inside)
+    return [(d, MIXTURES[mixture][g] / total * w / inside[g]) for d, w, g in zip(datasets, weights, groups)]
+
+
+def show_mixture(mixture, draws, missing=()):
+    """Print the table of a mixture. draws: rows that will be drawn in the whole run."""
+    width = max(len(d.name) for d, _ in mixture) + 2
+    print(f"{'dataset':{width}}{'rows':>11}{'weight':>10}{'rate':>9}{'epochs':>10}")
+    for d, rate in sorted(mixture, key=lambda m: -m[1]):
+        print(f"{d.name:{width}}{len(d):11,}{d.weight():10.1f}{rate:9.2%}{draws * rate / len(d):10.2f}")
+    if missing:
+        print(f"not there, and left out: {', '.join(missing)}")
 
 
 # ---- the stream -----------------------------------------------------------------------------------------------------
@@ -525,14 +665,16 @@ class Stream:
         total = sum(rate for _, rate in mixture)
         self.sets = {d.name: d for d, _ in mixture}
         assert len(self.sets) == len(mixture), f"two datasets of one name: {[d.name for d, _ in mixture]}"
-        self.names = [d.name for d, _ in mixture]
-        self.edges = np.cumsum([rate / total for _, rate in mixture])
+        self.rates = {d.name: rate / total for d, rate in mixture}
+        self.names, self.edges = list(self.sets), np.cumsum(list(self.rates.values()))
         self.planner, self.max_crops, self.seed = planner, max_crops, seed
 
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
-        return dict(seed=self.seed, seq_len=self.planner.seq_len, tiles=self.planner.tiles, max_crops=self.max_crops,
-                    rates=[round(float(e), 9) for e in self.edges], data=[d.fingerprint() for d in self.sets.values()])
+        p = self.planner
+        return dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=self.max_crops,
+                    point_format=p.cfg.point_format, token_weights=p.token_weights) | {
+            f"dataset {name}": f"{len(d)} rows at {self.rates[name]:.6%}, contents {d.contents}" for name, d in self.sets.items()}
 
     def draw(self, number):
         """Which dataset the number-th draw takes: one random number, seeded by the draw."""
@@ -540,7 +682,7 @@ class Stream:
         return self.names[min(int(np.searchsorted(self.edges, u, side="right")), len(self.names) - 1)]
 
     def plans(self, name, k):
-        """The k-th draw from dataset `name`: ([plans], [annotations left out]), or BadRow or BadMedia."""
+        """The k-th draw from dataset `name`: ([plans], [annotations left out]), or BadRow, whose detail starts with file:line."""
         d = self.sets[name]
         epoch, i = divmod(k, len(d))
         i = shuffled(i, len(d), f"{self.seed} {name} {epoch}")
@@ -550,55 +692,64 @@ class Stream:
         except BadMedia as e:
             raise BadRow("unreadable media", f"{where}: {e}") from None
         except BadRow as e:
-            raise BadRow(e.reason, f"{where}: {e.detail}" if e.detail else where) from None
+            raise BadRow(e.reason, f"{where}: {e.detail}") from None
         for part, p in enumerate(plans):
             p.ref, p.where = (name, k, part), where
-        return plans, left_out
+        fits = [p for p in plans if p.n_crops <= self.max_crops]
+        return fits, left_out + ["too many crops for a row"] * (len(plans) - len(fits))
 
     def start(self):
-        return dict(draw=0, part=0, taken={n: 0 for n in self.names}, waiting=[], seen=0, rows=0, bad={}, skipped={},
-                    examples=[])
+        return dict(draw=0, part=0, taken={n: 0 for n in self.names}, waiting=[], seen=0, empty=0, rows=0, bad={}, skipped={})
 
     def rows(self, state=None):
-        s = json.loads(json.dumps(state or self.start()))
+        s, events = json.loads(json.dumps(state or self.start())), []
         packer = Packer(self.planner.seq_len, self.max_crops)
-        packer.waiting = [self.plans(name, k)[0][part] for name, k, part in s["waiting"]]
-        plans = None
+        for name, k, part in s["waiting"]:
+            packer.waiting += [p for p in self.plans(name, k)[0] if p.ref[2] == part]
         while True:
-            if plans is None:
-                name = self.draw(s["draw"])
-                plans = self.take(name, s)
-            while s["part"] < len(plans):
-                for row in packer.add(plans[s["part"]]):
-                    s.update(waiting=[p.ref for p in packer.waiting], rows=s["rows"] + 1, part=s["part"] + 1)
-                    yield row, json.loads(json.dumps(s)) | dict(row=[p.where for p in row])
-                    s["part"] -= 1
-                s["part"] += 1
+            name = self.draw(s["draw"])
+            plans = self.take(name, s, events)
+            for part in range(s["part"], len(plans)):
+                for row in packer.add(plans[part]):
+                    s.update(waiting=[p.ref for p in packer.waiting], rows=s["rows"] + 1, part=part + 1)
+                    yield row, json.loads(json.dumps(dict(s, events=events, row=[p.where for p in row])))
+                    events.clear()
             s.update(draw=s["draw"] + 1, part=0)
             s["taken"][name] += 1
-            plans = None
 
-    def take(self, name, s):
-        """Plans of the current draw; a bad one counts and gives none. Counting again after a resume is undone by `part`."""
+    def take(self, name, s, events):
+        """Plans of the current draw; a bad row is counted and gives none. What a resumed run repeats (`part`) counts once."""
         first = s["part"] == 0
+        count = lambda kind, reason: s[kind].setdefault(name, {}).update({reason: s[kind][name].get(reason, 0) + 1})
         s["seen"] += first
         try:
             plans, left_out = self.plans(name, s["taken"][name])
         except BadRow as e:
-            kind = "skipped" if e.reason.startswith("no reader") else "bad"
-            s[kind][e.reason] = s[kind].get(e.reason, 0) + 1
-            if kind == "bad" and len(s["examples"]) < 20 and str(e) not in s["examples"]:
-                s["examples"].append(str(e))
-            if s["seen"] >= 200 and s["rows"] == 0 and sum(s["bad"].values()) + sum(s["skipped"].values()) == s["seen"]:
-                raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {e}")
+            s["empty"] += 1
+            count("skipped" if e.reason.startswith("no reader") else "bad", e.reason)
+            where, _, detail = e.detail.partition(": ")
+            events.append([name, where, e.reason, detail])
+            if s["empty"] == s["seen"] >= 200:
+                raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {e}") from None
             return []
         for reason in left_out * first:
-            s["skipped"][reason] = s["skipped"].get(reason, 0) + 1
+            count("skipped", reason)
         return plans
+
+    def rows_per_draw(self, sample=64):
+        """How many packed rows a draw fills, judged by the first ones: for what a run will see of each dataset."""
+        s, tokens, crops = self.start(), 0, 0
+        for number in range(sample):
+            name = self.draw(number)
+            plans = self.take(name, s, [])
+            s["taken"][name] += 1
+            tokens, crops = tokens + sum(p.n_tokens for p in plans), crops + sum(p.n_crops for p in plans)
+        return max(tokens / self.planner.seq_len, crops / self.max_crops, 1e-3) / sample
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each with the stream's state.
+    """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each as (row, crops, pools), the stream's
+    state after it, and the events on the way: what could not be used.
 
     Every worker walks the whole stream of plans, which is cheap, and decodes every W-th row of its rank's.
     """
@@ -611,29 +762,174 @@ class Batches(torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if info:
             torch.set_num_threads(1)
+        events = []
         for i, (plans, state) in enumerate(self.stream.rows(self.state)):
+            events += state.pop("events")
             if i % self.world == self.rank and i // self.world % workers == worker:
-                yield decode(plans, self.stream.planner.cfg, self.stream.planner.seq_len), state
+                *row, failed = decode(plans, self.stream.planner.cfg, self.stream.planner.seq_len)
+                yield tuple(row), state, events + failed
+                events = []
+
+
+# ---- a page to look at ----------------------------------------------------------------------------------------------
+
+def picture_tag(image, title=""):
+    """An <img> that carries its picture, so that the page is one file. image: PIL, or (H, W) or (H, W, 3) uint8."""
+    image, file = image if isinstance(image, Image.Image) else Image.fromarray(image), io.BytesIO()
+    scale = max(1, 192 // max(image.size))
+    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(file, "PNG" if image.mode == "L" else "JPEG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<figure><img src="data:image;base64,{data}"><figcaption>{html.escape(title)}</figcaption></figure>'
+
+
+def draw_crop(patches, n, patch, window, points=()):
+    """A crop as the model gets it, with the grid of what is pooled into one token, and points: [(annotation, point)]."""
+    pixels = patches.reshape(n, n, patch, patch, 3).transpose(0, 2, 1, 3, 4).reshape(n * patch, n * patch, 3)
+    scale = max(1, 378 // (n * patch))
+    image = Image.fromarray(pixels).resize((n * patch * scale,) * 2, Image.NEAREST)
+    pen, side = ImageDraw.Draw(image, "RGBA"), n * patch * scale
+    for at in range(0, side, window * patch * scale):
+        pen.line([at, 0, at, side], (255, 255, 255, 90))
+        pen.line([0, at, side, at], (255, 255, 255, 90))
+    for a, p in points:
+        x, y, colour = p["x"] * side, p["y"] * side, f"hsl({a * 67 % 360}, 90%, 50%)"
+        pen.ellipse([x - 6, y - 6, x + 6, y + 6], None, colour, 3)
+        pen.text((x + 7, y - 6), str(p["id"]), colour, stroke_width=1, stroke_fill="black")
+    return image
+
+
+def media_html(plan, row, cfg):
+    """The crops of a plan, the points of its row on them."""
+    n, out = cfg.crop // cfg.patch, []
+    marked = [(a, p) for a, annotation in enumerate(row["annotations"]) for p in annotation.get("points", ())]
+    for k, (path, layout) in enumerate(plan.media):
+        crops = load_crops(path, layout, n, cfg.patch)
+        out.append(f"<p>{html.escape(os.path.basename(path))}: {len(crops)} crops, {len(layout.pool)} visual tokens</p>")
+        if layout.times:
+            nearest = lambda p: min(range(len(layout.times)), key=lambda i: abs(layout.times[i] - p["t"]))
+            frames = [(t, draw_crop(c, n, cfg.patch, 3, [(a, p) for a, p in marked if nearest(p) == i]))
+                      for i, (t, c) in enumerate(zip(layout.times, crops))]
+            out += [picture_tag(image.resize((189, 189)), f"{t:.2f} s") for t, image in frames]
+        else:
+            mine = [(a, p) for a, p in marked if p.get("image", 0) == k]
+            out.append(picture_tag(draw_crop(crops[0], n, cfg.patch, 2, mine), "the whole, low resolution"))
+            rows, cols = layout.tiling
+            for i in range(rows):
+                tiles = [picture_tag(draw_crop(crops[1 + i * cols + j], n, cfg.patch, 2).resize((189, 189))) for j in range(cols)]
+                out.append("<br>" * (i == 0) + "".join(tiles) + "<br>")
+    return "".join(out)
+
+
+def tokens_html(plan, tokenizer):
+    """The tokens of a plan: a colour per branch, what is learned underlined, the more the heavier its weight."""
+    names, out = {i: name for name, i in tokenizer.ids.items()}, []
+    for b in range(int(plan.branch.max()) + 1):
+        mine = plan.branch == b  # a branch's last token is never read, only predicted
+        ids, learned = plan.tokens[mine].tolist(), [0.0, *plan.weights[mine].tolist()]
+        ids += [int(plan.targets[mine][-1])] if b else []
+        spans, repeated = [], 0
+        for i, (token, w) in enumerate(zip(ids, learned)):
+            repeated += 1
+            if token == tokenizer.ids["<image>"] and ids[i + 1:i + 2] == [token]:
+                continue
+            text = html.escape(names.get(token) or tokenizer.decode([token])).replace("\n", "\u23ce")
+            text += f" \u00d7{repeated}" if repeated > 1 else ""
+            spans.append(f'<span title="{token}, weight {w:.3g}" style="border-bottom:{min(2 * w, 5):.1f}px solid #c00">{text}</span>')
+            repeated = 0
+        colour = f"hsl({(b - 1) * 67 % 360}, 70%, 90%)" if b else "#eee"
+        out.append(f'<p class="tokens" style="background:{colour}">{"".join(spans)}</p>')
+    return "".join(out)
+
+
+def mask_picture(plans, vocab):
+    """The attention mask of a packed row, white where a query (row) sees a key (column)."""
+    from model import is_vision, may_attend
+    example = torch.cat([torch.full((p.n_tokens,), e) for e, p in enumerate(plans, 1)])
+    branch, tokens = (torch.from_numpy(np.concatenate([getattr(p, key) for p in plans])) for key in ("branch", "tokens"))
+    at = torch.arange(len(tokens))
+    mask = may_attend(at[:, None], at[None], example, branch, is_vision(tokens, vocab))
+    image = Image.fromarray((mask.numpy() * 255).astype(np.uint8))
+    return image.resize((min(len(tokens), 900),) * 2, Image.BOX)
+
+
+STYLE = """<meta charset="utf-8"><style>body {font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1250px}
+figure {display: inline-block; margin: 2px; font-size: 11px; text-align: center} .tokens {font: 13px/1.9 monospace; padding: 4px 8px;
+white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0} .bad {color: #c00} td {padding: 0 1em 0 0}</style>"""
+
+
+def write_page(datasets, planner, n, out):
+    """The first n lines of each dataset as the model will see them, one packed row's mask and the packing's statistics."""
+    page, shown = [STYLE, f"<h1>{html.escape(', '.join(d.name for d in datasets))}</h1>"], []
+    page.append("<p>Grey: the trunk, which every branch sees. A colour per branch. Underlined in red: learned, the thicker the "
+                "heavier. Lines over a picture: what is pooled into one token.</p>")
+    for d in datasets:
+        for i in range(min(n, len(d))):
+            line, folder, where = d.line(i)
+            page.append(f"<h2>{html.escape(where)}</h2>")
+            try:
+                row = parse_row(line)
+                plans, left_out = planner.plan(row, folder, random.Random(i))
+                page += [media_html(plans[0], row, planner.cfg)] if plans else []
+            except (BadRow, BadMedia) as e:
+                page.append(f'<p class="bad">{html.escape(str(e))}</p>')
+                continue
+            page += [f'<p class="bad">left out: {html.escape(reason)}</p>' for reason in left_out]
+            for p in plans:
+                page.append(f"<p>{p.n_tokens} tokens, {p.n_crops} crops, {int((p.weights > 0).sum())} learned</p>")
+                page.append(tokens_html(p, planner.tokenizer))
+            shown += plans
+    packer = Packer(planner.seq_len, planner.max_crops)
+    rows = [row for p in shown for row in packer.add(p)] + packer.flush()
+    total = lambda key: sum(getattr(p, key) for p in shown) / max(len(rows), 1)
+    if rows:
+        row = max(rows, key=len)
+        page.append(f"<h2>Packed</h2><table><tr><td>{len(shown)} examples in {len(rows)} rows<td>tokens {total('n_tokens'):.0f} of "
+                    f"{planner.seq_len}<td>crops {total('n_crops'):.1f} of {planner.max_crops}<td>learned tokens "
+                    f"{sum(int((p.weights > 0).sum()) for p in shown)}</table><p>The mask of the row that holds {len(row)} examples, "
+                    f"white where a token (down) sees another (across):</p>")
+        page.append(picture_tag(mask_picture(row, planner.cfg.vocab)))
+    with open(out, "w", encoding="utf-8") as f:
+        f.write("\n".join(page))
+
+
+def main():
+    from model import PRESETS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("data", nargs="+", help="JSONL files, or folders of them")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="write a page with the first N lines of each file")
+    parser.add_argument("--out", default="data.html", help="where the page goes [data.html]")
+    parser.add_argument("--config", default="small", choices=list(PRESETS), help="whose crops and patches [small]")
+    parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
+    parser.add_argument("--seq_len", type=int, default=4096, help="tokens per packed row [4096]")
+    parser.add_argument("--max_crops", type=int, default=128, help="crops per packed row [128]")
+    parser.add_argument("--max_frames", type=int, default=128, help="frames a video may get, at 2 per second [128]")
+    parser.add_argument("--tiles", type=int, help="high-resolution crops a picture may get [8; none for small]")
+    args = parser.parse_args()
+    cfg = PRESETS[args.config]
+    try:
+        planner = Planner(Tokenizer(args.tokenizer, cfg.vocab), cfg, args.seq_len, max_frames=args.max_frames, max_crops=args.max_crops,
+                          tiles=args.tiles if args.tiles is not None else 0 if args.config == "small" else 8)
+        datasets, missing = find_datasets(args.data)
+    except (OSError, ValueError, BadCheckpoint) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    for d in datasets:
+        stream, reasons, examples, left_out = Stream([(d, 1.0)], planner, args.max_crops, 0), {}, 0, {}
+        for k in range(len(d)):
+            try:
+                plans, left = stream.plans(d.name, k)
+                examples += len(plans)
+                left_out |= {reason: left_out.get(reason, 0) + 1 for reason in left}
+            except BadRow as e:
+                reasons[e.reason] = reasons.get(e.reason, 0) + 1
+                if reasons[e.reason] <= 5:
+                    print(e)
+        print(f"{d.name}: {len(d)} rows, {examples} examples, rows not used: {reasons or 'none'}, "
+              f"annotations left out: {left_out or 'none'}")
+    if args.show:
+        write_page(datasets, planner, args.show, args.out)
+        print(f"{args.out} shows the first {args.show} lines of each")
 
 
 if __name__ == "__main__":
-    from model import PRESETS
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], allow_abbrev=False)
-    parser.add_argument("data", nargs="+", help="JSONL files, or folders of them")
-    args = parser.parse_args()
-    try:
-        found = find_datasets(args.data)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
-    planner = Planner(Tokenizer(SMALL_TOKENIZER, PRESETS["small"].vocab), PRESETS["small"], 512)
-    for dataset in found:
-        stream = Stream([(dataset, 1.0)], planner, 16, 0)
-        reasons, examples = {}, 0
-        for k in range(len(dataset)):
-            try:
-                examples += len(stream.plans(dataset.name, k)[0])
-            except BadRow as error:
-                reasons[error.reason] = reasons.get(error.reason, 0) + 1
-                if reasons[error.reason] <= 5:
-                    print(error)
-        print(f"{dataset.name}: {len(dataset)} rows, {examples} examples, not used: {reasons or 'none'}")
+    main()

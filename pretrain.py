@@ -23,7 +23,7 @@ import torch
 
 import toy
 import weights
-from data import Batches, Planner, Stream, collate, decode, find_datasets, to_device
+from data import MIXTURES, Batches, Planner, Stream, collate, decode, find_datasets, mix, show_mixture, to_device
 from model import PRESETS as MODELS
 from model import Molmo2
 from points import SMALL_TOKENIZER, Tokenizer
@@ -43,9 +43,9 @@ def flag(default, text):
 class Config:
     config: str = flag("small", f"model and its recipe: {', '.join(MODELS)}")
     stage: str = flag("pretrain", "name of the stage, part of the output folder")
-    data: tuple = flag((), "JSONL files or folders of them; 'toy' is the embedded toy world")
+    data: tuple = flag((), "JSONL files, or folders with the registry's NAME.jsonl or NAME/*.jsonl; 'toy' is the embedded toy world")
     eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
-    mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing and counting, text) or equal")
+    mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released or equal")
     init_from: tuple = flag((), "checkpoint folder to start from, or a plain OLMo or Qwen3 and a SigLIP folder; none = random weights")
     resume: bool = flag(False, "continue this run from its last checkpoint")
     out: str = flag("out", "folder of all runs; this one goes to OUT/CONFIG/STAGE")
@@ -55,8 +55,8 @@ class Config:
     micro_batch: int = flag(4, "packed rows per forward pass; accumulation follows from it")
     seq_len: int = flag(4096, "tokens per packed row")
     tiles: int = flag(8, "high-resolution crops a picture may get on top of the low-resolution one")
-    max_crops: int = flag(32, "crops per packed row")
-    max_frames: int = flag(0, "frames a video may get, at 2 per second; 0 = this stage reads no video")
+    max_crops: int = flag(48, "crops per packed row")
+    max_frames: int = flag(128, "frames a video may get, at 2 per second, if the row holds them; 0 = videos are left out")
     point_format: str = flag("auto", "how points and times are written: spec, released, or auto: as --init_from, else spec")
     token_weights: str = flag("auto", "loss weight of an answer token: spec (by task), released (by length), or auto, likewise")
     optimizer: str = flag("adamw", "adamw, or muon (on hidden matrices; the rest stays on AdamW)")
@@ -86,7 +86,7 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(data=("toy",), steps=1000, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
+    "small": dict(data=("toy",), steps=1000, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16, max_frames=16,
                   optimizer="muon", lr_vit=4e-3, lr_connector=2e-3, lr_decoder=1e-3, warmup_vit=30, warmup_connector=30,
                   warmup_decoder=30, response_dropout=0.0, save_every=200, eval_every=10**6, workers=1),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
@@ -124,7 +124,7 @@ def check_config(cfg):
         raise UserError(f"--global_batch {cfg.global_batch} is not a multiple of --micro_batch {cfg.micro_batch}: "
                         f"try --micro_batch {math.gcd(cfg.global_batch, cfg.micro_batch)}")
     formats = ("auto", "spec", "released")
-    choices = dict(mixture=("pretrain", "equal"), token_weights=formats, point_format=formats, optimizer=("adamw", "muon"),
+    choices = dict(mixture=tuple(MIXTURES), token_weights=formats, point_format=formats, optimizer=("adamw", "muon"),
                    device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "fp32", "bf16"))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -177,17 +177,13 @@ def load_model(cfg):
 
 
 def open_data(cfg):
-    """The training mixture [(Dataset, rate)]."""
+    """The training mixture [(Dataset, rate)], and which sets of the registry are not there."""
     folders = [toy.write_world(os.path.join("data", "toy")) if d == "toy" else d for d in cfg.data]
     try:
-        datasets = find_datasets(folders)
+        datasets, missing = find_datasets(folders, cfg.stage)
     except (OSError, ValueError) as e:
         raise UserError(str(e)) from None
-    # The report's stage 1: 60 % captions, 30 % pointing and counting, 10 % text. Groups by the name of the toy world's
-    # three files; sets of another name share equally.
-    rates = {"captions": 0.6, "points": 0.3, "text": 0.1} if cfg.mixture == "pretrain" else {}
-    known = [d for d in datasets if d.name in rates]
-    return [(d, rates[d.name] if len(known) == len(datasets) else 1 / len(datasets)) for d in datasets]
+    return mix(datasets, cfg.mixture), missing
 
 
 def make_optimizers(model, cfg):
@@ -231,7 +227,7 @@ class Log:
     """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears twice."""
 
     def __init__(self, path, keep):
-        kept = []
+        self.kept = kept = []
         if keep and os.path.exists(path):
             with open(path) as f:
                 for line in f:
@@ -240,7 +236,7 @@ class Log:
         with open(path + ".tmp", "w") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)
-        self.file = open(path, "a")
+        self.path, self.file = path, open(path, "a")
 
     def write(self, **row):
         self.file.write(json.dumps(row) + "\n")
@@ -292,10 +288,10 @@ def load_checkpoint(run, cfg):
 
 
 def check_same_data(was, now):
-    """A resumed run must read what it read before."""
-    for key in was:
-        if was[key] != now[key]:
-            raise UserError(f"--resume: {key} is {now[key]} now, but the run was started with {was[key]}")
+    """A resumed run must read what it read before, in the same order."""
+    for key in [*was, *now]:
+        if was.get(key) != now.get(key):
+            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but {was.get(key, 'not there')} when the run was started")
 
 
 def start_over(run):
@@ -309,13 +305,49 @@ def start_over(run):
     os.makedirs(run, exist_ok=True)
 
 
-def check_bad(state, failed, max_bad):
-    """Stop when more than `max_bad` of what was seen could not be used. Rows without a reader yet are not bad ones."""
-    bad, seen = sum(state["bad"].values()) + failed, max(state["seen"], 100)
-    if bad > max_bad * seen:
-        raise UserError(f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: "
-                        f"{dict(state['bad'], **{'media that failed to decode': failed} if failed else {})}\n  "
-                        + "\n  ".join(state["examples"][:5]))
+def next_rows(loader, n):
+    """The next n rows of the loader: [(row, state, events)]."""
+    try:
+        return [next(loader) for _ in range(n)]
+    except ValueError as e:  # raised in a worker, it carries the worker's traceback
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise UserError(f"{e}: a process that decodes pictures died, perhaps for want of memory; --resume goes on, "
+                        "--workers 0 decodes in the training process") from None
+
+
+class BadRows:
+    """What could not be used: counted by dataset and reason, and listed once each in bad_rows.jsonl."""
+
+    def __init__(self, run, step, failed):
+        self.log = Log(os.path.join(run, "bad_rows.jsonl"), step)
+        self.listed = {(r["where"], r["reason"]) for r in map(json.loads, self.log.kept)}
+        self.last = []
+        self.failed = failed  # {dataset: {reason: n}} of what was planned and then could not be decoded
+
+    def note(self, step, events):
+        for name, where, reason, detail in events:
+            if reason == "failed to decode":
+                mine = self.failed.setdefault(name, {})
+                mine[reason] = mine.get(reason, 0) + 1
+            if (where, reason) not in self.listed:
+                self.listed.add((where, reason))
+                self.log.write(step=step, dataset=name, where=where, reason=reason, detail=detail)
+                self.last = [*self.last[-4:], f"  {where}: {reason}: {detail}"]
+
+    def counts(self, state):
+        """{dataset: {reason: n}}"""
+        return {name: state["bad"].get(name, {}) | self.failed.get(name, {}) for name in state["bad"] | self.failed}
+
+    def check(self, state, max_bad):
+        """Stop when more than `max_bad` of what was seen could not be used. Rows without a reader yet are not bad ones."""
+        counts = self.counts(state)
+        bad, seen = sum(n for c in counts.values() for n in c.values()), max(state["seen"], 100)
+        if bad > max_bad * seen:
+            raise UserError(f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: {counts}\n"
+                            + "\n".join(self.last) + f"\n{self.log.path} lists them all")
 
 
 def evaluate(cfg, model, planner, step, run, losses, device):
@@ -327,7 +359,7 @@ def evaluate(cfg, model, planner, step, run, losses, device):
         scores = toy.evaluate(model, planner, os.path.join("data", "toy", "eval"), n,
                               os.path.join(run, "samples", f"step_{step:07d}.png"))
     elif cfg.eval_data:
-        datasets = find_datasets(cfg.eval_data)
+        datasets, _ = find_datasets(cfg.eval_data)
         total = weight = 0.0
         for d in datasets:
             stream = Stream([(d, 1.0)], planner, cfg.max_crops, 0)
@@ -357,11 +389,11 @@ def train(cfg, defaults):
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     # 2. Model and optimiser: fresh, from --init_from, or as the run left them.
-    mixture = open_data(cfg)
-    step, state, skipped = 0, None, 0
+    mixture, missing = open_data(cfg)
+    step, state, skipped, failed = 0, None, 0, {}
     if cfg.resume:
         model, tokenizer, optimizers, names, saved = load_checkpoint(run, cfg)
-        step, state = saved["step"], saved["stream"]
+        step, state, failed = saved["step"], saved["stream"], saved["failed"]
         print(f"resuming after step {step}")
     else:
         model, tokenizer = load_model(cfg)
@@ -370,7 +402,7 @@ def train(cfg, defaults):
 
     # 3. Data. The stream is a function of files, mixture and seed alone; `state` says where in it we are.
     token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
-    planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames)
+    planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames, cfg.max_crops)
     stream = Stream(mixture, planner, cfg.max_crops, cfg.seed)
     if cfg.resume:
         check_same_data(saved["fingerprint"], stream.fingerprint())
@@ -385,12 +417,13 @@ def train(cfg, defaults):
             block.compile()
     parts = {part: [p for _, p in ps if p.requires_grad] for part, ps in model.parts().items()}
     print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} rows of {cfg.seq_len} tokens, "
-          f"{cfg.micro_batch} at a time; data: " + ", ".join(f"{d.name} {len(d)} rows at {r:.0%}" for d, r in mixture))
-    log = Log(os.path.join(run, "log.jsonl"), step)
+          f"{cfg.micro_batch} at a time")
+    show_mixture(mixture, cfg.steps * cfg.global_batch / stream.rows_per_draw(), missing)
+    log, bad = Log(os.path.join(run, "log.jsonl"), step), BadRows(run, step, failed)
     # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file of its own.
     loader = iter(torch.utils.data.DataLoader(Batches(stream, state), batch_size=None, num_workers=cfg.workers,
                                               collate_fn=tuple, prefetch_factor=cfg.global_batch if cfg.workers else None))
-    bar, losses, failed, nan_rows, started = Progress(cfg.steps, step), [], 0, [], time.time()
+    bar, losses, nan_rows, started = Progress(cfg.steps, step), [], [], time.time()
     model.train()
 
     while step < cfg.steps:
@@ -398,15 +431,12 @@ def train(cfg, defaults):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout depends on the step alone, so a resumed run repeats it
 
         # 4. The rows of this step, and W: what the sum of losses is divided by, once, whatever the micro-batches are.
-        rows = [next(loader) for _ in range(cfg.global_batch)]
+        rows = next_rows(loader, cfg.global_batch)
         state = rows[-1][1]
-        batches = [collate([r for r, _ in rows[i:i + cfg.micro_batch]]) for i in range(0, len(rows), cfg.micro_batch)]
+        batches = [collate([r[0] for r in rows[i:i + cfg.micro_batch]]) for i in range(0, len(rows), cfg.micro_batch)]
         W = max(sum(float(b["weights"].sum()) for b in batches), 1e-9)
-        for (*_, errors), _ in rows:
-            failed += len(errors)
-            for e in errors:
-                print(f"not decoded, its loss is left out: {e}")
-        check_bad(state, failed, cfg.max_bad)
+        bad.note(step + 1, [e for *_, events in rows for e in events])
+        bad.check(state, cfg.max_bad)
         wait = time.time() - tick
 
         # 5. Learning rates of this step.
@@ -431,7 +461,7 @@ def train(cfg, defaults):
             nan_rows = []
         else:
             skipped += 1
-            nan_rows.append(sorted({w for _, s in rows for w in s["row"]})[:4])
+            nan_rows.append(sorted({w for _, s, _ in rows for w in s["row"]})[:4])
             if len(nan_rows) == 10:
                 raise UserError(f"10 steps in a row had a loss or gradient that is not finite; the last rows: {nan_rows}")
         for o in optimizers:
@@ -444,7 +474,7 @@ def train(cfg, defaults):
         real = sum(int((b["example"] > 0).sum()) for b in batches)
         log.write(step=step, loss=loss, lr=optimizers[0].param_groups[-1]["lr"], grad_norm=math.hypot(*norms.values()),
                   tokens_per_s=round(real / took, 1), fill=round(real / (cfg.global_batch * cfg.seq_len), 4),
-                  wait=round(wait / took, 4), skipped=skipped)
+                  wait=round(wait / took, 4), skipped=skipped, bad=bad.counts(state))
         bar.show(step, loss, real / took, took)
 
         # 9. Evaluate by answering, then save: a resumed run has the evaluations of its past.
@@ -455,13 +485,12 @@ def train(cfg, defaults):
             bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         if last or step % cfg.save_every == 0:
             folder = save_checkpoint(run, step, model, tokenizer, optimizers, names,
-                                     dict(stream=state, fingerprint=stream.fingerprint()), cfg)
+                                     dict(stream=state, fingerprint=stream.fingerprint(), failed=bad.failed), cfg)
 
     # 10. Say what was left out and what to do next.
     bar.close()
-    if state and (state["bad"] or state["skipped"] or failed):
-        print(f"rows not used: {state['bad'] | state['skipped']}, media that failed to decode: {failed}")
-        print("\n".join("  " + e for e in state["examples"][:5]))
+    if state and (state["bad"] or state["skipped"] or bad.failed):
+        print(f"not used, by dataset: {bad.counts(state)}, {bad.log.path} lists them; left out: {state['skipped']}")
     print(f"{(time.time() - started) / 60:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}")
     return run
 

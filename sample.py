@@ -50,7 +50,7 @@ def ask(model, planner, plan, max_new_tokens=256, temperature=0.0, seed=0):
     """Yields the answer piece by piece. plan: of a `question`."""
     batch, failed = prompt_batch([plan], planner.cfg)
     if failed:
-        raise BadMedia(failed[0].lstrip(": "))
+        raise BadMedia(failed[0][3])
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tok, ids, said = planner.tokenizer, [], ""

@@ -147,7 +147,7 @@ def test_log_checkpoint_and_resume(tmp_path, world):
     assert code == 2 and "seed is 1 now, but the run was started with 0" in text
     open(world, "a").write("\n" + open(world).readline())
     code, text = run(tmp_path, *flags, "--resume", check=False)
-    assert code == 2 and "data is" in text
+    assert code == 2 and "dataset rows is 5 rows" in text
 
 
 def test_a_new_run_keeps_the_old_one(tmp_path, world):
@@ -183,7 +183,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     code, text = run(tmp_path, *flags, check=False)
     assert code == 2 and "--max_bad 0.05" in text and "rows.jsonl:9" in text and "must be relative" in text
     text = run(tmp_path, *flags, "--max_bad", "0.5")[1]
-    assert "rows not used" in text and "malformed JSON" in text
+    assert "not used, by dataset" in text and "malformed JSON" in text
 
 
 def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, capsys):
