@@ -777,9 +777,10 @@ def picture_tag(image, title=""):
     """An <img> that carries its picture, so that the page is one file. image: PIL, or (H, W) or (H, W, 3) uint8."""
     image, file = image if isinstance(image, Image.Image) else Image.fromarray(image), io.BytesIO()
     scale = max(1, 192 // max(image.size))
-    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(file, "PNG" if image.mode == "L" else "JPEG")
+    kind = "png" if image.mode == "L" else "jpeg"
+    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(file, kind)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<figure><img src="data:image;base64,{data}"><figcaption>{html.escape(title)}</figcaption></figure>'
+    return f'<figure><img src="data:image/{kind};base64,{data}"><figcaption>{html.escape(title)}</figcaption></figure>'
 
 
 def draw_crop(patches, n, patch, window, points=()):
@@ -823,19 +824,23 @@ def media_html(plan, row, cfg):
 def tokens_html(plan, tokenizer):
     """The tokens of a plan: a colour per branch, what is learned underlined, the more the heavier its weight."""
     names, out = {i: name for name, i in tokenizer.ids.items()}, []
+    image, column = tokenizer.ids["<image>"], tokenizer.ids["<image_col>"]
     for b in range(int(plan.branch.max()) + 1):
         mine = plan.branch == b  # a branch's last token is never read, only predicted
         ids, learned = plan.tokens[mine].tolist(), [0.0, *plan.weights[mine].tolist()]
         ids += [int(plan.targets[mine][-1])] if b else []
-        spans, repeated = [], 0
+        spans, run = [], []
         for i, (token, w) in enumerate(zip(ids, learned)):
-            repeated += 1
-            if token == tokenizer.ids["<image>"] and ids[i + 1:i + 2] == [token]:
-                continue
-            text = html.escape(names.get(token) or tokenizer.decode([token])).replace("\n", "\u23ce")
-            text += f" \u00d7{repeated}" if repeated > 1 else ""
-            spans.append(f'<span title="{token}, weight {w:.3g}" style="border-bottom:{min(2 * w, 5):.1f}px solid #c00">{text}</span>')
-            repeated = 0
+            if token in (image, column):  # a picture's tokens are told by their number
+                run.append(token)
+                if ids[i + 1:i + 2] in ([image], [column]):
+                    continue
+                text = f"<image> \u00d7{run.count(image)}" + f" in {run.count(column)} rows" * (column in run)
+                run = []
+            else:
+                text = names.get(token) or tokenizer.decode([token])
+            spans.append(f'<span title="{token}, weight {w:.3g}" style="border-bottom:{min(2 * w, 5):.1f}px solid #c00">'
+                         + html.escape(text).replace("\n", "\u23ce") + "</span>")
         colour = f"hsl({(b - 1) * 67 % 360}, 70%, 90%)" if b else "#eee"
         out.append(f'<p class="tokens" style="background:{colour}">{"".join(spans)}</p>')
     return "".join(out)

@@ -12,6 +12,7 @@ Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled i
 """
 import bisect
 import os
+import struct
 from dataclasses import dataclass
 
 import av
@@ -27,6 +28,11 @@ MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"fr
          (4, b"wide"): "mov", (0, b"\x1aE\xdf\xa3"): "matroska", (8, b"AVI "): "avi", (188, b"G"): "mpegts",
          (0, b"\x00\x00\x01\xba"): "mpeg", (0, b"FLV"): "flv", (0, b"OggS"): "ogg", (0, b"GIF8"): "gif",
          (0, b"\x30\x26\xb2\x75"): "asf"}
+
+
+# What PIL raises on files that are not what they say.
+PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error,
+              NotImplementedError, Image.DecompressionBombError)
 
 
 class BadMedia(Exception):
@@ -63,18 +69,27 @@ def open_image(path):
         raise BadMedia(f"{path}: no such file")
     try:
         image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except PIL_ERRORS as e:
         raise BadMedia(f"{path}: not a readable picture ({e})") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadMedia(f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
     return image
 
 
+def orientation(image, path):
+    """The EXIF orientation in an opened picture's header: a camera held upright writes a turned picture and a tag, 5 to 8."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # PIL would look for it behind the pixels, and decode them
+    try:
+        return image.getexif().get(0x0112, 1)
+    except PIL_ERRORS as e:
+        raise BadMedia(f"{path}: broken EXIF data ({e})") from None
+
+
 def image_size(path):
-    """(width, height) as the picture is meant to be seen: a camera held upright writes a turned picture and a tag."""
+    """(width, height) as the picture is meant to be seen."""
     with open_image(path) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
-        return (image.height, image.width) if turned else (image.width, image.height)
+        return (image.height, image.width) if orientation(image, path) in (5, 6, 7, 8) else (image.width, image.height)
 
 
 def pick_tiling(height, width, window, max_crops):
@@ -185,9 +200,10 @@ def video_duration(path):
 def load_image(path):
     """The pixels of a picture, upright: (H, W, 3) uint8."""
     with open_image(path) as image:
+        turned = orientation(image, path) != 1
         try:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as e:
+            return np.array((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
+        except PIL_ERRORS as e:
             raise BadMedia(f"{path}: truncated or corrupt picture ({e})") from None
 
 

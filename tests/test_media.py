@@ -1,12 +1,17 @@
 """Pictures and videos become the published crops, windows and tokens. The numbers are from FACTS 3.5 (the official code, executed)."""
+import bisect
 import hashlib
+import os
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
-from conftest import video
+from conftest import HERE, video
 
-from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames, load_image, pick_tiling,
-                   resize, sample_times, video_duration, windows)
+import media
+from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames, load_frames_in_turn, load_image,
+                   open_video, pick_tiling, resize, sample_times, video_duration, windows)
 
 # H, W, and for 8 and 24 crops: tiling, crops, high-resolution rows and columns, tokens in all
 TABLE = [((50, 50), ((1, 1), 2, 14, 14, 410), None), ((378, 378), ((1, 1), 2, 14, 14, 410), None),
@@ -96,3 +101,90 @@ def test_videos_that_cannot_be_used(tmp_path):
             load_frames(str(tmp_path / name), [0.0])
         with pytest.raises(BadMedia, match=name):
             video_duration(str(tmp_path / name))
+
+
+def clip(path, codec, uneven=False, **options):
+    """Four seconds of moving noise with key frames two seconds apart, or uneven times between frames."""
+    noise = np.random.default_rng(0).integers(0, 255, (128, 192, 3), dtype=np.uint8)
+    rng, t = np.random.default_rng(1), 0
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 96, 64, "yuv420p", options
+        stream.codec_context.gop_size, stream.codec_context.time_base = 60, Fraction(1, 1000)
+        for i in range(120):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(noise[i % 64:, i // 2:][:64, :96]), format="rgb24")
+            frame.pts, frame.time_base = t, Fraction(1, 1000)
+            t += int(rng.integers(5, 70)) if uneven else 33 + (i % 3 == 0)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def everything(path, times):
+    """The plain way: decode every frame, then choose."""
+    container, stream = open_video(path)
+    with container:
+        begin, tick = stream.start_time or 0, float(stream.time_base)
+        frames = sorted((f.pts, f.to_ndarray(format="rgb24")) for f in container.decode(stream))
+    return [frames[max(bisect.bisect_right([p for p, _ in frames], begin + (t + 1e-6) / tick) - 1, 0)][1] for t in times]
+
+
+CLIPS = {"h264.mp4": ("libx264", {}), "uneven.mp4": ("libx264", dict(uneven=True)), "uneven.mkv": ("libx264", dict(uneven=True)),
+         "open.mp4": ("libx264", {"x264-params": "open-gop=1:bframes=4:b-pyramid=normal:keyint=24"}), "h264.ts": ("libx264", {}),
+         "hevc.mkv": ("libx265", {"x265-params": "log-level=none:open-gop=1:keyint=24"}), "vp9.webm": ("libvpx-vp9", {"cpu-used": "8"}),
+         "part4.avi": ("mpeg4", {})}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_frames_are_those_of_decoding_everything(tmp_path, name, monkeypatch):
+    codec, options = CLIPS[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV cannot write {codec}")
+    path, in_turn = clip(tmp_path / name, codec, **options), []
+    monkeypatch.setattr(media, "load_frames_in_turn", lambda *a: in_turn.append(1) or load_frames_in_turn(*a))
+    length = video_duration(path)
+    for times in (sample_times(length, 64), sample_times(length, 3), np.arange(1.3, 2.9, 0.31), [3.4]):
+        want = everything(path, times)
+        for got in (load_frames(path, times), load_frames_in_turn(path, times, lambda f: f.to_ndarray(format="rgb24"))):
+            assert len(got) == len(want) and all(np.array_equal(g, w) for g, w in zip(got, want))
+    assert not in_turn or name.endswith(".ts")  # there a clip cannot be found by its time; whole files can
+
+
+def test_only_wanted_frames_are_converted(tmp_path):
+    path, seen = clip(tmp_path / "a.mp4", "libx264"), []
+    assert load_frames(path, [0.0, 2.0, 2.0, 4.5], lambda rgb: seen.append(rgb.shape) or len(seen)) == [1, 2, 2, 3]
+    assert seen == [(64, 96, 3)] * 3
+
+
+def test_turned_videos_are_shown_upright(tmp_path):
+    """A phone held upright writes its frames lying down, and a matrix that says so."""
+    path = video(tmp_path / "a.mp4", size=(48, 32))
+    whole = bytearray(open(path, "rb").read())
+    at = whole.index(b"tkhd") + 4 + 40  # the display matrix: 90 degrees
+    whole[at:at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (0, 65536, 0, -65536, 0, 0, 32 * 65536, 0, 1 << 30))
+    (tmp_path / "turned.mp4").write_bytes(whole)
+    assert load_frames(str(tmp_path / "turned.mp4"), [0.0, 1.0])[1].shape == (48, 32, 3)
+
+
+def test_odd_sizes_and_missing_durations(tmp_path):
+    path = tmp_path / "odd.mkv"
+    with av.open(str(path), "w", options={"live": "1"}) as container:  # as a stream is recorded: nothing is written back
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 51, 33, "yuv444p"
+        for i in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((33, 51, 3), 10 * i, np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    assert abs(video_duration(str(path)) - 2.0) < 0.11
+    frames = load_frames(str(path), [0.0, 1.0, 1.9])
+    assert [f.shape for f in frames] == [(33, 51, 3)] * 3 and [round(f.mean() / 10) for f in frames] == [0, 10, 19]
+
+
+@pytest.mark.parametrize("name, size, says", [("juggle.mp4", (720, 1280), 10.29), ("cups.mp4", (720, 1280), 10.01)])
+def test_real_videos(name, size, says):
+    path = os.path.join(os.path.dirname(HERE), "..", "shared", "media", name)
+    if not os.path.exists(path):
+        pytest.skip("needs ../shared/media, which is not part of the project")
+    assert video_duration(path) == pytest.approx(says, abs=0.01)
+    times = sample_times(says, 5)
+    got, want = load_frames(path, times), everything(path, times)
+    assert all(g.shape == (*size, 3) and np.array_equal(g, w) for g, w in zip(got, want))
