@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 from conftest import HERE, picture, tiny_model, write_lines
+from test_stream import poison
 
 import pretrain
-from data import Dataset, Planner, Stream, collate, decode
-from pretrain import PRESETS, Config, UserError, make_optimizers, parse, schedule
+from data import Dataset, Planner, Stream, collate, decode, parse_row
+from pretrain import PRESETS, Config, UserError, make_optimizers, next_rows, parse, schedule
 
 ROOT = os.path.dirname(HERE)
 QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--micro_batch", "1", "--seq_len", "192", "--save_every", "2"]
@@ -225,3 +226,34 @@ def test_small_learns_the_toy_world(tmp_path):
                         "data/toy/eval/" + json.loads(open(tmp_path / "data/toy/eval/scenes.jsonl").readline())["image"],
                         "Point to all shapes."], cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == 0 and p.stdout.strip(), p.stderr
+
+
+def test_a_run_on_a_poisoned_corpus_finishes_and_lists_it(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    bad, later, good = poison(folder)
+    lines = [line for line, _ in bad] + later + good * 10
+    (folder / "rows.jsonl").write_bytes(b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n" for x in lines))
+    run(tmp_path, *QUICK, "--data", str(folder / "rows.jsonl"), "--max_bad", "1", "--max_frames", "4", "--max_crops", "8", "--steps", "60")
+    listed = [json.loads(line) for line in open(tmp_path / "out" / "small" / "pretrain" / "bad_rows.jsonl")]
+    want = {str(folder / f"rows.jsonl:{i + 1}"): line for i, line in enumerate(lines) if line not in good}
+    assert len(listed) == len({r["where"] for r in listed}) and {r["where"] for r in listed} == set(want)
+    reasons = {line: reason for line, reason in bad} | {line: "failed to decode" for line in later}
+    assert all(r["reason"] == reasons[want[r["where"]]] and r["dataset"] == "rows" for r in listed)
+    log = log_of(tmp_path)
+    assert len(losses(log)) == 60 and log[-2]["bad"]["rows"].keys() == set(reasons.values())
+
+
+def test_a_worker_that_dies_is_one_line():
+    def dies(error):
+        raise error
+        yield
+    with pytest.raises(UserError, match="--resume goes on"):
+        next_rows(dies(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), 2)
+    with pytest.raises(UserError, match="^none of the first 200 rows can be used$"):
+        next_rows(dies(ValueError("Caught ValueError in worker 0.\nTraceback\nValueError: none of the first 200 rows can be used")), 2)
+
+
+def test_the_readmes_examples_are_good_rows():
+    lines = [line for line in open(os.path.join(ROOT, "README.md"), "rb") if line.startswith(b'{"id"')]
+    assert len(lines) >= 5 and {k for line in lines for k in parse_row(line) if k in ("image", "images", "video")} == {"image", "images", "video"}
