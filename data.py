@@ -7,11 +7,12 @@ Data: JSONL lines in, packed batches out.
                                       │       plans that fill a row of T tokens; lengths are all it looks at
                                       tokens, targets, weights, branches, and which crops will be needed: headers only
 
-One line is one picture, set of pictures, video or text with all its annotations: a message tree. The media are the trunk,
-each annotation is a branch that sees the trunk and itself, so five questions about a picture cost one picture.
+One line is one picture, set of pictures, video or text with all its annotations: a message tree. The media
+are the trunk, each annotation is a branch that sees the trunk and itself, so five questions about a picture
+cost one picture.
 
-Everything up to the pixels is a function of (files, mixture, seed): the stream is the same for any number of workers and
-ranks, and where it stands is a small JSON that travels with each row.
+Everything up to the pixels is a function of (files, mixture, seed): the stream is the same for any number of
+workers and ranks, and where it stands is a small JSON that travels with each row.
 
     python data.py data/my.jsonl --show 8     # check every line; a page with what the model will see of the first eight
 
@@ -35,9 +36,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from media import (MAX_PIXELS, BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times,
+from media import (MAX_PIXELS, BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder,
+                   load_crops, sample_times,
                    video_duration)
-from points import (CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, is_unit, multiple_choice, number, styled,
+from points import (CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, is_unit,
+                    multiple_choice, number, styled,
                     write_points, write_prompt)
 from points import format_points, parse_points  # noqa: F401  public under this name too
 from weights import BadCheckpoint
@@ -47,7 +50,8 @@ TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_poi
          "counting": (None, 1.5), "multi_image_qa": ("images", 1.0), "multi_image_pointing": ("images", 2.0),
          "video_caption": ("video", 1.0), "video_qa": ("video", 1.0), "video_pointing": ("video", 2.0),
          "video_tracking": ("video", 2.0), "text": (None, 1.0)}
-MEDIA = ("image", "images", "video")  # what a line may be about, and the kinds of points `format_points` knows
+# what a line may be about, and the kinds of points `format_points` knows
+MEDIA = ("image", "images", "video")
 MAX_LINE = 32 << 20  # bytes; a longer line is not read
 REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "datasets.tsv")
 
@@ -60,7 +64,7 @@ class BadRow(Exception):
         self.reason, self.detail = reason, detail
 
 
-# ---- rows: one JSONL line, checked ----------------------------------------------------------------------------------
+# ---- rows: one JSONL line, checked --------------------------------------------------------------------------
 
 def parse_row(line):
     """Bytes of one line -> the row as a dict; BadRow says what is wrong with it."""
@@ -81,7 +85,8 @@ def parse_row(line):
         raise BadRow("wrong field", f"{' and '.join(kinds)} in one line")
     kind = kinds[0] if kinds else None
     names = row[kind] if kind == "images" else [row[kind]] if kind else []
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names) or kind == "images" and not names:
+    named = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
+    if not named or kind == "images" and not names:
         raise BadRow("wrong field", f"{kind} is {row[kind]!r}")
     check_size(row)
     if kind == "video":
@@ -111,24 +116,30 @@ def check_size(row):
 
 
 def check_clip(row):
-    """duration saves reading a video's header; start, end and every other time count from the start of the file."""
+    """duration saves reading a video's header; start, end and every other time count from the start of the
+    file."""
     lines = row.get("subtitles", [])
-    fine = isinstance(lines, list) and all(isinstance(s, dict) and is_time(s.get("start")) and is_time(s.get("end"))
+    fine = isinstance(lines, list) and all(isinstance(s, dict) and is_time(s.get("start"))
+                                           and is_time(s.get("end"))
                                            and isinstance(s.get("text"), str) for s in lines)
     if not (fine and all(is_time(row.get(key, 1)) for key in ("start", "end", "duration", "fps"))):
-        raise BadRow("wrong field", "start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
+        raise BadRow("wrong field",
+                     "start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
 
 
 # What an annotation may say: (fields, whether a value is fine, what it should be).
 ANNOTATION_FIELDS = ((("prompt", "answer", "label", "style", "question"), is_text, "text"),
                      (("fps", "start_time", "end_time", "timestamp"), is_time, "a number from 0"),
-                     (("options",), lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
-                     (("images",), lambda v: isinstance(v, list) and v and all(map(whole, v)), "a list of picture numbers"))
+                     (("options",),
+                      lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
+                     (("images",), lambda v: isinstance(v, list) and v and all(map(whole, v)),
+                      "a list of picture numbers"))
 
 
 def check_annotation(a, kind, n_media):
     if not isinstance(a, dict) or a.get("task") not in TASKS:
-        raise BadRow("unknown task", f"{a.get('task') if isinstance(a, dict) else a!r}; one of {', '.join(TASKS)}")
+        raise BadRow("unknown task",
+                     f"{a.get('task') if isinstance(a, dict) else a!r}; one of {', '.join(TASKS)}")
     about = TASKS[a["task"]][0]
     if about and about != kind or a["task"] == "text" and kind:
         raise BadRow("wrong field", f"task {a['task']} on a line with {kind or 'no media'}")
@@ -139,13 +150,17 @@ def check_annotation(a, kind, n_media):
     if "messages" in a:
         m = a["messages"]
         fine = isinstance(m, list) and m and len(m) % 2 == 0 and all(
-            isinstance(x, dict) and isinstance(x.get("content"), str) and x.get("role") == ("user", "assistant")[i % 2]
+            isinstance(x, dict) and isinstance(x.get("content"), str)
+            and x.get("role") == ("user", "assistant")[i % 2]
             for i, x in enumerate(m))
         if not fine:
-            raise BadRow("wrong field", "messages must alternate user and assistant, with content, and end with an answer")
+            raise BadRow("wrong field",
+                         "messages must alternate user and assistant, with content, and end with an answer")
     elif "options" in a:
-        if not (a.get("question") and isinstance(a.get("correct"), int) and 0 <= a["correct"] < len(a["options"]) > 1):
-            raise BadRow("wrong field", "options need a question, and correct: the place of the right one, from 0")
+        if not (a.get("question") and isinstance(a.get("correct"), int)
+                and 0 <= a["correct"] < len(a["options"]) > 1):
+            raise BadRow("wrong field",
+                         "options need a question, and correct: the place of the right one, from 0")
     elif "points" not in a and "answer" not in a:
         raise BadRow("wrong field", f"task {a['task']} without answer, points, options or messages")
     elif not (a.get("prompt") or a["task"] in PROMPTS or a.get("style") in PROMPTS):
@@ -172,11 +187,13 @@ def check_points(points, kind, n_media):
 
 
 def to_messages(a, kind, rng, point_format="spec"):
-    """An annotation as a chat. What it does not word itself, prompt or answer, is written from its fields by its task, or by
-    its "style": the finer kind of task, in the released models' names. To them alone a style is also told (see `styled`)."""
+    """An annotation as a chat. What it does not word itself, prompt or answer, is written from its fields by
+    its task, or by its "style": the finer kind of task, in the released models' names. To them alone a style
+    is also told (see `styled`)."""
     style = a.get("style") if point_format == "released" else None
     if "messages" in a:
-        return [dict(m, content=styled(m["content"], style)) if m["role"] == "user" else m for m in a["messages"]]
+        return [dict(m, content=styled(m["content"], style)) if m["role"] == "user" else m
+                for m in a["messages"]]
     if "options" in a:
         prompt, answer = multiple_choice(a["question"], a["options"], a["correct"], rng)
     else:
@@ -186,18 +203,20 @@ def to_messages(a, kind, rng, point_format="spec"):
 
 
 def in_clip(a, start, end):
-    """An annotation whose times count from the start of its clip, as the model counts; points outside the clip are left out."""
+    """An annotation whose times count from the start of its clip, as the model counts; points outside the
+    clip are left out."""
     a = dict(a)
     for key in ("points", "input_points"):
         if key in a:
-            a[key] = [dict(p, t=max(p["t"] - start, 0)) for p in a[key] if start - 0.01 <= p["t"] <= end + 0.01]
+            a[key] = [dict(p, t=max(p["t"] - start, 0))
+                      for p in a[key] if start - 0.01 <= p["t"] <= end + 0.01]
     for key in ("start_time", "end_time", "timestamp"):
         if key in a:
             a[key] = max(a[key] - start, 0)
     return a
 
 
-# ---- plan: a row as tokens, before any pixel is decoded -------------------------------------------------------------
+# ---- plan: a row as tokens, before any pixel is decoded -----------------------------------------------------
 
 @dataclass
 class Plan:
@@ -223,7 +242,8 @@ class Plan:
 class Planner:
     """Turns rows into plans for one model and sequence length."""
 
-    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0, max_crops=10**9):
+    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0,
+                 max_crops=10**9):
         self.tokenizer, self.cfg, self.seq_len = tokenizer, model_cfg, seq_len
         self.tiles = tiles  # high-resolution crops a picture may get; 0 = the low-resolution one alone
         self.max_frames = max_frames  # of a video; 0 = videos are not read
@@ -240,8 +260,10 @@ class Planner:
         tok, room = self.tokenizer, room or self.seq_len
         if "video" in row:
             return self.video_trunk(row, folder, room)
-        paths = [inside_folder(folder, name) for name in row.get("images") or [row[k] for k in ("image",) if k in row]]
-        sizes = [(row["width"], row["height"])] if "width" in row and len(paths) == 1 else [image_size(p) for p in paths]
+        paths = [inside_folder(folder, name) for name in row.get("images")
+                 or [row[k] for k in ("image",) if k in row]]
+        sizes = [(row["width"], row["height"])] if "width" in row and len(paths) == 1 else [image_size(p)
+                                                                                            for p in paths]
         tiles = self.tiles
         while True:
             ids, media = [tok.bos], []
@@ -256,7 +278,8 @@ class Planner:
             tiles //= 2  # coarser pictures rather than no pictures
 
     def video_trunk(self, row, folder, room):
-        """BOS and the frames of a clip, each after its time in seconds; then the subtitles of moments that are shown.
+        """BOS and the frames of a clip, each after its time in seconds; then the subtitles of moments that
+        are shown.
 
             <timestamp> 0.5 <frame_start> <image>... <frame_end>        released:  " 0.5 " in plain text
 
@@ -270,7 +293,8 @@ class Planner:
         if not start < end:
             raise BadRow("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
         pool = frame_layout(self.n)
-        opening, closing = (tok.ids[t] for t in (("<frame_start>", "<frame_end>") if self.cfg.frame_tokens else
+        opening, closing = (tok.ids[t]
+                            for t in (("<frame_start>", "<frame_end>") if self.cfg.frame_tokens else
                                                  ("<image_start>", "<image_end>")))
         most = min(self.max_frames, self.max_crops)
         while True:
@@ -279,7 +303,8 @@ class Planner:
                 ids += tok.encode(" " * (i > 0) + f"{t:.1f} ") if self.released else \
                     [tok.ids["<timestamp>"]] + tok.encode(number(t, 2))
                 ids += [opening] + [tok.ids["<image>"]] * len(pool) + [closing]
-            lines = [s for s in row.get("subtitles", ()) if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times)]
+            lines = [s for s in row.get("subtitles", ())
+                     if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times)]
             if lines:
                 ids += tok.encode("subtitle\n" + "".join(
                     f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n" for s in lines))
@@ -302,16 +327,19 @@ class Planner:
     def plan(self, row, folder, rng):
         """A checked row -> ([plans], [reasons of annotations left out]).
 
-        A tree too long for a row becomes several, each with the whole trunk and some of the branches; an annotation too
-        long by itself is left out. Pixels are never cut.
+        A tree too long for a row becomes several, each with the whole trunk and some of the branches; an
+        annotation too long by itself is left out. Pixels are never cut.
         """
         kind, annotations = next((k for k in MEDIA if k in row), None), row["annotations"]
         if "start" in row or "end" in row:
             annotations = [in_clip(a, row.get("start", 0), row.get("end", math.inf)) for a in annotations]
-        branches = [(a["task"], *self.branch(to_messages(a, kind, rng, self.cfg.point_format))) for a in annotations]
-        # The media leave room for the longest annotation, and for all of them if that takes no more than an eighth of the row.
+        branches = [(a["task"], *self.branch(to_messages(a, kind, rng, self.cfg.point_format)))
+                    for a in annotations]
+        # The media leave room for the longest annotation, and for all of them if that takes no more than an
+        # eighth of the row.
         lengths = [len(ids) for _, ids, _ in branches]
-        need = max(min(sum(lengths), self.seq_len // 8), max([n for n in lengths if n <= self.seq_len * 3 // 4], default=0))
+        need = max(min(sum(lengths), self.seq_len // 8),
+                   max([n for n in lengths if n <= self.seq_len * 3 // 4], default=0))
         trunk, media = self.trunk(row, folder, self.seq_len - need)
         groups, left_out, room = [], [], 0
         for task, ids, learn in branches:
@@ -326,11 +354,13 @@ class Planner:
         return [self.assemble(trunk, media, g) for g in groups], left_out
 
     def assemble(self, trunk, media, branches):
-        """Trunk and branches side by side, targets already shifted by one: the row can be cut anywhere afterwards."""
+        """Trunk and branches side by side, targets already shifted by one: the row can be cut anywhere
+        afterwards."""
         n = len(trunk)
         tokens, targets, weights = [trunk], [trunk[1:] + branches[0][1][:1]], [[0.0] * n]
         pos, branch = [np.arange(n)], [np.zeros(n)]
-        # The released models saw trees of text alone restart at 0: there the trunk, which is BOS, was not counted.
+        # The released models saw trees of text alone restart at 0: there the trunk, which is BOS, was not
+        # counted.
         start = 0 if self.released and not media and len(branches) > 1 else n
         for b, (task, ids, learn) in enumerate(branches, 1):
             w = self.weight(task, sum(learn), len(branches))
@@ -340,11 +370,13 @@ class Planner:
             pos.append(start + np.arange(len(ids) - 1))  # every branch restarts where the trunk ends
             branch.append(np.full(len(ids) - 1, b))
         cat = lambda parts, dtype: np.concatenate([np.asarray(p, dtype) for p in parts])
-        return Plan(cat(tokens, np.int64), cat(targets, np.int64), cat(weights, np.float32), cat(pos, np.int64),
+        return Plan(cat(tokens, np.int64), cat(targets, np.int64), cat(weights, np.float32),
+                    cat(pos, np.int64),
                     cat(branch, np.int64), media)
 
     def weight(self, task, n_learned, n_branches):
-        """Loss weight of each answer token. "spec": by task. "released": long answers and full trees count less each."""
+        """Loss weight of each answer token. "spec": by task. "released": long answers and full trees count
+        less each."""
         if self.token_weights == "spec":
             return TASKS[task][1]
         if "pointing" in task or "tracking" in task:
@@ -356,20 +388,23 @@ class Planner:
         return 2 / math.sqrt(n) / math.sqrt(n_branches)
 
     def question(self, row, folder, messages):
-        """A plan that ends where the model's answer begins. messages: [{role, content}], ending with the user's."""
+        """A plan that ends where the model's answer begins. messages: [{role, content}], ending with the
+        user's."""
         ids, _ = self.branch(messages)
         trunk, media = self.trunk(row, folder, self.seq_len - len(ids) - min(512, self.seq_len // 8))
         return self.assemble(trunk, media, [("text", ids + [self.tokenizer.eos], [False] * (len(ids) + 1))])
 
 
-# ---- pack: plans into rows of T tokens ------------------------------------------------------------------------------
+# ---- pack: plans into rows of T tokens ----------------------------------------------------------------------
 
 class Packer:
-    """Fills rows of `seq_len` tokens and `max_crops` crops from a buffer of waiting items (n_tokens, n_crops).
+    """Fills rows of `seq_len` tokens and `max_crops` crops from a buffer of waiting items (n_tokens,
+    n_crops).
 
-    Whenever the buffer is full one row leaves: the item that has waited longest, so that none starves, and those of the
-    others that fill the rest best. A beam search finds them: of all ways to add one more item to the 64 best sets so far,
-    the 64 fullest are kept, tokens and crops counting as shares of their limits. Nothing is ever cut.
+    Whenever the buffer is full one row leaves: the item that has waited longest, so that none starves, and
+    those of the others that fill the rest best. A beam search finds them: of all ways to add one more item to
+    the 64 best sets so far, the 64 fullest are kept, tokens and crops counting as shares of their limits.
+    Nothing is ever cut.
     """
 
     def __init__(self, seq_len, max_crops, buffer=48):
@@ -378,7 +413,8 @@ class Packer:
         self.refused = 0
 
     def add(self, item):
-        """Take an item in; returns the rows (lists of items) that leave: none or one. What fits no row is refused and counted."""
+        """Take an item in; returns the rows (lists of items) that leave: none or one. What fits no row is
+        refused and counted."""
         if item.n_tokens > self.seq_len or item.n_crops > self.max_crops:
             self.refused += 1
             return []
@@ -394,14 +430,17 @@ class Packer:
 
     def emit(self, beam=64):
         first, others = self.waiting[0], self.waiting[1:]
-        tokens, crops = (np.array([getattr(i, key) for i in others], np.int64) for key in ("n_tokens", "n_crops"))
+        tokens, crops = (np.array([getattr(i, key) for i in others], np.int64)
+                         for key in ("n_tokens", "n_crops"))
         share = tokens / self.seq_len + crops / max(self.max_crops, 1)
-        order = np.argsort(-share, kind="stable")  # a set is built from its largest item down, so in one way only
+        # a set is built from its largest item down, so in one way only
+        order = np.argsort(-share, kind="stable")
         tokens, crops, share = tokens[order], crops[order], share[order]
         room, free = np.array([self.seq_len - first.n_tokens]), np.array([self.max_crops - first.n_crops])
         last, full, added, best = np.array([-1]), np.zeros(1), [], (0.0, -1, -1)
         while True:  # level by level: sets of one more item. s: the set it extends, k: the item
-            s, k = np.nonzero((tokens <= room[:, None]) & (crops <= free[:, None]) & (np.arange(len(order)) > last[:, None]))
+            s, k = np.nonzero((tokens <= room[:, None]) & (crops <= free[:, None])
+                              & (np.arange(len(order)) > last[:, None]))
             if not len(s):
                 break
             fuller = full[s] + share[k]
@@ -421,13 +460,14 @@ class Packer:
         return [first] + [others[i] for i in sorted(chosen)]
 
 
-# ---- decode and collate ---------------------------------------------------------------------------------------------
+# ---- decode and collate -------------------------------------------------------------------------------------
 
 def decode(plans, cfg, seq_len):
-    """One packed row with its pixels: (arrays of T, crops, pools, events). Events: [dataset, file:line, reason, detail].
+    """One packed row with its pixels: (arrays of T, crops, pools, events). Events: [dataset, file:line,
+    reason, detail].
 
-    When a picture cannot be decoded its tokens stay, its pixels are zeros and its example is not trained on: the other
-    examples of the row, and the order of the stream, are as they would have been.
+    When a picture cannot be decoded its tokens stay, its pixels are zeros and its example is not trained on:
+    the other examples of the row, and the order of the stream, are as they would have been.
     """
     row = {k: np.zeros(seq_len, np.int64) for k in ("tokens", "targets", "pos", "example", "branch")}
     row["weights"] = np.zeros(seq_len, np.float32)
@@ -452,7 +492,8 @@ def decode(plans, cfg, seq_len):
 
 
 def collate(rows):
-    """Decoded rows -> one batch: (B, T) ids and weights, crops (N, P, ·) uint8, pool (M, K); None without pictures."""
+    """Decoded rows -> one batch: (B, T) ids and weights, crops (N, P, ·) uint8, pool (M, K); None without
+    pictures."""
     batch = {k: torch.from_numpy(np.stack([row[k] for row, *_ in rows])) for k in rows[0][0]}
     crops, pools, offset = [], [], 0
     for _, row_crops, row_pool, *_ in rows:
@@ -479,16 +520,18 @@ def prompt_batch(plans, cfg):
     longest = max(p.n_tokens for p in plans)
     rows = [decode([p], cfg, longest) for p in plans]
     batch = collate(rows)
-    return {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}, [f for r in rows for f in r[3]]
+    return {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}, [f for r in rows
+                                                                                            for f in r[3]]
 
 
-# ---- datasets and mixtures ------------------------------------------------------------------------------------------
+# ---- datasets and mixtures ----------------------------------------------------------------------------------
 
 def line_index(path):
-    """Where the lines of a file start that are not blank, and their numbers: (2 + n, 2) int64, memory-mapped. The first two
-    rows are (size, time of change) of the file and (hash of its contents, n).
+    """Where the lines of a file start that are not blank, and their numbers: (2 + n, 2) int64, memory-mapped.
+    The first two rows are (size, time of change) of the file and (hash of its contents, n).
 
-    Built once and kept beside the file as .NAME.index.npy, so that ten million lines cost no time and no memory at start.
+    Built once and kept beside the file as .NAME.index.npy, so that ten million lines cost no time and no
+    memory at start.
     """
     stat, (folder, name) = os.stat(path), os.path.split(os.path.abspath(path))
     kept, key = os.path.join(folder, f".{name}.index.npy"), (stat.st_size, stat.st_mtime_ns)
@@ -508,7 +551,8 @@ def line_index(path):
     starts, stops = np.append(0, ends + 1), np.append(ends, at)
     lone = np.flatnonzero(stops - starts == 1)  # one byte: the first half of a Windows line end?
     blank = stops <= starts
-    blank[lone] = [open_byte == 13 for open_byte in np.memmap(path, np.uint8, "r")[starts[lone]]] if len(lone) else []
+    if len(lone):
+        blank[lone] = np.memmap(path, np.uint8, "r")[starts[lone]] == 13
     rows = np.stack([starts, np.arange(1, len(starts) + 1)], 1)[~blank]
     head = [key, (int.from_bytes(digest.digest(), "little", signed=True), len(rows))]
     table = np.concatenate([np.array(head, np.int64), rows])
@@ -522,7 +566,8 @@ def line_index(path):
 
 
 class Dataset:
-    """The lines of some JSONL files. name: what the mixture calls it; entry: its line of the registry, if it has one."""
+    """The lines of some JSONL files. name: what the mixture calls it; entry: its line of the registry, if it
+    has one."""
 
     def __init__(self, name, files, entry=None):
         self.name, self.files, self.entry, self.open = name, files, entry or {}, {}
@@ -554,7 +599,8 @@ class Dataset:
             return "image_qa"
 
     def weight(self):
-        """sqrt(rows), at most those of its cap, times its multiplier: large sets get more draws, but not in proportion."""
+        """sqrt(rows), at most those of its cap, times its multiplier: large sets get more draws, but not in
+        proportion."""
         rows = min(len(self), int(self.entry.get("size_cap") or len(self)))
         return float(self.entry.get("multiplier") or 1) * math.sqrt(rows)
 
@@ -585,8 +631,8 @@ def read_registry():
 def find_datasets(paths, stage=None):
     """JSONL files, or folders of them -> ([Dataset], names of the registry's sets that are not there).
 
-    In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage; any other *.jsonl is a
-    set of its own.
+    In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage; any other
+    *.jsonl is a set of its own.
     """
     registry, found = read_registry(), []
     for path in paths:
@@ -594,7 +640,8 @@ def find_datasets(paths, stage=None):
         if os.path.isdir(path):
             files = set(glob.glob(os.path.join(path, "*.jsonl")))
             for name, entry in registry.items():
-                mine = sorted(glob.glob(os.path.join(path, name + ".jsonl")) + glob.glob(os.path.join(path, name, "*.jsonl")))
+                mine = sorted(f for pattern in (name + ".jsonl", os.path.join(name, "*.jsonl"))
+                              for f in glob.glob(os.path.join(path, pattern)))
                 files -= set(mine)
                 if mine and (stage is None or stage in entry["stage"].split(",")):
                     found.append((name, mine, entry))
@@ -602,23 +649,25 @@ def find_datasets(paths, stage=None):
             files = {path} if os.path.isfile(path) else set()
         found += [(os.path.basename(f).removesuffix(".jsonl"), [f], None) for f in sorted(files)]
         if len(found) == before:
-            raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl of this stage in that folder")
+            raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl of this stage in it")
     names = [name for name, *_ in found]
-    datasets = [Dataset(name if names.count(name) == 1 else files[0], files, entry) for name, files, entry in found]
+    datasets = [Dataset(name if names.count(name) == 1 else files[0], files, entry)
+                for name, files, entry in found]
     for d in datasets:
         if not len(d):
             raise ValueError(f"--data {d.files[0]}: not a single line in it")
-    missing = [name for name, entry in registry.items() if name not in names and (stage is None or stage in entry["stage"].split(","))]
+    missing = [name for name, entry in registry.items() if name not in names
+               and (stage is None or stage in entry["stage"].split(","))]
     return datasets, missing if any(entry for *_, entry in found) else []
 
 
-# Groups of datasets and their shares of the draws; inside a group sets share by `Dataset.weight`. pretrain: the report's
-# stage 1. sft: one group. released: the published recipe's groups (its numbers add up to 1.1).
+# Groups of datasets and their shares of the draws; inside a group sets share by `Dataset.weight`. pretrain:
+# the report's stage 1. sft: one group. released: the published recipe's groups (its numbers add up to 1.1).
 MIXTURES = {
     "pretrain": {"captions": 0.6, "pointing": 0.3, "text": 0.1},
     "sft": {"all": 1.0},
-    "released": {"demo": 0.15, "video_academic": 0.20, "image_academic": 0.25, "tracking": 0.15, "video_pointing": 0.15,
-                 "image_pointing": 0.10, "nlp": 0.0995, "hardcodes": 0.0005},
+    "released": {"demo": 0.15, "video_academic": 0.20, "image_academic": 0.25, "tracking": 0.15,
+                 "video_pointing": 0.15, "image_pointing": 0.10, "nlp": 0.0995, "hardcodes": 0.0005},
     "equal": {"all": 1.0}}
 
 
@@ -629,13 +678,15 @@ def group_of(dataset, mixture):
     if mixture == "pretrain":
         return "text" if task == "text" else "pointing" if pointing else "captions"
     if mixture == "released":
-        return dataset.entry.get("sft_group") or {"text": "nlp", "video_tracking": "tracking", "video_pointing": "video_pointing"
+        return dataset.entry.get("sft_group") or {"text": "nlp", "video_tracking": "tracking",
+                                                  "video_pointing": "video_pointing"
                                                   }.get(task, "image_pointing" if pointing else "demo")
     return "all"
 
 
 def mix(datasets, mixture):
-    """[(Dataset, rate)], rates adding up to 1. Groups of which nothing is there leave their share to the others."""
+    """[(Dataset, rate)], rates adding up to 1. Groups of which nothing is there leave their share to the
+    others."""
     groups = [group_of(d, mixture) for d in datasets]
     weights = [1.0 if mixture == "equal" else d.weight() for d in datasets]
     inside = {g: sum(w for w, other in zip(weights, groups) if other == g) for g in groups}
@@ -653,10 +704,11 @@ def show_mixture(mixture, draws, missing=()):
         print(f"not there, and left out: {', '.join(missing)}")
 
 
-# ---- the stream -----------------------------------------------------------------------------------------------------
+# ---- the stream ---------------------------------------------------------------------------------------------
 
 class Stream:
-    """The one global sequence of packed rows: draws, plans and packs. `rows(state)` yields (plans, state after them).
+    """The one global sequence of packed rows: draws, plans and packs. `rows(state)` yields (plans, state
+    after them).
 
     mixture: [(Dataset, rate)]. The state is JSON; `rows(state)` continues right after the row it came with.
     """
@@ -672,9 +724,10 @@ class Stream:
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
         p = self.planner
-        return dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=self.max_crops,
-                    point_format=p.cfg.point_format, token_weights=p.token_weights) | {
-            f"dataset {name}": f"{len(d)} rows at {self.rates[name]:.6%}, contents {d.contents}" for name, d in self.sets.items()}
+        return dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames,
+                    max_crops=self.max_crops, point_format=p.cfg.point_format, token_weights=p.token_weights) | {
+            f"dataset {name}": f"{len(d)} rows at {self.rates[name]:.6%}, contents {d.contents}"
+            for name, d in self.sets.items()}
 
     def draw(self, number):
         """Which dataset the number-th draw takes: one random number, seeded by the draw."""
@@ -682,13 +735,15 @@ class Stream:
         return self.names[min(int(np.searchsorted(self.edges, u, side="right")), len(self.names) - 1)]
 
     def plans(self, name, k):
-        """The k-th draw from dataset `name`: ([plans], [annotations left out]), or BadRow, whose detail starts with file:line."""
+        """The k-th draw from dataset `name`: ([plans], [annotations left out]), or BadRow, whose detail
+        starts with file:line."""
         d = self.sets[name]
         epoch, i = divmod(k, len(d))
         i = shuffled(i, len(d), f"{self.seed} {name} {epoch}")
         line, folder, where = d.line(i)
         try:
-            plans, left_out = self.planner.plan(parse_row(line), folder, random.Random(f"{self.seed} {name} {i} {epoch}"))
+            plans, left_out = self.planner.plan(parse_row(line), folder,
+                                                random.Random(f"{self.seed} {name} {i} {epoch}"))
         except BadMedia as e:
             raise BadRow("unreadable media", f"{where}: {e}") from None
         except BadRow as e:
@@ -699,7 +754,8 @@ class Stream:
         return fits, left_out + ["too many crops for a row"] * (len(plans) - len(fits))
 
     def start(self):
-        return dict(draw=0, part=0, taken={n: 0 for n in self.names}, waiting=[], seen=0, empty=0, rows=0, bad={}, skipped={})
+        return dict(draw=0, part=0, taken={n: 0 for n in self.names}, waiting=[], seen=0, empty=0, rows=0,
+                    bad={}, skipped={})
 
     def rows(self, state=None):
         s, events = json.loads(json.dumps(state or self.start())), []
@@ -718,9 +774,13 @@ class Stream:
             s["taken"][name] += 1
 
     def take(self, name, s, events):
-        """Plans of the current draw; a bad row is counted and gives none. What a resumed run repeats (`part`) counts once."""
+        """Plans of the current draw; a bad row is counted and gives none. What a resumed run repeats (`part`)
+        counts once."""
         first = s["part"] == 0
-        count = lambda kind, reason: s[kind].setdefault(name, {}).update({reason: s[kind][name].get(reason, 0) + 1})
+        def count(kind, reason):
+            mine = s[kind].setdefault(name, {})
+            mine[reason] = mine.get(reason, 0) + 1
+
         s["seen"] += first
         try:
             plans, left_out = self.plans(name, s["taken"][name])
@@ -737,7 +797,8 @@ class Stream:
         return plans
 
     def rows_per_draw(self, sample=64):
-        """How many packed rows a draw fills, judged by the first ones: for what a run will see of each dataset."""
+        """How many packed rows a draw fills, judged by the first ones: for what a run will see of each
+        dataset."""
         s, tokens, crops = self.start(), 0, 0
         for number in range(sample):
             name = self.draw(number)
@@ -748,8 +809,8 @@ class Stream:
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each as (row, crops, pools), the stream's
-    state after it, and the events on the way: what could not be used.
+    """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each as (row, crops,
+    pools), the stream's state after it, and the events on the way: what could not be used.
 
     Every worker walks the whole stream of plans, which is cheap, and decodes every W-th row of its rank's.
     """
@@ -771,20 +832,23 @@ class Batches(torch.utils.data.IterableDataset):
                 events = []
 
 
-# ---- a page to look at ----------------------------------------------------------------------------------------------
+# ---- a page to look at --------------------------------------------------------------------------------------
 
 def picture_tag(image, title=""):
-    """An <img> that carries its picture, so that the page is one file. image: PIL, or (H, W) or (H, W, 3) uint8."""
+    """An <img> that carries its picture, so that the page is one file. image: PIL, or (H, W) or (H, W, 3)
+    uint8."""
     image, file = image if isinstance(image, Image.Image) else Image.fromarray(image), io.BytesIO()
     scale = max(1, 192 // max(image.size))
     kind = "png" if image.mode == "L" else "jpeg"
     image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(file, kind)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<figure><img src="data:image/{kind};base64,{data}"><figcaption>{html.escape(title)}</figcaption></figure>'
+    return (f'<figure><img src="data:image/{kind};base64,{data}"><figcaption>{html.escape(title)}</figcaption>'
+            "</figure>")
 
 
 def draw_crop(patches, n, patch, window, points=()):
-    """A crop as the model gets it, with the grid of what is pooled into one token, and points: [(annotation, point)]."""
+    """A crop as the model gets it, with the grid of what is pooled into one token, and points: [(annotation,
+    point)]."""
     pixels = patches.reshape(n, n, patch, patch, 3).transpose(0, 2, 1, 3, 4).reshape(n * patch, n * patch, 3)
     scale = max(1, 378 // (n * patch))
     image = Image.fromarray(pixels).resize((n * patch * scale,) * 2, Image.NEAREST)
@@ -805,7 +869,8 @@ def media_html(plan, row, cfg):
     marked = [(a, p) for a, annotation in enumerate(row["annotations"]) for p in annotation.get("points", ())]
     for k, (path, layout) in enumerate(plan.media):
         crops = load_crops(path, layout, n, cfg.patch)
-        out.append(f"<p>{html.escape(os.path.basename(path))}: {len(crops)} crops, {len(layout.pool)} visual tokens</p>")
+        name = html.escape(os.path.basename(path))
+        out.append(f"<p>{name}: {len(crops)} crops, {len(layout.pool)} visual tokens</p>")
         if layout.times:
             nearest = lambda p: min(range(len(layout.times)), key=lambda i: abs(layout.times[i] - p["t"]))
             frames = [(t, draw_crop(c, n, cfg.patch, 3, [(a, p) for a, p in marked if nearest(p) == i]))
@@ -816,13 +881,15 @@ def media_html(plan, row, cfg):
             out.append(picture_tag(draw_crop(crops[0], n, cfg.patch, 2, mine), "the whole, low resolution"))
             rows, cols = layout.tiling
             for i in range(rows):
-                tiles = [picture_tag(draw_crop(crops[1 + i * cols + j], n, cfg.patch, 2).resize((189, 189))) for j in range(cols)]
+                tiles = [picture_tag(draw_crop(crops[1 + i * cols + j], n, cfg.patch, 2).resize((189, 189)))
+                         for j in range(cols)]
                 out.append("<br>" * (i == 0) + "".join(tiles) + "<br>")
     return "".join(out)
 
 
 def tokens_html(plan, tokenizer):
-    """The tokens of a plan: a colour per branch, what is learned underlined, the more the heavier its weight."""
+    """The tokens of a plan: a colour per branch, what is learned underlined, the more the heavier its
+    weight."""
     names, out = {i: name for name, i in tokenizer.ids.items()}, []
     image, column = tokenizer.ids["<image>"], tokenizer.ids["<image_col>"]
     for b in range(int(plan.branch.max()) + 1):
@@ -839,7 +906,8 @@ def tokens_html(plan, tokenizer):
                 run = []
             else:
                 text = names.get(token) or tokenizer.decode([token])
-            spans.append(f'<span title="{token}, weight {w:.3g}" style="border-bottom:{min(2 * w, 5):.1f}px solid #c00">'
+            style = f"border-bottom: {min(2 * w, 5):.1f}px solid #c00"
+            spans.append(f'<span title="{token}, weight {w:.3g}" style="{style}">'
                          + html.escape(text).replace("\n", "\u23ce") + "</span>")
         colour = f"hsl({(b - 1) * 67 % 360}, 70%, 90%)" if b else "#eee"
         out.append(f'<p class="tokens" style="background:{colour}">{"".join(spans)}</p>')
@@ -850,7 +918,8 @@ def mask_picture(plans, vocab):
     """The attention mask of a packed row, white where a query (row) sees a key (column)."""
     from model import is_vision, may_attend
     example = torch.cat([torch.full((p.n_tokens,), e) for e, p in enumerate(plans, 1)])
-    branch, tokens = (torch.from_numpy(np.concatenate([getattr(p, key) for p in plans])) for key in ("branch", "tokens"))
+    branch, tokens = (torch.from_numpy(np.concatenate([getattr(p, key) for p in plans]))
+                      for key in ("branch", "tokens"))
     at = torch.arange(len(tokens))
     mask = may_attend(at[:, None], at[None], example, branch, is_vision(tokens, vocab))
     image = Image.fromarray((mask.numpy() * 255).astype(np.uint8))
@@ -858,15 +927,17 @@ def mask_picture(plans, vocab):
 
 
 STYLE = """<meta charset="utf-8"><style>body {font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1250px}
-figure {display: inline-block; margin: 2px; font-size: 11px; text-align: center} .tokens {font: 13px/1.9 monospace; padding: 4px 8px;
-white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0} .bad {color: #c00} td {padding: 0 1em 0 0}</style>"""
+figure {display: inline-block; margin: 2px; font-size: 11px; text-align: center}
+.tokens {font: 13px/1.9 monospace; padding: 4px 8px; white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0}
+.bad {color: #c00} td {padding: 0 1em 0 0}</style>"""
 
 
 def write_page(datasets, planner, n, out):
-    """The first n lines of each dataset as the model will see them, one packed row's mask and the packing's statistics."""
+    """The first n lines of each dataset as the model will see them, one packed row's mask and the packing's
+    statistics."""
     page, shown = [STYLE, f"<h1>{html.escape(', '.join(d.name for d in datasets))}</h1>"], []
-    page.append("<p>Grey: the trunk, which every branch sees. A colour per branch. Underlined in red: learned, the thicker the "
-                "heavier. Lines over a picture: what is pooled into one token.</p>")
+    page.append("<p>Grey: the trunk, which every branch sees. A colour per branch. Underlined in red: learned, "
+                "the thicker the heavier. Lines over a picture: what is pooled into one token.</p>")
     for d in datasets:
         for i in range(min(n, len(d))):
             line, folder, where = d.line(i)
@@ -887,32 +958,39 @@ def write_page(datasets, planner, n, out):
     rows = [row for p in shown for row in packer.add(p)] + packer.flush()
     total = lambda key: sum(getattr(p, key) for p in shown) / max(len(rows), 1)
     if rows:
-        row = max(rows, key=len)
-        page.append(f"<h2>Packed</h2><table><tr><td>{len(shown)} examples in {len(rows)} rows<td>tokens {total('n_tokens'):.0f} of "
-                    f"{planner.seq_len}<td>crops {total('n_crops'):.1f} of {planner.max_crops}<td>learned tokens "
-                    f"{sum(int((p.weights > 0).sum()) for p in shown)}</table><p>The mask of the row that holds {len(row)} examples, "
-                    f"white where a token (down) sees another (across):</p>")
-        page.append(picture_tag(mask_picture(row, planner.cfg.vocab)))
+        row, learned = max(rows, key=len), sum(int((p.weights > 0).sum()) for p in shown)
+        page.append(f"<h2>Packed</h2><table><tr><td>{len(shown)} examples in {len(rows)} rows"
+                    f"<td>tokens {total('n_tokens'):.0f} of {planner.seq_len} a row"
+                    f"<td>crops {total('n_crops'):.1f} of {planner.max_crops}<td>{learned} tokens learned</table>"
+                    f"<p>The mask of the row that holds {len(row)} examples, white where a token (down) sees "
+                    "another (across):</p>" + picture_tag(mask_picture(row, planner.cfg.vocab)))
     with open(out, "w", encoding="utf-8") as f:
         f.write("\n".join(page))
 
 
 def main():
     from model import PRESETS
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("data", nargs="+", help="JSONL files, or folders of them")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="write a page with the first N lines of each file")
+    parser.add_argument("--show", type=int, default=0, metavar="N",
+                        help="write a page with the first N lines of each file")
     parser.add_argument("--out", default="data.html", help="where the page goes [data.html]")
-    parser.add_argument("--config", default="small", choices=list(PRESETS), help="whose crops and patches [small]")
-    parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
+    parser.add_argument("--config", default="small", choices=list(PRESETS),
+                        help="whose crops and patches [small]")
+    parser.add_argument("--tokenizer", default=SMALL_TOKENIZER,
+                        help="tokenizer.json of that model [the small one]")
     parser.add_argument("--seq_len", type=int, default=4096, help="tokens per packed row [4096]")
     parser.add_argument("--max_crops", type=int, default=128, help="crops per packed row [128]")
-    parser.add_argument("--max_frames", type=int, default=128, help="frames a video may get, at 2 per second [128]")
-    parser.add_argument("--tiles", type=int, help="high-resolution crops a picture may get [8; none for small]")
+    parser.add_argument("--max_frames", type=int, default=128,
+                        help="frames a video may get, at 2 per second [128]")
+    parser.add_argument("--tiles", type=int,
+                        help="high-resolution crops a picture may get [8; none for small]")
     args = parser.parse_args()
     cfg = PRESETS[args.config]
     try:
-        planner = Planner(Tokenizer(args.tokenizer, cfg.vocab), cfg, args.seq_len, max_frames=args.max_frames, max_crops=args.max_crops,
+        planner = Planner(Tokenizer(args.tokenizer, cfg.vocab), cfg, args.seq_len, max_frames=args.max_frames,
+                          max_crops=args.max_crops,
                           tiles=args.tiles if args.tiles is not None else 0 if args.config == "small" else 8)
         datasets, missing = find_datasets(args.data)
     except (OSError, ValueError, BadCheckpoint) as e:

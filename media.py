@@ -1,12 +1,13 @@
 """
-Media: a picture or a video becomes crops of patches, and a list of windows that says which patches make up each visual token.
+Media: a picture or a video becomes crops of patches, and a list of windows that says which patches make up
+each visual token.
 
     size, duration (from the header alone) ─► layout: tokens, pooling windows, how many crops     planning: no pixel is decoded
     file ─► pixels ─► resize ─► crops ─► patches                                                  decoding: in the workers
 
-As the released Molmo2 code does it: one low-resolution crop shows the whole picture; up to
-`max_crops` more tile an enlarged copy of it, overlapping by a margin so that no object is cut by every crop. A video is
-frames at 2 per second, each one crop.
+As the released Molmo2 code does it: one low-resolution crop shows the whole picture; up to `max_crops` more
+tile an enlarged copy of it, overlapping by a margin so that no object is cut by every crop. A video is frames
+at 2 per second, each one crop.
 
 Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled into one
 """
@@ -23,15 +24,18 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000  # larger pictures are refused before anything of them is decoded
 POOL_IMAGE, POOL_VIDEO = 2, 3  # patches pooled on a side
-# A video's container is told by its first bytes, never by its name: a playlist would name other files. (offset, bytes) -> format
-MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"free"): "mov", (4, b"skip"): "mov",
+# A video's container is told by its first bytes, never by its name: a playlist would name other files.
+# (offset, bytes) -> format
+MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"free"): "mov",
+         (4, b"skip"): "mov",
          (4, b"wide"): "mov", (0, b"\x1aE\xdf\xa3"): "matroska", (8, b"AVI "): "avi", (188, b"G"): "mpegts",
          (0, b"\x00\x00\x01\xba"): "mpeg", (0, b"FLV"): "flv", (0, b"OggS"): "ogg", (0, b"GIF8"): "gif",
          (0, b"\x30\x26\xb2\x75"): "asf"}
 
 
 # What PIL raises on files that are not what they say.
-PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error,
+PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError,
+              ArithmeticError, struct.error,
               NotImplementedError, Image.DecompressionBombError)
 
 
@@ -49,10 +53,11 @@ class Layout:
     times: tuple = ()   # of a video: seconds at which its frames are taken, from the start of the file
 
 
-# ---- planning -------------------------------------------------------------------------------------------------------
+# ---- planning -----------------------------------------------------------------------------------------------
 
 def inside_folder(folder, name):
-    """The path of media `name`, which a data file in `folder` mentions, or BadMedia if it would lead elsewhere."""
+    """The path of media `name`, which a data file in `folder` mentions, or BadMedia if it would lead
+    elsewhere."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise BadMedia(f"media path {name!r} is not a file name")
     if os.path.isabs(name) or "://" in name or ".." in name.replace("\\", "/").split("/"):
@@ -77,7 +82,8 @@ def open_image(path):
 
 
 def orientation(image, path):
-    """The EXIF orientation in an opened picture's header: a camera held upright writes a turned picture and a tag, 5 to 8."""
+    """The EXIF orientation in an opened picture's header: a camera held upright writes a turned picture and a
+    tag, 5 to 8."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # PIL would look for it behind the pixels, and decode them
     try:
@@ -89,13 +95,16 @@ def orientation(image, path):
 def image_size(path):
     """(width, height) as the picture is meant to be seen."""
     with open_image(path) as image:
-        return (image.height, image.width) if orientation(image, path) in (5, 6, 7, 8) else (image.width, image.height)
+        return (image.height, image.width) if orientation(image, path) in (5, 6, 7, 8) else (image.width,
+                                                                                             image.height)
 
 
 def pick_tiling(height, width, window, max_crops):
-    """Rows and columns of crops: the grid that enlarges the picture least, or, if all shrink it, shrinks it least.
+    """Rows and columns of crops: the grid that enlarges the picture least, or, if all shrink it, shrinks it
+    least.
 
-    height, width: pixels net of the margins; window: pixels of a crop net of them. Ties go to fewer crops, then rows.
+    height, width: pixels net of the margins; window: pixels of a crop net of them. Ties go to fewer crops,
+    then rows.
     """
     grids = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops + 1) if i * j <= max_crops]
     grids.sort(key=lambda g: (g[0] * g[1], g[0]))
@@ -117,7 +126,8 @@ def windows(grid, size):
 
 
 def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
-    """Tokens and windows of a width x height picture. n: patches on a side of a crop; max_crops 0: low-res alone.
+    """Tokens and windows of a width x height picture. n: patches on a side of a crop; max_crops 0: low-res
+    alone.
 
         <low_res_image_start> <image>... <image_end>   <image_start> (<image>... <image_col>) per row <image_end>
     """
@@ -131,9 +141,11 @@ def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
     bands = []
     for i in range(rows):
         band = []
-        for j in range(cols):  # each patch of the enlarged picture is taken from the crop in which it is less marginal
+        # each patch of the enlarged picture is taken from the crop in which it is less marginal
+        for j in range(cols):
             own = np.arange(n * n).reshape(n, n) + (1 + i * cols + j) * n * n
-            own = own[margin * (i > 0):n - margin * (i < rows - 1), margin * (j > 0):n - margin * (j < cols - 1)]
+            own = own[margin * (i > 0):n - margin * (i < rows - 1),
+                      margin * (j > 0):n - margin * (j < cols - 1)]
             band.append(own)
         bands.append(np.concatenate(band, 1))
     high = windows(np.concatenate(bands), pool)
@@ -143,19 +155,22 @@ def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
 
 
 def frame_layout(n, pool=POOL_VIDEO):
-    """Windows of one video frame of n x n patches: (M, K). 27 x 27 patches give 9 x 9 tokens; no column tokens."""
+    """Windows of one video frame of n x n patches: (M, K). 27 x 27 patches give 9 x 9 tokens; no column
+    tokens."""
     return windows(np.arange(n * n).reshape(n, n), pool).reshape(-1, pool * pool)
 
 
 def sample_times(duration, max_frames, max_fps=2.0):
-    """Seconds at which frames are taken: `max_fps` a second and the very last one; evenly spread ones if those are too many."""
+    """Seconds at which frames are taken: `max_fps` a second and the very last one; evenly spread ones if
+    those are too many."""
     if duration > (max_frames - 1) / max_fps:
         return np.linspace(0, duration, max_frames)
     return np.append(np.arange(0, duration, 1 / max_fps), duration)
 
 
 def open_video(path):
-    """An open container and its first video stream. A file cannot make the decoder open other files or URLs."""
+    """An open container and its first video stream. A file cannot make the decoder open other files or
+    URLs."""
     if not os.path.isfile(path):
         raise BadMedia(f"{path}: no such file")
     try:
@@ -164,7 +179,8 @@ def open_video(path):
         kind = next((kind for (at, magic), kind in MAGIC.items() if head[at:at + len(magic)] == magic), None)
         if kind is None:
             raise BadMedia(f"{path}: not a video in a known container ({', '.join(sorted(set(MAGIC.values())))})")
-        container = av.open(path, format=kind, options={"protocol_whitelist": "file", "format_whitelist": kind})
+        container = av.open(path, format=kind,
+                            options={"protocol_whitelist": "file", "format_whitelist": kind})
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: not a readable video ({e})") from None
     if not container.streams.video:
@@ -174,7 +190,8 @@ def open_video(path):
     if not 0 < stream.width * stream.height <= MAX_PIXELS:
         container.close()
         raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}, not within {MAX_PIXELS // 10**6} megapixels")
-    stream.thread_type = "NONE"  # one thread: the workers are the parallelism, and a packet's skip_frame stays its own
+    # one thread: the workers are the parallelism, and a packet's skip_frame stays its own
+    stream.thread_type = "NONE"
     return container, stream
 
 
@@ -187,7 +204,8 @@ def video_duration(path):
         if container.duration:
             return container.duration / av.time_base
         try:
-            ends = [float((p.pts + (p.duration or 0)) * stream.time_base) for p in container.demux(stream) if p.pts is not None]
+            ends = [float((p.pts + (p.duration or 0)) * stream.time_base)
+                    for p in container.demux(stream) if p.pts is not None]
         except av.FFmpegError as e:
             raise BadMedia(f"{path}: broken video ({e})") from None
         if not ends:
@@ -195,7 +213,7 @@ def video_duration(path):
         return max(ends)
 
 
-# ---- decoding -------------------------------------------------------------------------------------------------------
+# ---- decoding -----------------------------------------------------------------------------------------------
 
 def load_image(path):
     """The pixels of a picture, upright: (H, W, 3) uint8."""
@@ -208,7 +226,8 @@ def load_image(path):
 
 
 def resize(pixels, height, width):
-    """Bilinear without antialiasing, as the released models were trained: (H, W, 3) uint8 -> (height, width, 3) uint8."""
+    """Bilinear without antialiasing, as the released models were trained: (H, W, 3) uint8 -> (height, width,
+    3) uint8."""
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
     x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=False)
     return x[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
@@ -221,33 +240,39 @@ def to_patches(crop, patch):
 
 
 def image_crops(pixels, n, patch, tiling):
-    """The crops of a picture, the low-resolution one first: (H, W, 3) uint8 -> (N, P, patch·patch·3) uint8."""
+    """The crops of a picture, the low-resolution one first: (H, W, 3) uint8 -> (N, P, patch·patch·3)
+    uint8."""
     side, (rows, cols) = n * patch, tiling
-    crops = [resize(pixels, side, side)]  # aspect ratio is not kept: the model sees the whole picture as a square
+    # aspect ratio is not kept: the model sees the whole picture as a square
+    crops = [resize(pixels, side, side)]
     if rows:
         margin = round(n * 4 / 27) * patch
         step = side - 2 * margin
         canvas = resize(pixels, rows * step + 2 * margin, cols * step + 2 * margin)
-        crops += [canvas[i * step:i * step + side, j * step:j * step + side] for i in range(rows) for j in range(cols)]
+        crops += [canvas[i * step:i * step + side, j * step:j * step + side] for i in range(rows)
+                  for j in range(cols)]
     return np.stack([to_patches(c, patch) for c in crops])
 
 
-# Frames of a video cost most when they are decoded and not wanted. So: read the packets without decoding them, find which
-# frames are shown at the wanted times, and decode only from the key frame before each to the frame itself, skipping frames
-# that no other refers to. Only wanted frames are ever converted to RGB and kept.
+# Frames of a video cost most when they are decoded and not wanted. So: read the packets without decoding
+# them, find which frames are shown at the wanted times, and decode only from the key frame before each to the
+# frame itself, skipping frames that no other refers to. Only wanted frames are ever converted to RGB and
+# kept.
 #
 #     times      0          5                    10      at 0.2 a second
 #     packets    K p b p b  K p b p b  K p b p b  K      K key frame, p refers back, b is referred to by none
 #     decoded    K          K p b                 K
 
 def packets_of(container, stream, times):
-    """The packets that hold what is shown from times[0] to times[-1], and some around: from the key frame before."""
+    """The packets that hold what is shown from times[0] to times[-1], and some around: from the key frame
+    before."""
     begin, tick, past = stream.start_time or 0, float(stream.time_base), 0
     if times[0] > 0:
         container.seek(begin + int(times[0] / tick), stream=stream)
     for packet in container.demux(stream):
         # What follows a key frame in the file may be shown before it, but not what follows the second one.
-        past += packet.is_keyframe and packet.pts is not None and (packet.pts - begin) * tick > times[-1] + 1e-6
+        timed = packet.is_keyframe and packet.pts is not None
+        past += timed and (packet.pts - begin) * tick > times[-1] + 1e-6
         if past == 2:
             return
         if packet.size:
@@ -255,8 +280,8 @@ def packets_of(container, stream, times):
 
 
 def frame_plan(container, stream, times):
-    """(pts of the frame shown at each of `times`, whether to decode each packet in file order), or None where the packets do
-    not tell."""
+    """(pts of the frame shown at each of `times`, whether to decode each packet in file order), or None where
+    the packets do not tell."""
     packets = [(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream, times)]
     if not packets or not packets[0][1] or any(pts is None for pts, *_ in packets):
         return None
@@ -273,7 +298,8 @@ def frame_plan(container, stream, times):
     for pts in dict.fromkeys(wanted):
         i = order[pts]
         k = bisect.bisect_right(keys, i) - 1
-        if pts < packets[keys[k]][0] and k:  # shown before the key frame it follows in the file: it may refer further back
+        # shown before the key frame it follows in the file: it may refer further back
+        if pts < packets[keys[k]][0] and k:
             k -= 1
         decode[keys[k]:i + 1] = True
     return wanted, decode
@@ -292,9 +318,11 @@ def frames_of(stream, packets, decode, wanted):
 
 
 def load_frames(path, times, keep=lambda rgb: rgb):
-    """keep(frame) of the frames shown at `times` (seconds from the start, ascending), each (H, W, 3) uint8 and upright.
+    """keep(frame) of the frames shown at `times` (seconds from the start, ascending), each (H, W, 3) uint8
+    and upright.
 
-    A frame is shown until the next begins, the last one to the end. Exactly the frames that decoding everything gives.
+    A frame is shown until the next begins, the last one to the end. Exactly the frames that decoding
+    everything gives.
     """
     def upright(frame):
         if frame.is_corrupt:
@@ -319,12 +347,13 @@ def load_frames(path, times, keep=lambda rgb: rgb):
 
 
 def load_frames_in_turn(path, times, keep):
-    """The same by decoding every frame up to the last one wanted, for files whose packets do not tell enough."""
+    """The same by decoding every frame up to the last one wanted, for files whose packets do not tell
+    enough."""
     container, stream = open_video(path)
     kept, shown, rate = [], None, float(stream.average_rate or 25)
     with container:
         for n, frame in enumerate(container.decode(stream)):
-            at = float((frame.pts - (stream.start_time or 0)) * stream.time_base) if frame.pts is not None else n / rate
+            at = n / rate if frame.pts is None else float((frame.pts - (stream.start_time or 0)) * stream.time_base)
             late = sum(at > t + 1e-6 for t in times[len(kept):]) if shown is not None else 0
             kept += [keep(shown)] * late if late else []
             if len(kept) == len(times):

@@ -7,9 +7,10 @@ Molmo2, the whole network, in one file that needs torch alone.
                                                                                                       ▼
                                                        decoder blocks (one mask rule) ─► norm ─► head ─► next token
 
-Three published decoders are covered by one `Block` and two switches: `norm_after` (OLMo normalises what a sub-layer puts
-out, Qwen3 what it takes in) and `qk_norm` (OLMo over the whole projection, Qwen3 per head). Module names are those of the
-released checkpoints, so that loading one is a dictionary look-up and no translation (weights.py).
+Three published decoders are covered by one `Block` and two switches: `norm_after` (OLMo normalises what a
+sub-layer puts out, Qwen3 what it takes in) and `qk_norm` (OLMo over the whole projection, Qwen3 per head).
+Module names are those of the released checkpoints, so that loading one is a dictionary look-up and no
+translation (weights.py).
 
     python model.py              # parameters of every preset, counted without allocating them
 
@@ -24,7 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 EXTRA = 128  # input-only embedding rows after the base vocabulary: what the model reads but never writes
-# Their order is the released one: the k-th name has id V + k. The first nine but <|image|> make up the vision tokens.
+# Their order is the released one: the k-th name has id V + k. The first nine but <|image|> make up the vision
+# tokens.
 READ_ONLY = ("<image_start>", "<image_end>", "<image>", "<image_col>", "<low_res_image_start>", "<|image|>",
              "<image_low>", "<frame_start>", "<frame_end>", "<|video|>")
 IMAGE = READ_ONLY.index("<image>")
@@ -32,22 +34,26 @@ IMAGE = READ_ONLY.index("<image>")
 
 @dataclass
 class ModelConfig:
-    """Sizes of one network. The defaults are the vision half every released model shares (SigLIP 2 so400m/14)."""
+    """Sizes of one network. The defaults are the vision half every released model shares (SigLIP 2
+    so400m/14)."""
     layers: int = 16                # decoder blocks
     width: int = 2048               # D of the decoder
     heads: int = 16
     kv_heads: int = 16              # G; fewer than heads = grouped-query attention
     head_dim: int = 128
     mlp: int = 8192                 # inner width of the decoder's SwiGLU
-    projector_mlp: int = 0          # inner width of the connector's SwiGLU; 0 = as the decoder's, as in every released model
+    # inner width of the connector's SwiGLU; 0 = as the decoder's, as in every released model
+    projector_mlp: int = 0
     vocab: int = 100352             # V: rows of the base table and of the head; the EXTRA rows come on top
     norm_after: bool = True         # True: x + norm(f(x)) (OLMo); False: x + f(norm(x)) (Qwen3)
-    qk_norm: str = "full"           # "full": one RMSNorm over all heads (OLMo); "head": per head (Qwen3); "none"
+    # "full": one RMSNorm over all heads (OLMo); "head": per head (Qwen3); "none"
+    qk_norm: str = "full"
     eps: float = 1e-6               # of every RMSNorm
     rope_theta: float = 5e5
     yarn: dict | None = None        # {"factor", "original", "beta_fast", "beta_slow", "attention_factor"}
     yarn_layers: tuple = ()         # decoder layers that use it; the others keep plain RoPE
-    window: int = 0                 # tokens a query looks back in `window_layers`; only plain OLMo-3 has that, Molmo2 never
+    # tokens a query looks back in `window_layers`; only plain OLMo-3 has that, Molmo2 never
+    window: int = 0
     window_layers: tuple = ()
     tie: bool = False               # the head is the base embedding table
     max_positions: int = 36864      # written to config.json for other readers; RoPE itself needs no limit
@@ -58,9 +64,12 @@ class ModelConfig:
     vit_head_dim: int = 72
     vit_mlp: int = 4304
     vit_eps: float = 1e-6
-    vit_features: tuple = (24, 18)  # block outputs handed on, in this order; blocks after the last one do not exist
-    point_format: str = "spec"      # how the model was taught to write points and times: "spec" or "released" (points.py)
-    frame_tokens: bool = True       # video frames stand between <frame_start> and <frame_end>, else the tokens of a picture
+    # block outputs handed on, in this order; blocks after the last one do not exist
+    vit_features: tuple = (24, 18)
+    # how the model was taught to write points and times: "spec" or "released" (points.py)
+    point_format: str = "spec"
+    # video frames stand between <frame_start> and <frame_end>, else the tokens of a picture
+    frame_tokens: bool = True
 
     def __post_init__(self):
         self.projector_mlp = self.projector_mlp or self.mlp
@@ -76,12 +85,14 @@ class ModelConfig:
         return self.vocab + IMAGE
 
 
-OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079441541679836)
+OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0,
+                  attention_factor=1.2079441541679836)
 QWEN3 = dict(norm_after=False, qk_norm="head", vocab=151936, layers=36, heads=32, kv_heads=8)
 PRESETS = {
-    "small": ModelConfig(layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=256, vocab=1024, rope_theta=1e4,
-                         norm_after=False, qk_norm="head", max_positions=4608, crop=64, patch=8, vit_width=128, vit_heads=8,
-                         vit_head_dim=16, vit_mlp=256, vit_features=(2, 1)),
+    "small": ModelConfig(layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=256, vocab=1024,
+                         rope_theta=1e4, norm_after=False, qk_norm="head", max_positions=4608, crop=64,
+                         patch=8, vit_width=128, vit_heads=8, vit_head_dim=16, vit_mlp=256,
+                         vit_features=(2, 1)),
     "1b": ModelConfig(),
     "4b": ModelConfig(**QWEN3, width=2560, mlp=9728, rope_theta=5e6),
     "7b": ModelConfig(layers=32, width=4096, heads=32, kv_heads=32, mlp=11008, vocab=100278, yarn=OLMO3_YARN,
@@ -90,7 +101,7 @@ PRESETS = {
 }
 
 
-# ---- the attention mask: one rule, used by every path ---------------------------------------------------------------
+# ---- the attention mask: one rule, used by every path -------------------------------------------------------
 
 def is_vision(tokens, vocab):
     """Which ids are vision tokens (patches, columns, starts and ends): bool, the shape of `tokens`."""
@@ -99,10 +110,11 @@ def is_vision(tokens, vocab):
 
 
 def may_attend(q, k, example, branch, vision):
-    """The rule. q, k: positions in one row (any shapes that broadcast); example, branch, vision: (T,) of that row.
+    """The rule. q, k: positions in one row (any shapes that broadcast); example, branch, vision: (T,) of that
+    row.
 
-    A query sees a key of its own example, in the trunk or in its own branch, if the key is not in the future. Vision
-    tokens of one example see each other in both directions, across all its pictures and frames.
+    A query sees a key of its own example, in the trunk or in its own branch, if the key is not in the future.
+    Vision tokens of one example see each other in both directions, across all its pictures and frames.
     """
     same = (example[q] == example[k]) & (example[q] > 0)
     family = (branch[k] == 0) | (branch[k] == branch[q])
@@ -116,7 +128,7 @@ def dense_mask(example, branch, vision):
     return torch.stack(rows)[:, None]
 
 
-# ---- small parts ----------------------------------------------------------------------------------------------------
+# ---- small parts --------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -132,21 +144,25 @@ class RMSNorm(nn.Module):
 def rope_frequencies(cfg, yarn, device=None):
     """Rotation per position for each pair of channels: ((hd/2,) fp32, factor on cos and sin).
 
-    YaRN (arXiv 2309.00071) stretches the slow pairs by `factor`, leaves the fast ones alone and blends in between.
+    YaRN (arXiv 2309.00071) stretches the slow pairs by `factor`, leaves the fast ones alone and blends in
+    between.
     """
     d = cfg.head_dim
     inv = cfg.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
     if not yarn:
         return inv, 1.0
     pair_that_turns = lambda n: d * math.log(yarn["original"] / (n * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
-    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)    # pairs below turn often enough: kept as they are
-    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), d - 1)  # pairs above never finish a turn: stretched
+    # pairs below turn often enough: kept as they are
+    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
+    # pairs above never finish a turn: stretched
+    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), d - 1)
     ramp = ((torch.arange(d // 2, device=device) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return inv / yarn["factor"] * ramp + inv * (1 - ramp), yarn["attention_factor"]
 
 
 def rope_table(cfg, pos, yarn):
-    """cos and sin for positions (B, T): two (B, 1, T, hd) fp32, the second half of the channels repeating the first."""
+    """cos and sin for positions (B, T): two (B, 1, T, hd) fp32, the second half of the channels repeating the
+    first."""
     inv, factor = rope_frequencies(cfg, yarn, pos.device)
     angle = pos[:, None, :, None].float() * inv  # (B, 1, T, hd/2)
     angle = torch.cat([angle, angle], -1)
@@ -168,10 +184,11 @@ def random_drop(x, p):
     return x if p is None else x * (torch.rand_like(x) >= p) / (1 - p)
 
 
-# ---- vision: pixels of crops -> features of patches -----------------------------------------------------------------
+# ---- vision: pixels of crops -> features of patches ---------------------------------------------------------
 
 class MHA(nn.Module):
-    """Attention with biases, as the ViT and the pooling use it: `dim_in` -> heads x head_dim -> heads x head_dim."""
+    """Attention with biases, as the ViT and the pooling use it: `dim_in` -> heads x head_dim -> heads x
+    head_dim."""
 
     def __init__(self, dim_in, heads, head_dim):
         super().__init__()
@@ -183,7 +200,8 @@ class MHA(nn.Module):
         context = x if context is None else context
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, hd)
                    for y in (self.wq(x), self.wk(context), self.wv(context)))
-        # The published code computes this in fp32 even under bf16. SDPA keeps its softmax and sums in fp32 by itself.
+        # The published code computes this in fp32 even under bf16. SDPA keeps its softmax and sums in fp32 by
+        # itself.
         return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -215,14 +233,16 @@ class ViT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.features = cfg.vit_features
-        self.patch_embedding = nn.Linear(cfg.patch * cfg.patch * 3, cfg.vit_width)  # a patch is (row, column, channel)
+        # a patch is (row, column, channel)
+        self.patch_embedding = nn.Linear(cfg.patch * cfg.patch * 3, cfg.vit_width)
         self.positional_embedding = nn.Parameter(torch.zeros(cfg.patches, cfg.vit_width))
         blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(max(cfg.vit_features) + 1))
         self.transformer = nn.ModuleDict({"resblocks": blocks})
 
     def forward(self, crops):
         """(N, P, patch·patch·3) uint8 or already in [-1, 1] -> (N, P, features · width)."""
-        if crops.dtype == torch.uint8:  # pixels travel as bytes and are normalised here: a quarter of the traffic
+        # pixels travel as bytes and are normalised here: a quarter of the traffic
+        if crops.dtype == torch.uint8:
             crops = crops.to(self.patch_embedding.weight.dtype) / 255 * 2 - 1
         x = self.patch_embedding(crops) + self.positional_embedding
         outputs = []
@@ -246,7 +266,8 @@ class Projector(nn.Module):
 
 
 class VisionBackbone(nn.Module):
-    """ViT, then the connector: each visual token gathers K patches (4 of a picture, 9 of a video frame) by attention."""
+    """ViT, then the connector: each visual token gathers K patches (4 of a picture, 9 of a video frame) by
+    attention."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -259,23 +280,26 @@ class VisionBackbone(nn.Module):
         patches = self.image_vit(crops).flatten(0, 1)  # (N·P, F)
         valid = pool >= 0
         windows = patches[pool.clamp(min=0)] * valid[..., None]  # (M, K, F)
-        # The query is the mean of the patches that are there: a window over the edge of a crop has fewer than K.
+        # The query is the mean of the patches that are there: a window over the edge of a crop has fewer than
+        # K.
         query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
         pooled = self.image_pooling_2d(query, windows, valid[:, None, None])  # (M, 1, ·)
         return self.image_projector(pooled[:, 0])
 
 
 def waves(n, dim):
-    """Sines and cosines of row and column over an n x n grid, half a turn to 4 turns across it: (n·n, dim)."""
+    """Sines and cosines of row and column over an n x n grid, half a turn to 4 turns across it: (n·n,
+    dim)."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, n), torch.linspace(-1, 1, n), indexing="ij")
     f = math.pi / 2 * 2 ** torch.linspace(0, 3, dim // 4)
     return torch.cat([g(c.flatten()[:, None] * f) for c in (x, y) for g in (torch.sin, torch.cos)], 1)
 
 
-# ---- decoder --------------------------------------------------------------------------------------------------------
+# ---- decoder ------------------------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
-    """Two tables, one index: ids below V look up the language model's table, the next EXTRA the read-only tokens."""
+    """Two tables, one index: ids below V look up the language model's table, the next EXTRA the read-only
+    tokens."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -303,7 +327,8 @@ class Attention(nn.Module):
         q, k, v = self.att_proj(x).split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
         if self.qk_norm == "full":  # over all heads at once, so before they part
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, hd)
+        # (B, H or G, T, hd)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -315,7 +340,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.ff_proj = nn.Linear(cfg.width, 2 * cfg.mlp, bias=False)  # rows are up, then gate: the reverse of most code
+        # rows are up, then gate: the reverse of most code
+        self.ff_proj = nn.Linear(cfg.width, 2 * cfg.mlp, bias=False)
         self.ff_out = nn.Linear(cfg.mlp, cfg.width, bias=False)
 
     def forward(self, x):
@@ -371,18 +397,20 @@ class Decoder(nn.Module):
             key_pos = pos if key_pos is None else key_pos
             local = mask & (pos[:, None, :, None] - key_pos[:, None, None] < self.cfg.window)
         for i, block in enumerate(self.blocks):
-            x = block(x, ropes[i in self.cfg.yarn_layers], local if i in self.cfg.window_layers else mask, drop,
+            x = block(x, ropes[i in self.cfg.yarn_layers], local if i in self.cfg.window_layers else mask,
+                      drop,
                       caches[i] if caches else None)
         return self.ln_f(x)
 
 
-# ---- the loss: only where something is to be learned, and never T x V numbers at once -------------------------------
+# ---- the loss: only where something is to be learned, and never T x V numbers at once -----------------------
 
 class ChunkedNLL(torch.autograd.Function):
     """sum_i w_i · (nll_i + z_loss · logsumexp_i²) for n hidden states, `CHUNK` rows of logits at a time.
 
-    A large vocabulary makes the logits the biggest tensor of the whole step. As the loss is a plain sum, the gradient of
-    a chunk is known as soon as its logits are: it is taken in the forward pass and nothing of size V is kept.
+    A large vocabulary makes the logits the biggest tensor of the whole step. As the loss is a plain sum, the
+    gradient of a chunk is known as soon as its logits are: it is taken in the forward pass and nothing of
+    size V is kept.
     """
     CHUNK = 1024
 
@@ -415,10 +443,11 @@ class ChunkedNLL(torch.autograd.Function):
         return None if dx is None else dx * g.to(dx.dtype), None if dhead is None else (dhead * g).to(ctx.dtype), None, None, None
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------
+# ---- the model ----------------------------------------------------------------------------------------------
 
 class Molmo2(nn.Module):
-    """Molmo2(ModelConfig or preset name). Weights are random; `Molmo2.from_pretrained(folder)` reads a checkpoint."""
+    """Molmo2(ModelConfig or preset name). Weights are random; `Molmo2.from_pretrained(folder)` reads a
+    checkpoint."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -434,7 +463,8 @@ class Molmo2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, only=None):
-        """Random weights from which training starts fast: N(0, 0.02) at published widths, and three aids. only: their names.
+        """Random weights from which training starts fast: N(0, 0.02) at published widths, and three aids.
+        only: their names.
 
         - 0.02 suits widths of thousands. In a narrow matrix it would shrink whatever passes: the picture would reach the
           decoder a million times fainter than the `<image>` embedding it is added to. There, 1/sqrt(inputs) keeps its size.
@@ -455,8 +485,10 @@ class Molmo2(nn.Module):
         for block in self.vision_backbone.image_vit.transformer["resblocks"]:
             nn.init.zeros_(block.attention.wo.weight)
             nn.init.zeros_(block.feed_forward.w2.weight)
-        for block in self.transformer.blocks:  # a norm of zeros has no gradient, so a norm that comes last starts at 0 itself
-            for norm, last in ((block.attn_norm, block.self_attn.attn_out), (block.ff_norm, block.mlp.ff_out)):
+        # a norm of zeros has no gradient, so a norm that comes last starts at 0 itself
+        for block in self.transformer.blocks:
+            for norm, last in ((block.attn_norm, block.self_attn.attn_out),
+                               (block.ff_norm, block.mlp.ff_out)):
                 nn.init.zeros_(norm.weight if self.cfg.norm_after else last.weight)
 
     def num_params(self):
@@ -464,8 +496,8 @@ class Molmo2(nn.Module):
         return sum(p.numel() for p in self.parameters()) + self.cfg.tie * self.lm_head.weight.numel()
 
     def parts(self):
-        """{"vit", "connector", "decoder"}: the parameters that share a learning rate. The EXTRA rows are new, as the
-        connector is, and train with it."""
+        """{"vit", "connector", "decoder"}: the parameters that share a learning rate. The EXTRA rows are new,
+        as the connector is, and train with it."""
         parts = {"vit": [], "connector": [], "decoder": []}
         for name, p in self.named_parameters():
             new = name.startswith("vision_backbone") or name.endswith("new_embedding")
@@ -489,18 +521,23 @@ class Molmo2(nn.Module):
         """(B, T) ids and their pictures -> (B, T, D): image features are added to the `<image>` embedding."""
         x = self.transformer.wte(tokens)
         if pool is not None and len(pool):
-            features = self.vision_backbone(crops, pool).to(x.dtype)  # (M, D), in row-major order of the <image> tokens
-            x = x.flatten(0, 1).index_add(0, (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0], features)
+            # (M, D), in row-major order of the <image> tokens
+            features = self.vision_backbone(crops, pool).to(x.dtype)
+            x = x.flatten(0, 1).index_add(0, (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0],
+                                          features)
         return x.view(*tokens.shape, -1)
 
-    def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None, weights=None,
+    def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None,
+                weights=None,
                 z_loss=0.0):
-        """Logits (B, T, V), or, with targets and weights, the sum over positions of weight · (nll + z_loss · lse²).
+        """Logits (B, T, V), or, with targets and weights, the sum over positions of weight · (nll + z_loss ·
+        lse²).
 
-        tokens, pos, example, branch, targets: (B, T) int64; weights: (B, T) float; crops: (N, P, patch·patch·3);
-        pool: (M, K). Without pos, example and branch each row is one plain causal example.
+        tokens, pos, example, branch, targets: (B, T) int64; weights: (B, T) float; crops: (N, P,
+        patch·patch·3); pool: (M, K). Without pos, example and branch each row is one plain causal example.
         """
-        self.check(tokens, crops, pool, dict(pos=pos, example=example, branch=branch, targets=targets, weights=weights))
+        self.check(tokens, crops, pool,
+                   dict(pos=pos, example=example, branch=branch, targets=targets, weights=weights))
         pos, example, branch = self.plain(tokens, pos, example, branch)
         mask = dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))
         drop = None
@@ -525,8 +562,8 @@ class Molmo2(nn.Module):
                  example=None, branch=None, generator=None):
         """Continue B prompts; yields one (B,) tensor of ids per step, as they come. Greedy at temperature 0.
 
-        Prompts of different lengths are padded on the right with example = 0. A row that has produced an id in `stop`
-        repeats it until all rows are done.
+        Prompts of different lengths are padded on the right with example = 0. A row that has produced an id
+        in `stop` repeats it until all rows are done.
         """
         assert not self.training, "call model.eval() first: dropout would be on"
         self.check(tokens, crops, pool, dict(pos=pos, example=example, branch=branch))
@@ -540,7 +577,8 @@ class Molmo2(nn.Module):
         x, next_pos = x[rows, last], pos[rows, last] + 1
         all_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
         # From here on every new token sees its whole prompt (what it may see there) and all tokens after it.
-        seen = torch.cat([mask[rows, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]  # (B, 1, 1, S)
+        # (B, 1, 1, S)
+        seen = torch.cat([mask[rows, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]
         stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
         done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         ids = None
@@ -555,19 +593,21 @@ class Molmo2(nn.Module):
             yield ids.clone()
             if step + 1 == max_new_tokens or bool(done.all()):
                 return
-            x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], seen[..., :T + step + 1], caches=caches,
+            x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], seen[..., :T + step + 1],
+                                 caches=caches,
                                  key_pos=all_pos[:, :T + step + 1])
             x, next_pos = x[:, 0], next_pos + 1
 
     @classmethod
     def from_pretrained(cls, folder, vision=None):
-        """A model from a checkpoint folder in any published layout (weights.py does the reading), or from a plain language
-        model and the folder of a SigLIP, `vision`."""
+        """A model from a checkpoint folder in any published layout (weights.py does the reading), or from a
+        plain language model and the folder of a SigLIP, `vision`."""
         import weights
         return weights.load(folder, vision)
 
     def save_pretrained(self, folder):
-        """config.json and model.safetensors in the published layout, so that other tools can load them too."""
+        """config.json and model.safetensors in the published layout, so that other tools can load them
+        too."""
         import weights
         weights.save(self, folder)
 

@@ -1,5 +1,6 @@
 """
-Text in and text out: the tokenizer, the chat format, the prompts a row may leave out, and the grammar of points.
+Text in and text out: the tokenizer, the chat format, the prompts a row may leave out, and the grammar of
+points.
 
     tokenizer.json (any byte-level BPE) ─► Tokenizer ─► ids;   messages ─► pieces, each to be learned or only read
     points ─► "<point 0.31, 0.62, 0>" ─► points, and the same in the grammar of the released checkpoints
@@ -15,17 +16,19 @@ from model import READ_ONLY
 from weights import BadCheckpoint, read_json, write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The small tokenizer shipped with the project: 1,020 byte-level BPE ids, learned from the toy world's sentences and some
-# English prose, and four special ones. Its split pattern keeps every digit by itself: a coordinate is then written from its
-# coarsest digit to its finest, and a wrong last digit is a small mistake instead of an unrelated token.
+# The small tokenizer shipped with the project: 1,020 byte-level BPE ids, learned from the toy world's
+# sentences and some English prose, and four special ones. Its split pattern keeps every digit by itself: a
+# coordinate is then written from its coarsest digit to its finest, and a wrong last digit is a small mistake
+# instead of an unrelated token.
 SMALL_TOKENIZER = os.path.join(HERE, "tokenizer.json")
-# What the model must also write cannot live in the input-only rows. It takes ids inside the base vocabulary that nothing
-# else uses: its own in the small tokenizer, <|extra_id_k|> in OLMo's, the fillers after the last token in Qwen's.
+# What the model must also write cannot live in the input-only rows. It takes ids inside the base vocabulary
+# that nothing else uses: its own in the small tokenizer, <|extra_id_k|> in OLMo's, the fillers after the last
+# token in Qwen's.
 WRITABLE = ("<point", "<timestamp>")
 CHAT = ("<|im_start|>", "<|im_end|>")
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
+# ---- tokenizer ----------------------------------------------------------------------------------------------
 
 def byte_alphabet():
     """The printable character that stands for each byte in a tokenizer.json: {character: byte}."""
@@ -38,11 +41,12 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer.json as a tiktoken.Encoding, with the ids this project adds for a table of V rows.
+    """A byte-level BPE tokenizer.json as a tiktoken.Encoding, with the ids this project adds for a table of V
+    rows.
 
-    `ids[name]` is the id of a special token, `bos` and `eos` those that open and close a sequence: as tokenizer_config.json
-    beside the file says, else <|endoftext|> or <|im_end|>. Text is encoded without special tokens unless they are asked
-    for: what a user writes cannot forge a picture or a turn.
+    `ids[name]` is the id of a special token, `bos` and `eos` those that open and close a sequence: as
+    tokenizer_config.json beside the file says, else <|endoftext|> or <|im_end|>. Text is encoded without
+    special tokens unless they are asked for: what a user writes cannot forge a picture or a turn.
     """
 
     def __init__(self, path, vocab):
@@ -66,35 +70,42 @@ class Tokenizer:
             raise BadCheckpoint(f"{path}: has ids up to {top}, but the model's table has {vocab} rows: not its tokenizer")
         spare = [t for t in special if re.fullmatch(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|", t)]
         unused = iter([special.pop(t) for t in spare] + list(range(top + 1, vocab)))
-        for name in WRITABLE:  # a table without spare rows can still write points and times as released checkpoints do
+        # a table without spare rows can still write points and times as released checkpoints do
+        for name in WRITABLE:
             if name not in special and (spare_id := next(unused, None)) is not None:
                 special[name] = spare_id
         special |= {name: vocab + k for k, name in enumerate(READ_ONLY)}
         self.ids = special
-        self.encoding = tiktoken.Encoding(os.path.basename(path), pat_str=split_pattern(spec.get("pre_tokenizer")),
+        self.encoding = tiktoken.Encoding(os.path.basename(path),
+                                          pat_str=split_pattern(spec.get("pre_tokenizer")),
                                           mergeable_ranks=ranks, special_tokens=special)
         named = lambda key: names[key].get("content") if isinstance(names.get(key), dict) else names.get(key)
-        self.eos_name = next((n for n in (named("eos_token"), "<|endoftext|>", "<|im_end|>") if n in special), None)
+        self.eos_name = next((n for n in (named("eos_token"), "<|endoftext|>", "<|im_end|>") if n in special),
+                             None)
         if self.eos_name is None:
             raise BadCheckpoint(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
         self.eos = special[self.eos_name]
-        self.bos = special.get(named("bos_token"), self.eos)  # Qwen has none: there a sequence opens with what ends another
+        # Qwen has none: there a sequence opens with what ends another
+        self.bos = special.get(named("bos_token"), self.eos)
 
     def save(self, folder):
-        """tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template, in `folder`.
+        """tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template,
+        in `folder`.
 
-        Every id up to the last input-only row gets a name there, the published one: other readers number the tokens they
-        are given in order, and look the vision tokens up by name.
+        Every id up to the last input-only row gets a name there, the published one: other readers number the
+        tokens they are given in order, and look the vision tokens up by name.
         """
         spec = read_json(self.path)
         ordinary = set(spec["model"]["vocab"].values())
         names = {i: name for name, i in self.ids.items() if i < self.vocab}
         names |= {self.vocab + k: "<im_patch>" if name == "<image>" else name.replace("image_", "im_")
                   for k, name in enumerate(READ_ONLY)}
-        kept = {t["id"]: t for t in spec.get("added_tokens", []) if t["id"] in names and t["content"] == names[t["id"]]}
+        kept = {t["id"]: t for t in spec.get("added_tokens", []) if t["id"] in names
+                and t["content"] == names[t["id"]]}
         spec["added_tokens"] = [
-            kept.get(i) or dict(id=i, content=names.get(i, f"|<EXTRA_TOKENS_{i}>|"), single_word=False, lstrip=False, rstrip=False,
-                                normalized=False, special=names.get(i) not in WRITABLE)
+            kept.get(i) or dict(id=i, content=names.get(i, f"|<EXTRA_TOKENS_{i}>|"), single_word=False,
+                                lstrip=False, rstrip=False, normalized=False,
+                                special=names.get(i) not in WRITABLE)
             for i in range(self.vocab + len(READ_ONLY)) if i in kept or i not in ordinary]
         write_json(os.path.join(folder, "tokenizer.json"), spec)
         bos = next(name for name, i in self.ids.items() if i == self.bos)
@@ -108,9 +119,11 @@ class Tokenizer:
         return self.encoding.encode(text, allowed_special=set(special), disallowed_special=())
 
     def decode(self, ids):
-        """Text of ids; bytes that are no UTF-8 become the replacement character, ids of unused rows vanish."""
+        """Text of ids; bytes that are no UTF-8 become the replacement character, ids of unused rows
+        vanish."""
         known = self.encoding._special_tokens.values()
-        return self.encoding.decode([i for i in ids if i in known or i < self.vocab and self.is_text(i)], errors="replace")
+        return self.encoding.decode([i for i in ids if i in known or i < self.vocab and self.is_text(i)],
+                                    errors="replace")
 
     def is_text(self, i):
         try:
@@ -131,10 +144,11 @@ def split_pattern(pre):
     return r"(?s:.+)"
 
 
-# ---- chat -----------------------------------------------------------------------------------------------------------
+# ---- chat ---------------------------------------------------------------------------------------------------
 
 def chat_pieces(messages):
-    """Alternating user and assistant messages -> [(text, whether it is learned)], the way Molmo2 writes a chat.
+    """Alternating user and assistant messages -> [(text, whether it is learned)], the way Molmo2 writes a
+    chat.
 
     Every answer is followed by the end-of-sequence token, which the caller adds and which is learned with it.
     """
@@ -148,7 +162,8 @@ def chat_pieces(messages):
     return pieces
 
 
-# The same for readers that expect a Jinja template: pictures and videos come first, whatever the message they are in.
+# The same for readers that expect a Jinja template: pictures and videos come first, whatever the message they
+# are in.
 CHAT_TEMPLATE = (
     "{%- for m in messages if m.content is not string %}{%- for c in m.content if c.type in ('image', 'video') %}"
     "{{ '<|' + c.type + '|>' }}{%- endfor %}{%- endfor %}"
@@ -158,49 +173,58 @@ CHAT_TEMPLATE = (
 
 # Wordings for annotations without a prompt, by style; a task is the style of its plain form.
 PROMPTS = {
-    "image_caption": ("Describe the image.", "What is in this picture?", "Write a detailed caption.", "What do you see?"),
+    "image_caption": ("Describe the image.", "What is in this picture?", "Write a detailed caption.",
+                      "What do you see?"),
     "short_caption": ("Describe the image in a sentence.", "Write a short caption."),
-    "image_pointing": ("Point to the {label}.", "Where is the {label}?", "Find the {label}.", "Show me every {label}."),
+    "image_pointing": ("Point to the {label}.", "Where is the {label}?", "Find the {label}.",
+                       "Show me every {label}."),
     "point_count": ("Count the {label} by pointing.", "Point to the {label} and say how many there are."),
     "counting": ("How many {label} are there?", "Count the {label}.", "What is the number of {label}?"),
     "multi_image_pointing": ("Point to the {label} in {selected_images}.", "Find {selected_label}."),
     "multi_image_counting": ("How many {label} are there in {selected_images}?", "Count {selected_label}."),
     "multi_image_point_then_count": ("Point to {selected_label}, then say how many there are.",),
     "multi_image_count_then_point": ("How many {label} are there in {selected_images}? Then point to each.",),
-    "video_caption": ("Describe the video.", "What happens in this video?", "Write a detailed caption of the clip."),
+    "video_caption": ("Describe the video.", "What happens in this video?",
+                      "Write a detailed caption of the clip."),
     "video_short_caption": ("Describe the video in a sentence.", "Write a short caption of the clip."),
     "video_short_answer": ("{question}", "{question} Answer briefly.", "Give a short answer: {question}"),
     "video_clip_caption_start_end": ("What happens between {start_time} and {end_time}?",
                                      "Describe the video from {start_time} to {end_time}."),
     "video_clip_transcript_start_end": ("What is said between {start_time} and {end_time}?",),
-    "video_frame_caption_timestamp": ("What can be seen at {timestamp}?", "Describe the frame at {timestamp}."),
+    "video_frame_caption_timestamp": ("What can be seen at {timestamp}?",
+                                      "Describe the frame at {timestamp}."),
     "video_transcript": ("What is said in this video?", "Write down what is said."),
     "video_pointing": ("Point to the {label} in the video.", "When and where does the {label} appear?"),
     "video_point_count": ("Point to the {label} in the video, then say how many there are.",),
     "video_count": ("How many {label} are there in the video?", "Count the {label} in the clip."),
     "video_count_point": ("How many {label} are there in the video? Then point to each.",),
-    "video_tracking": ("Track the {label}.", "Follow the {label} through the video.", "Where does the {label} go?"),
-    "video_point_track_per_frame": ("Track the {label} at {fps} frames per second.", "Follow the {label}, {fps} times a second."),
+    "video_tracking": ("Track the {label}.", "Follow the {label} through the video.",
+                       "Where does the {label} go?"),
+    "video_point_track_per_frame": ("Track the {label} at {fps} frames per second.",
+                                    "Follow the {label}, {fps} times a second."),
     "video_point_ground_start_end": ("Where does the {label} first and last appear?",
                                      "Point to the {label} when it comes and when it goes."),
-    "video_single_point_track_per_frame": ("Track the {label} from {input_points}.", "Where does {input_points} go from here?"),
+    "video_single_point_track_per_frame": ("Track the {label} from {input_points}.",
+                                           "Where does {input_points} go from here?"),
 }
 PROMPTS |= {alias: PROMPTS[style] for alias, style in (  # the released names of the same
     ("long_caption", "image_caption"), ("pointing", "image_pointing"), ("cosyn_point", "image_pointing"),
     ("video_long_caption", "video_caption"), ("video_point", "video_pointing"),
     ("video_single_point_track_start_end", "video_single_point_track_per_frame"))}
 # Styles whose answer holds a number: how `released_points` words it.
-ANSWER_MODES = {"counting": "count", "video_count": "count", "multi_image_counting": "count", "point_count": "point_count",
-                "video_point_count": "point_count", "multi_image_point_then_count": "point_count",
-                "video_count_point": "count_point", "multi_image_count_then_point": "count_point"}
-OPTIONS = ("{question}\nOnly return the correct answer option.\n{options}",  # the wording of evaluations; the others are varied
+ANSWER_MODES = {"counting": "count", "video_count": "count", "multi_image_counting": "count",
+                "point_count": "point_count", "video_point_count": "point_count",
+                "multi_image_point_then_count": "point_count", "video_count_point": "count_point",
+                "multi_image_count_then_point": "count_point"}
+# the wording of evaluations; the others are varied
+OPTIONS = ("{question}\nOnly return the correct answer option.\n{options}",
            "{question}\n{options}", "{question} Choose from:\n{options}", "{options}\n\n{question}",
            "{question}\nWhich of these is right?\n{options}")
 
 
 def multiple_choice(question, options, correct, rng=None):
-    """(prompt, answer) of a question whose `correct`-th option is right. rng None gives the one wording of evaluations; else
-    wording and order are drawn, and one in five lists has no letters."""
+    """(prompt, answer) of a question whose `correct`-th option is right. rng None gives the one wording of
+    evaluations; else wording and order are drawn, and one in five lists has no letters."""
     order, template, lettered = list(range(len(options))), OPTIONS[0], True
     if rng:
         rng.shuffle(order)
@@ -211,7 +235,8 @@ def multiple_choice(question, options, correct, rng=None):
 
 
 def write_prompt(a, kind, rng, grammar="spec"):
-    """The prompt of an annotation that has none: a wording of its style or task, its placeholders filled from its fields."""
+    """The prompt of an annotation that has none: a wording of its style or task, its placeholders filled from
+    its fields."""
     def clock(seconds):  # half of the times people would type a clock
         if rng.random() < 0.5:
             return f"{seconds:.1f}"
@@ -222,13 +247,14 @@ def write_prompt(a, kind, rng, grammar="spec"):
     label = a.get("label", "objects")
     return rng.choice(PROMPTS.get(a.get("style")) or PROMPTS[a["task"]]).format(
         label=label, fps=number(a.get("fps", 2), 2), question=a.get("question", ""), selected_images=images,
-        selected_label=f"the {label} in {images}", start_time=clock(a.get("start_time", 0)), end_time=clock(a.get("end_time", 0)),
-        timestamp=clock(a.get("timestamp", 0)), input_points=format_points(a.get("input_points", []), kind, grammar, label))
+        selected_label=f"the {label} in {images}", start_time=clock(a.get("start_time", 0)),
+        end_time=clock(a.get("end_time", 0)), timestamp=clock(a.get("timestamp", 0)),
+        input_points=format_points(a.get("input_points", []), kind, grammar, label))
 
 
 def write_points(a, kind, grammar="spec"):
-    """The answer of an annotation that has points, as its style asks: all, the ends of each track, what follows the given
-    point, or their number."""
+    """The answer of an annotation that has points, as its style asks: all, the ends of each track, what
+    follows the given point, or their number."""
     points, style = a["points"], a.get("style") or a["task"]
     if "ground_start_end" in style:
         times = lambda i: [p["t"] for p in points if p["id"] == i]
@@ -240,8 +266,8 @@ def write_points(a, kind, grammar="spec"):
     return "0" if mode == "count" and not points else text
 
 
-# The released models were told the set an academic question came from ("vqa2: What is ..."), which steers them to its short
-# answers. Styles people talk in carry no such prefix, and neither does multiple choice.
+# The released models were told the set an academic question came from ("vqa2: What is ..."), which steers
+# them to its short answers. Styles people talk in carry no such prefix, and neither does multiple choice.
 NO_PREFIX = frozenset("""
     point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption text_sft
     video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end video_transcript
@@ -254,11 +280,12 @@ NO_PREFIX = frozenset("""
 
 
 def styled(prompt, style):
-    """A prompt as the released models saw it: "style: prompt", or as it is for the styles without a prefix."""
+    """A prompt as the released models saw it: "style: prompt", or as it is for the styles without a
+    prefix."""
     return prompt if not style or style in NO_PREFIX else f"{style}: {prompt}".rstrip()
 
 
-# ---- points ---------------------------------------------------------------------------------------------------------
+# ---- points -------------------------------------------------------------------------------------------------
 
 NOTHING = "There are none."
 
@@ -271,11 +298,13 @@ def number(x, digits):
 
 
 def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
-    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point: "There are none."
+    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point:
+    "There are none."
 
     kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id).
-    x, y in [0, 1] with at most 3 decimals, t with at most 2. mode: point, count (their number alone), point_count or
-    count_point (both). grammar "released" writes what the published checkpoints do; label and tracks matter to it alone.
+    x, y in [0, 1] with at most 3 decimals, t with at most 2. mode: point, count (their number alone),
+    point_count or count_point (both). grammar "released" writes what the published checkpoints do; label and
+    tracks matter to it alone.
     """
     first = {"image": None, "images": "image", "video": "t"}[kind]
     if not points:
@@ -286,36 +315,44 @@ def format_points(points, kind, grammar="spec", label="", tracks=False, mode="po
             prefix = {"image": "1", "images": str(p.get("image", 0) + 1), "video": f"{p.get('t', 0):.1f}"}[kind]
             groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
         if tracks:
-            return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()], label)
-        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label, mode)
+            return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()],
+                                   label)
+        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label,
+                               mode)
     out = []
     for p in sorted(points, key=lambda p: (p[first] if first else 0, p["id"])):
         where = [number(p["t"], 2)] if kind == "video" else [str(p["image"])] if kind == "images" else []
         out.append("<point " + ", ".join([*where, number(p["x"], 3), number(p["y"], 3), str(p["id"])]) + ">")
     text, n = " ".join(out), len(points)
-    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.", "count_point": f"There are {n}: {text}"}[mode]
+    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.",
+            "count_point": f"There are {n}: {text}"}[mode]
 
 
 # The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
-# Groups, one per picture (from 1) or frame (seconds), are parted by ";"; an item is an id and thousandths of the sides.
+# Groups, one per picture (from 1) or frame (seconds), are parted by ";"; an item is an id and thousandths of
+# the sides.
 
 def thousandths(x, y):
-    """(x, y) of [0, 1] as the released formatter rounds it: half to even. What lies outside is clipped only if y does not:
-    a slip there, kept so that its output can be reproduced; rows with such points never get this far."""
+    """(x, y) of [0, 1] as the released formatter rounds it: half to even. What lies outside is clipped only
+    if y does not: a slip there, kept so that its output can be reproduced; rows with such points never get
+    this far."""
     if 0 <= y <= 1:
         x = min(max(x, 0), 1)
     return round(1000 * x), round(1000 * y)
 
 
 def released_tag(name, groups, label, alt):
-    coords = ";".join(f"{prefix} " + " ".join(f"{i} {x:03d} {y:03d}" for i, (x, y) in items) for prefix, items in groups)
+    coords = ";".join(f"{prefix} " + " ".join(f"{i} {x:03d} {y:03d}" for i, (x, y) in items)
+                      for prefix, items in groups)
     return f"<{name}{'' if alt is None else f' alt={chr(34)}{alt}{chr(34)}'} coords=\"{coords}\">{label}</{name}>"
 
 
 def released_points(groups, label, mode="point", alt=None):
-    """[(prefix, [(x, y), ...])] -> the released text. Ids count through the answer, in each group by x, then y.
+    """[(prefix, [(x, y), ...])] -> the released text. Ids count through the answer, in each group by x, then
+    y.
 
-    mode: point, point_count ("Counting the ... shows a total of 2."), count_point ("There are 2 ...") or count ("2").
+    mode: point, point_count ("Counting the ... shows a total of 2."), count_point ("There are 2 ...") or
+    count ("2").
     """
     total, numbered = 0, []
     for prefix, places in groups:
@@ -323,19 +360,23 @@ def released_points(groups, label, mode="point", alt=None):
         numbered.append((prefix, list(enumerate(places, total + 1))))
         total += len(places)
     tag = released_tag("points", numbered, label, alt)
-    texts = {"point": tag, "count": str(total), "point_count": f"Counting the {tag} shows a total of {total}.",
+    texts = {"point": tag, "count": str(total),
+             "point_count": f"Counting the {tag} shows a total of {total}.",
              "count_point": f"There are {total} {tag}."}
     return texts[mode] if total else NOTHING
 
 
 def released_tracks(frames, label, alt=None, ends_only=False, after=None):
-    """[(t, {object: (x, y)})], visible objects only -> the released text. An object keeps the number of its first appearance.
+    """[(t, {object: (x, y)})], visible objects only -> the released text. An object keeps the number of its
+    first appearance.
 
-    ends_only: first and last appearances alone. after: frames later than this time alone, as when the start is given.
+    ends_only: first and last appearances alone. after: frames later than this time alone, as when the start
+    is given.
     """
     if not frames:
         return "No tracks available."
-    frames = sorted(((t, {k: thousandths(*p) for k, p in seen.items()}) for t, seen in frames), key=lambda f: f[0])
+    frames = sorted(((t, {k: thousandths(*p) for k, p in seen.items()}) for t, seen in frames),
+                    key=lambda f: f[0])
     ids, times = {}, {}
     for t, seen in frames:
         for k in sorted(seen, key=lambda k: seen[k]):
@@ -343,14 +384,16 @@ def released_tracks(frames, label, alt=None, ends_only=False, after=None):
             times.setdefault(k, []).append(t)
     groups = []
     for t, seen in frames:
-        items = sorted((ids[k], p) for k, p in seen.items() if not ends_only or t in (times[k][0], times[k][-1]))
+        items = sorted((ids[k], p) for k, p in seen.items() if not ends_only
+                       or t in (times[k][0], times[k][-1]))
         if items and (after is None or t > after):
             groups.append((f"{t:.1f}", items))
     return released_tag("tracks", groups, label, alt) if groups else ""
 
 
 def parse_released(text):
-    """[(prefix, id, x, y)] in the released grammar, in order, x and y in thousandths; what is malformed is left out."""
+    """[(prefix, id, x, y)] in the released grammar, in order, x and y in thousandths; what is malformed is
+    left out."""
     found = []
     for coords in re.findall(r'<(?:points|tracks)\b[^<>]*coords="([0-9\t:;, .]+)"/?>', text):
         for prefix, items in re.findall(r"(?:^|[\t:,;])(\d{1,9}(?:\.\d{1,9})?) ([0-9. ]+)", coords):
@@ -361,8 +404,8 @@ def parse_released(text):
 
 
 def parse_points(text, kind="video"):
-    """The points written in `text`, in either grammar: [{x, y, id}], with `t` (or, of kind "images", `image`) where one is
-    given; kind "image" ignores it.
+    """The points written in `text`, in either grammar: [{x, y, id}], with `t` (or, of kind "images", `image`)
+    where one is given; kind "image" ignores it.
 
     Never raises: what is malformed is dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
     """
@@ -372,7 +415,8 @@ def parse_points(text, kind="video"):
         if len(fields) not in (3, 4) or not all(re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", f) for f in fields):
             continue
         *first, x, y, i = fields
-        if "." in i or i.startswith("-") or first and (first[0].startswith("-") or kind == "images" and "." in first[0]):
+        if "." in i or i.startswith("-") or first and (first[0].startswith("-") or kind == "images"
+                                                       and "." in first[0]):
             continue
         points.append((float(first[0]) if first else None, float(x), float(y), int(i)))
     for prefix, i, x, y in parse_released(text):

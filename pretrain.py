@@ -1,12 +1,14 @@
 """
-Stage 1, and the one training loop: a vision encoder and a language model learn to describe, to count and to point.
+Stage 1, and the one training loop: a vision encoder and a language model learn to describe, to count and to
+point.
 
     python pretrain.py --config small                               # a laptop: the toy world, from random weights
-    python pretrain.py --config small --data photos/my.jsonl        # your own pictures (README: three lines of JSONL)
+    python pretrain.py --config small --data photos/my.jsonl        # your own data (README: a few lines of JSONL)
     python pretrain.py --config 1b --data data/ --init_from weights/OLMo-2-0425-1B weights/siglip2-so400m-patch14-384
     python pretrain.py --resume                                     # go on where the last checkpoint was written
 
-What a stage is, is data: a `Config`. The loop below has no notion of stages; sft.py and longctx.py hand it other numbers.
+What a stage is, is data: a `Config`. The loop below has no notion of stages; sft.py and longctx.py hand it
+other numbers.
 """
 import argparse
 import contextlib
@@ -33,7 +35,7 @@ class UserError(Exception):
     """Something the user can put right; shown as one line, exit code 2."""
 
 
-# ---- configuration: one flat dataclass, from which the flags are made -----------------------------------------------
+# ---- configuration: one flat dataclass, from which the flags are made ---------------------------------------
 
 def flag(default, text):
     return field(default=default, metadata={"help": text})
@@ -60,7 +62,8 @@ class Config:
     point_format: str = flag("auto", "how points and times are written: spec, released, or auto: as --init_from, else spec")
     token_weights: str = flag("auto", "loss weight of an answer token: spec (by task), released (by length), or auto, likewise")
     optimizer: str = flag("adamw", "adamw, or muon (on hidden matrices; the rest stays on AdamW)")
-    adam_share: float = flag(0.25, "with muon: learning rate of the parameters left to AdamW, as a share of Muon's")
+    adam_share: float = flag(0.25,
+                             "with muon: learning rate of the parameters left to AdamW, as a share of Muon's")
     lr_vit: float = flag(6e-6, "peak learning rate of the vision encoder")
     lr_connector: float = flag(2e-4, "peak learning rate of the connector and of the new embedding rows")
     lr_decoder: float = flag(2e-5, "peak learning rate of the decoder")
@@ -86,15 +89,17 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(data=("toy",), steps=1000, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16, max_frames=16,
-                  optimizer="muon", lr_vit=4e-3, lr_connector=2e-3, lr_decoder=1e-3, warmup_vit=30, warmup_connector=30,
-                  warmup_decoder=30, response_dropout=0.0, save_every=200, eval_every=10**6, workers=1),
+    "small": dict(data=("toy",), steps=1000, global_batch=24, micro_batch=12, seq_len=256, tiles=0,
+                  max_crops=16, max_frames=16, optimizer="muon", lr_vit=4e-3, lr_connector=2e-3,
+                  lr_decoder=1e-3, warmup_vit=30, warmup_connector=30, warmup_decoder=30,
+                  response_dropout=0.0, save_every=200, eval_every=10**6, workers=1),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
 }
 
 
 def parse(defaults, presets, argv=None):
-    """Flags -> Config: default < --config preset < flags. Every field is a flag; -h lists them; unknown ones are errors."""
+    """Flags -> Config: default < --config preset < flags. Every field is a flag; -h lists them; unknown ones
+    are errors."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
@@ -110,7 +115,8 @@ def parse(defaults, presets, argv=None):
     name = given.get("config", defaults.config)
     if name not in presets:
         parser.error(f"--config {name}: not a preset; choose from {', '.join(presets)}")
-    cfg = dataclasses.replace(defaults, **{**presets[name], **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}})
+    cfg = dataclasses.replace(defaults, **{**presets[name], **{k: tuple(v) if isinstance(v, list) else v
+                                                               for k, v in given.items()}})
     check_config(cfg)
     return cfg
 
@@ -124,8 +130,9 @@ def check_config(cfg):
         raise UserError(f"--global_batch {cfg.global_batch} is not a multiple of --micro_batch {cfg.micro_batch}: "
                         f"try --micro_batch {math.gcd(cfg.global_batch, cfg.micro_batch)}")
     formats = ("auto", "spec", "released")
-    choices = dict(mixture=tuple(MIXTURES), token_weights=formats, point_format=formats, optimizer=("adamw", "muon"),
-                   device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "fp32", "bf16"))
+    choices = dict(mixture=tuple(MIXTURES), token_weights=formats, point_format=formats,
+                   optimizer=("adamw", "muon"), device=("auto", "cpu", "cuda", "mps"),
+                   dtype=("auto", "fp32", "bf16"))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise UserError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(allowed)}")
@@ -133,7 +140,7 @@ def check_config(cfg):
         if part not in ("vit", "connector", "decoder", "embedding"):
             raise UserError(f"--freeze {part}: choose from vit, connector, decoder, embedding")
     if not cfg.data:
-        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them (README, \"Your own pictures\"); "
+        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them (README, \"Your own data\"); "
                         "--data toy tries the machinery on the toy world")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
@@ -142,14 +149,15 @@ def check_config(cfg):
 def show_config(cfg, defaults):
     """The resolved configuration, what differs from the stage's default marked with *."""
     rows = [(f.name, getattr(cfg, f.name), getattr(defaults, f.name)) for f in dataclasses.fields(cfg)]
-    items = [f"{'*' if a != b else ' '}{n}={' '.join(map(str, a)) if isinstance(a, tuple) else a}" for n, a, b in rows]
+    items = [f"{'*' if a != b else ' '}{n}={' '.join(map(str, a)) if isinstance(a, tuple) else a}"
+             for n, a, b in rows]
     width = max(map(len, items)) + 2
     per_line = max(1, 110 // width)
     for i in range(0, len(items), per_line):
         print("".join(x.ljust(width) for x in items[i:i + per_line]).rstrip())
 
 
-# ---- pieces of the loop ---------------------------------------------------------------------------------------------
+# ---- pieces of the loop -------------------------------------------------------------------------------------
 
 def load_model(cfg):
     """(model, tokenizer) of --init_from, or random weights of the preset."""
@@ -158,8 +166,10 @@ def load_model(cfg):
         if len(cfg.init_from) > 2:
             raise UserError(f"--init_from {' '.join(cfg.init_from)}: one checkpoint, or a language model and a SigLIP")
         model = Molmo2.from_pretrained(*cfg.init_from)
-        model.cfg.window, model.cfg.window_layers = 0, ()  # Molmo2 lets every layer of an OLMo-3 see everything
-        free = ("point_format", "frame_tokens", "max_positions", "yarn_layers", "tie")  # a checkpoint may differ in these
+        # Molmo2 lets every layer of an OLMo-3 see everything
+        model.cfg.window, model.cfg.window_layers = 0, ()
+        # a checkpoint may differ in these
+        free = ("point_format", "frame_tokens", "max_positions", "yarn_layers", "tie")
         was, want = dataclasses.asdict(model.cfg), dataclasses.asdict(MODELS[cfg.config])
         odd = [k for k in want if k not in free and was[k] != want[k]]
         if odd:
@@ -189,8 +199,9 @@ def open_data(cfg):
 def make_optimizers(model, cfg):
     """Optimisers and their groups, each with its peak learning rate and warm-up.
 
-    AdamW on everything, as published; or Muon on the hidden matrices: from random weights it needs a fraction of the steps.
-    Muon's step is scaled to AdamW's size (0.2 · sqrt of the longer side), so that one learning rate serves both.
+    AdamW on everything, as published; or Muon on the hidden matrices: from random weights it needs a fraction
+    of the steps. Muon's step is scaled to AdamW's size (0.2 · sqrt of the longer side), so that one learning
+    rate serves both.
     """
     adam, muon, names = [], [], {}
     tables = ("wte.", "positional", "lm_head")
@@ -210,21 +221,25 @@ def make_optimizers(model, cfg):
                 groups.append(dict(params=params, peak=lr, warmup=warmup))
     for p in model.parameters():
         p.requires_grad_(p in names)
-    optimizers = [torch.optim.AdamW(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=0.0)] if adam else []
+    optimizers = []
+    if adam:
+        optimizers.append(torch.optim.AdamW(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=0.0))
     if muon:
         optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers, names
 
 
 def schedule(step, steps, warmup):
-    """Learning rate as a share of its peak: linear from 0, then a cosine down to a tenth. step counts from 0."""
+    """Learning rate as a share of its peak: linear from 0, then a cosine down to a tenth. step counts from
+    0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 class Log:
-    """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears twice."""
+    """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears
+    twice."""
 
     def __init__(self, path, keep):
         self.kept = kept = []
@@ -244,14 +259,16 @@ class Log:
 
 
 def save_checkpoint(run, step, model, tokenizer, optimizers, names, state, cfg):
-    """run/step_0000500: weights for others, train_state/ for --resume. Written aside, synced, renamed; `latest` comes last."""
+    """run/step_0000500: weights for others, train_state/ for --resume. Written aside, synced, renamed;
+    `latest` comes last."""
     name = f"step_{step:07d}"
     aside = os.path.join(run, f".{name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     os.makedirs(os.path.join(aside, "train_state"))
     model.save_pretrained(aside)
     tokenizer.save(aside)
-    tensors = {f"{i}/{key}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items() for key, t in s.items()}
+    tensors = {f"{i}/{key}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items()
+               for key, t in s.items()}
     weights.write_safetensors(os.path.join(aside, "train_state", "optimizer.safetensors"), tensors)
     weights.write_json(os.path.join(aside, "train_state", "state.json"),
                        dict(step=step, config=dataclasses.asdict(cfg), **state))
@@ -267,7 +284,8 @@ def save_checkpoint(run, step, model, tokenizer, optimizers, names, state, cfg):
 
 
 def load_checkpoint(run, cfg):
-    """(model, tokenizer, optimisers, names, saved) of the run's `latest`; saved: step, config, stream, fingerprint."""
+    """(model, tokenizer, optimisers, names, saved) of the run's `latest`; saved: step, config, stream,
+    fingerprint."""
     folder = os.path.join(run, "latest")
     if not os.path.isdir(folder):
         raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start")
@@ -275,7 +293,8 @@ def load_checkpoint(run, cfg):
     for key, was in saved["config"].items():
         now = getattr(cfg, key, None)
         now = list(now) if isinstance(now, tuple) else now
-        if now != was and key not in ("resume", "out", "workers", "save_every", "eval_every", "max_bad", "eval_scenes"):
+        if now != was and key not in ("resume", "out", "workers", "save_every", "eval_every", "max_bad",
+                                      "eval_scenes"):
             raise UserError(f"--resume: --{key} is {now} now, but the run was started with {was}")
     model = Molmo2.from_pretrained(folder)
     optimizers, names = make_optimizers(model, cfg)
@@ -291,7 +310,8 @@ def check_same_data(was, now):
     """A resumed run must read what it read before, in the same order."""
     for key in [*was, *now]:
         if was.get(key) != now.get(key):
-            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but {was.get(key, 'not there')} when the run was started")
+            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but was {was.get(key, 'not there')} "
+                            "when the run was started")
 
 
 def start_over(run):
@@ -339,10 +359,12 @@ class BadRows:
 
     def counts(self, state):
         """{dataset: {reason: n}}"""
-        return {name: state["bad"].get(name, {}) | self.failed.get(name, {}) for name in state["bad"] | self.failed}
+        return {name: state["bad"].get(name, {}) | self.failed.get(name, {})
+                for name in state["bad"] | self.failed}
 
     def check(self, state, max_bad):
-        """Stop when more than `max_bad` of what was seen could not be used. Rows without a reader yet are not bad ones."""
+        """Stop when more than `max_bad` of what was seen could not be used. Rows without a reader yet are not
+        bad ones."""
         counts = self.counts(state)
         bad, seen = sum(n for c in counts.values() for n in c.values()), max(state["seen"], 100)
         if bad > max_bad * seen:
@@ -351,7 +373,8 @@ class BadRows:
 
 
 def evaluate(cfg, model, planner, step, run, losses, device):
-    """{name: value} on held-out data: answers about toy scenes, a loss on --eval_data, else the recent training loss."""
+    """{name: value} on held-out data: answers about toy scenes, a loss on --eval_data, else the recent
+    training loss."""
     model.eval()
     scores = {}
     if "toy" in cfg.data:
@@ -376,14 +399,16 @@ def evaluate(cfg, model, planner, step, run, losses, device):
     return {k: round(v, 4) for k, v in scores.items()}
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+# ---- the loop -----------------------------------------------------------------------------------------------
 
 def train(cfg, defaults):
-    """Run one stage from the first step, or from the last checkpoint, to the end. Returns the run's folder."""
+    """Run one stage from the first step, or from the last checkpoint, to the end. Returns the run's
+    folder."""
     run = os.path.join(cfg.out, cfg.config, cfg.stage)
     show_config(cfg, defaults)
 
-    # 1. Device and precision. Weights, gradients and optimiser are fp32; bf16 is for the matrix products alone.
+    # 1. Device and precision. Weights, gradients and optimiser are fp32; bf16 is for the matrix products
+    # alone.
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -402,7 +427,8 @@ def train(cfg, defaults):
 
     # 3. Data. The stream is a function of files, mixture and seed alone; `state` says where in it we are.
     token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
-    planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames, cfg.max_crops)
+    planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames,
+                      cfg.max_crops)
     stream = Stream(mixture, planner, cfg.max_crops, cfg.seed)
     if cfg.resume:
         check_same_data(saved["fingerprint"], stream.fingerprint())
@@ -420,20 +446,25 @@ def train(cfg, defaults):
           f"{cfg.micro_batch} at a time")
     show_mixture(mixture, cfg.steps * cfg.global_batch / stream.rows_per_draw(), missing)
     log, bad = Log(os.path.join(run, "log.jsonl"), step), BadRows(run, step, failed)
-    # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file of its own.
-    loader = iter(torch.utils.data.DataLoader(Batches(stream, state), batch_size=None, num_workers=cfg.workers,
-                                              collate_fn=tuple, prefetch_factor=cfg.global_batch if cfg.workers else None))
+    # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file
+    # of its own.
+    loader = iter(torch.utils.data.DataLoader(Batches(stream, state), batch_size=None,
+                                              num_workers=cfg.workers, collate_fn=tuple,
+                                              prefetch_factor=cfg.global_batch if cfg.workers else None))
     bar, losses, nan_rows, started = Progress(cfg.steps, step), [], [], time.time()
     model.train()
 
     while step < cfg.steps:
         tick = time.time()
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout depends on the step alone, so a resumed run repeats it
+        # dropout depends on the step alone, so a resumed run repeats it
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
 
-        # 4. The rows of this step, and W: what the sum of losses is divided by, once, whatever the micro-batches are.
+        # 4. The rows of this step, and W: what the sum of losses is divided by, once, whatever the
+        # micro-batches are.
         rows = next_rows(loader, cfg.global_batch)
         state = rows[-1][1]
-        batches = [collate([r[0] for r in rows[i:i + cfg.micro_batch]]) for i in range(0, len(rows), cfg.micro_batch)]
+        batches = [collate([r[0] for r in rows[i:i + cfg.micro_batch]])
+                   for i in range(0, len(rows), cfg.micro_batch)]
         W = max(sum(float(b["weights"].sum()) for b in batches), 1e-9)
         bad.note(step + 1, [e for *_, events in rows for e in events])
         bad.check(state, cfg.max_bad)
@@ -454,7 +485,8 @@ def train(cfg, defaults):
         loss = float(loss)
 
         # 7. Clip each part by itself; a step with a loss or gradient that is not finite is left out.
-        norms = {part: float(torch.nn.utils.clip_grad_norm_(ps, cfg.clip)) for part, ps in parts.items() if ps}
+        norms = {part: float(torch.nn.utils.clip_grad_norm_(ps, cfg.clip))
+                 for part, ps in parts.items() if ps}
         if math.isfinite(loss) and all(map(math.isfinite, norms.values())):
             for o in optimizers:
                 o.step()
@@ -472,9 +504,10 @@ def train(cfg, defaults):
         losses.append(loss)
         took = time.time() - tick
         real = sum(int((b["example"] > 0).sum()) for b in batches)
-        log.write(step=step, loss=loss, lr=optimizers[0].param_groups[-1]["lr"], grad_norm=math.hypot(*norms.values()),
-                  tokens_per_s=round(real / took, 1), fill=round(real / (cfg.global_batch * cfg.seq_len), 4),
-                  wait=round(wait / took, 4), skipped=skipped, bad=bad.counts(state))
+        log.write(step=step, loss=loss, lr=optimizers[0].param_groups[-1]["lr"],
+                  grad_norm=math.hypot(*norms.values()), tokens_per_s=round(real / took, 1),
+                  fill=round(real / (cfg.global_batch * cfg.seq_len), 4), wait=round(wait / took, 4),
+                  skipped=skipped, bad=bad.counts(state))
         bar.show(step, loss, real / took, took)
 
         # 9. Evaluate by answering, then save: a resumed run has the evaluations of its past.
@@ -485,7 +518,8 @@ def train(cfg, defaults):
             bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         if last or step % cfg.save_every == 0:
             folder = save_checkpoint(run, step, model, tokenizer, optimizers, names,
-                                     dict(stream=state, fingerprint=stream.fingerprint(), failed=bad.failed), cfg)
+                                     dict(stream=state, fingerprint=stream.fingerprint(), failed=bad.failed),
+                                     cfg)
 
     # 10. Say what was left out and what to do next.
     bar.close()

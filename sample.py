@@ -1,5 +1,6 @@
 """
-Ask a checkpoint about a picture or a video. The answer is printed as it is written; points in it are drawn onto a copy.
+Ask a checkpoint about a picture or a video. The answer is printed as it is written; points in it are drawn
+onto a copy.
 
     python sample.py out/small/pretrain/latest data/toy/eval/images/00003.png "Point to all shapes."
     python sample.py weights/Molmo2-8B kitchen.jpg "Point to the mugs." --out mugs.png --device cuda
@@ -25,8 +26,8 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg
 
 
 def load(folder, device="cpu", tiles=None, max_frames=128):
-    """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per picture; by
-    default 8, or none for a model too small to have seen any. max_frames: of a video."""
+    """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per
+    picture; by default 8, or none for a model too small to have seen any. max_frames: of a video."""
     model = Molmo2.from_pretrained(folder).to(device)
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
     tiles = tiles if tiles is not None else 8 if model.cfg.crop >= 378 else 0
@@ -43,7 +44,8 @@ def question(planner, path, text):
             raise BadMedia(f"{e}; a video is known by its ending: {' '.join(VIDEOS)}") from None
         kind = "video"
     row = {kind: os.path.basename(path), "annotations": []}
-    return kind, planner.question(row, os.path.dirname(os.path.abspath(path)), [dict(role="user", content=text)])
+    return kind, planner.question(row, os.path.dirname(os.path.abspath(path)),
+                                  [dict(role="user", content=text)])
 
 
 def ask(model, planner, plan, max_new_tokens=256, temperature=0.0, seed=0):
@@ -54,7 +56,8 @@ def ask(model, planner, plan, max_new_tokens=256, temperature=0.0, seed=0):
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tok, ids, said = planner.tokenizer, [], ""
-    for new in model.generate(**to_device(batch, device), max_new_tokens=max_new_tokens, temperature=temperature, stop=(tok.eos,),
+    for new in model.generate(**to_device(batch, device), max_new_tokens=max_new_tokens,
+                              temperature=temperature, stop=(tok.eos,),
                               generator=generator):
         if int(new) == tok.eos:
             break
@@ -80,28 +83,34 @@ def draw_points(pixels, points):
     for p in points:
         x, y = p["x"] * image.width, p["y"] * image.height
         pen.ellipse([x - r, y - r, x + r, y + r], colour_of(p["id"]), "black", max(int(r / 4), 1))
-        pen.text((x + r, y + r / 2), str(p["id"]), "white", stroke_width=2, stroke_fill="black", font_size=2.4 * r)
+        pen.text((x + r, y + r / 2), str(p["id"]), "white", stroke_width=2, stroke_fill="black",
+                 font_size=2.4 * r)
     return image
 
 
 def draw_video(path, times, points, out):
-    """Write the frames the model saw to `out`, two a second, each with the points of its time: the nearest frame's."""
+    """Write the frames the model saw to `out`, two a second, each with the points of its time: the nearest
+    frame's."""
     nearest = lambda p: min(range(len(times)), key=lambda i: abs(times[i] - p.get("t", 0)))
-    drawn = [draw_points(f, [p for p in points if nearest(p) == i]) for i, f in enumerate(load_frames(path, times))]
+    drawn = [draw_points(f, [p for p in points if nearest(p) == i])
+             for i, f in enumerate(load_frames(path, times))]
     with av.open(out, "w") as container:
         stream = container.add_stream("mpeg4", rate=2)
         stream.width, stream.height = (n // 2 * 2 for n in drawn[0].size)
         stream.bit_rate, stream.pix_fmt = 4_000_000, "yuv420p"
         for image in drawn:
             frame = np.asarray(image)[:stream.height, :stream.width]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame),
+                                                                   format="rgb24")))
         container.mux(stream.encode())
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder with config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("media", help=f"picture (PNG, JPEG, WebP, GIF, BMP or TIFF) or video ({' '.join(VIDEOS)})")
+    parser.add_argument("media",
+                        help=f"picture (PNG, JPEG, WebP, GIF, BMP or TIFF) or video ({' '.join(VIDEOS)})")
     parser.add_argument("question")
     parser.add_argument("--out", help="where the copy with the points goes [answer.png, answer.mp4]")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of the answer [256]")

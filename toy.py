@@ -1,15 +1,17 @@
 """
-The embedded default data: a drawn world of coloured shapes, written once as real PNG and JPEG files and JSONL, in the very
-form in which users write their own (README). A model that starts from nothing learns to describe it, to count in it and to
-point at things in it within minutes on a laptop, and nothing has to be downloaded.
+The embedded default data: a drawn world of coloured shapes, written once as real PNG and JPEG files and
+JSONL, in the very form in which users write their own (README). A model that starts from nothing learns to
+describe it, to count in it and to point at things in it within minutes on a laptop, and nothing has to be
+downloaded.
 
     data/toy/captions.jsonl  points.jsonl  text.jsonl     what stage 1 trains on
     data/toy/eval/scenes.jsonl  geometry.json             held-out scenes, and the exact outline of every shape in them
 
     python toy.py data/toy       # write it (pretrain.py does so by itself on first use)
 
-Nothing can be answered without looking: colour, shape, size, angle, place, number, background and wording are all drawn at
-random, and queries for what is not there name a colour or a shape that is. What makes it learnable in minutes was measured:
+Nothing can be answered without looking: colour, shape, size, angle, place, number, background and wording are
+all drawn at random, and queries for what is not there name a colour or a shape that is. What makes it
+learnable in minutes was measured:
 
 - every shape has a dark outline. A model that starts from nothing knows no edges; without the line a circle differs from a
   star by the product of a colour and a contrast, and in 400 steps the shape was never learned at all;
@@ -37,7 +39,7 @@ SHAPES = ("circle", "star", "bar")
 VERSION = 18  # part of the done-file: a toy world drawn by older code is drawn again
 
 
-# ---- scenes ---------------------------------------------------------------------------------------------------------
+# ---- scenes -------------------------------------------------------------------------------------------------
 
 def outline(shape, radius, angle):
     """Corner points of a shape around (0, 0), in the units of `radius`: (n, 2)."""
@@ -52,16 +54,19 @@ def outline(shape, radius, angle):
 
 
 def draw_scene(rng):
-    """One scene: {"size": (w, h), "objects": [{"colour", "shape", "x", "y", "polygon"}], ...}, left to right, in [0, 1]."""
+    """One scene: {"size": (w, h), "objects": [{"colour", "shape", "x", "y", "polygon"}], ...}, left to right,
+    in [0, 1]."""
     w, h = rng.randint(80, 128), rng.randint(80, 128)
-    kinds = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(rng.choice((1, 1, 1, 2, 2, 2, 3)))]
+    kinds = [(rng.choice(list(COLOURS)), rng.choice(SHAPES))
+             for _ in range(rng.choice((1, 1, 1, 2, 2, 2, 3)))]
     for i in range(1, len(kinds)):  # several of a kind, so that "the red circles" is a question worth asking
         if rng.random() < 0.3:
             kinds[i] = kinds[rng.randrange(i)]
     at, tries = [], 0
     while len(at) < len(kinds):
         x, y, r = rng.randint(2, 18) / 20, rng.randint(2, 18) / 20, rng.uniform(0.18, 0.25) * min(w, h)
-        if 1.1 * r < min(x * w, y * h, w - x * w, h - y * h) and all(  # x apart too: "from left to right" is then clear
+        # x apart too: "from left to right" is then clear
+        if 1.1 * r < min(x * w, y * h, w - x * w, h - y * h) and all(
                 math.hypot((x - a) * w, (y - b) * h) > 1.2 * (r + c) and abs(x - a) > 0.07 for a, b, c in at):
             at.append((x, y, r))
         tries += 1
@@ -70,11 +75,13 @@ def draw_scene(rng):
     objects = [dict(colour=colour, shape=shape, x=x, y=y,
                     polygon=(outline(shape, r, rng.uniform(-0.15, 0.15)) / (w, h) + (x, y)).round(4).tolist())
                for (colour, shape), (x, y, r) in zip(kinds, at)]
-    return dict(size=(w, h), objects=sorted(objects, key=lambda o: (o["x"], o["y"])), look=rng.getrandbits(32))
+    return dict(size=(w, h), objects=sorted(objects, key=lambda o: (o["x"], o["y"])),
+                look=rng.getrandbits(32))
 
 
 def paint(scene):
-    """Draw a scene: background (plain, gradient or noise), clutter that is no answer to anything, then the shapes."""
+    """Draw a scene: background (plain, gradient or noise), clutter that is no answer to anything, then the
+    shapes."""
     (w, h), rng, big = scene["size"], np.random.default_rng(scene["look"]), 2
     base, tilt = rng.uniform(85, 165) + rng.uniform(-10, 10, 3), rng.uniform(-15, 15, (2, 1))
     y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
@@ -106,15 +113,17 @@ def inside(polygon, x, y):
     return hit
 
 
-# ---- what is asked about them ---------------------------------------------------------------------------------------
+# ---- what is asked about them -------------------------------------------------------------------------------
 
 CAPTION_PROMPTS = ("Describe the image.", "What is in this picture?", "Write a caption.", "What do you see?",
                    "Tell me about this image.", "List the shapes from left to right.")
 SHAPE_PROMPTS = ("What shapes are there?", "Which shapes do you see, from left to right?")
-POINT_PROMPTS = ("Point to the {}.", "Where is the {}?", "Find the {}.", "Show me the {}.", "Click on the {}.")
+POINT_PROMPTS = ("Point to the {}.", "Where is the {}?", "Find the {}.", "Show me the {}.",
+                 "Click on the {}.")
 POINT_ALL_PROMPTS = ("Point to all {}.", "Where are the {}?", "Find every one of the {}.", "Mark the {}.",
                      "Point to the {}.")
-COUNT_PROMPTS = ("How many {} are there?", "Count the {}.", "What is the number of {}?", "How many {} can you see?")
+COUNT_PROMPTS = ("How many {} are there?", "Count the {}.", "What is the number of {}?",
+                 "How many {} can you see?")
 
 
 def plural(name):
@@ -149,10 +158,12 @@ def pointing(rng, scene, colour, shape):
 
 
 def pointing_tree(rng, scene):
-    """Branches: up to two kinds of shape, everything, a colour alone, a shape alone, and one kind that is not there."""
+    """Branches: up to two kinds of shape, everything, a colour alone, a shape alone, and one kind that is not
+    there."""
     kinds = sorted({(o["colour"], o["shape"]) for o in scene["objects"]})
     some, other = rng.choice(scene["objects"]), rng.choice(scene["objects"])
-    queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), (some["colour"], None), (None, other["shape"])]
+    queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), (some["colour"], None),
+                                                       (None, other["shape"])]
     c, s = rng.choice(kinds)
     near = [(c, x) for x in SHAPES] if rng.random() < 0.5 else [(x, s) for x in COLOURS]
     absent = [q for q in near if not select(scene, *q)]  # not there, but half of it is
@@ -161,11 +172,13 @@ def pointing_tree(rng, scene):
 
 
 def counting(rng, scene):
-    """How many there are of everything, of a colour that is there and of one that may be, of a shape likewise."""
+    """How many there are of everything, of a colour that is there and of one that may be, of a shape
+    likewise."""
     some, other = rng.choice(scene["objects"]), rng.choice(scene["objects"])
     asked = [(None, None), (some["colour"], None), (None, other["shape"]), (rng.choice(list(COLOURS)), None),
              (None, rng.choice(SHAPES))]
-    return [dict(task="counting", prompt=rng.choice(COUNT_PROMPTS).format(plural(f"{c or ''} {s or 'shape'}".strip())),
+    return [dict(task="counting",
+                 prompt=rng.choice(COUNT_PROMPTS).format(plural(f"{c or ''} {s or 'shape'}".strip())),
                  answer=str(len(select(scene, c, s)))) for c, s in asked]
 
 
@@ -186,10 +199,11 @@ def text_row(rng):
     return f"How many sides has a {shape}?", SIDES[shape] + "."
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------------------
 
 def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
-    """Write the toy world under `folder` unless it is there. An interrupted run leaves nothing that looks finished."""
+    """Write the toy world under `folder` unless it is there. An interrupted run leaves nothing that looks
+    finished."""
     done = os.path.join(folder, "done.json")
     recipe = dict(version=VERSION, scenes=scenes, held_out=held_out, texts=texts, seed=seed)
     try:
@@ -214,19 +228,23 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         seen.add(look)
         name = f"images/{i:05d}.{'png' if rng.random() < 0.5 else 'jpg'}"
         folder_of = os.path.join(aside, "eval") if i < held_out else aside
-        paint(scene).save(os.path.join(folder_of, name), **({"compress_level": 1} if name.endswith("png") else {"quality": 92}))
+        paint(scene).save(os.path.join(folder_of, name),
+                          **({"compress_level": 1} if name.endswith("png") else {"quality": 92}))
         described = captions(rng, scene)
         points = pointing_tree(rng, scene) + counting(rng, scene)
-        picture = dict(image=name, width=scene["size"][0], height=scene["size"][1])  # known, so that no header need be read
+        # known, so that no header need be read
+        picture = dict(image=name, width=scene["size"][0], height=scene["size"][1])
         if i < held_out:
-            rows["eval/scenes"].append(dict(id=f"held-out-{i}", **picture, annotations=described[:1] + points))
+            rows["eval/scenes"].append(dict(id=f"held-out-{i}", **picture,
+                                            annotations=described[:1] + points))
             geometry[f"held-out-{i}"] = scene["objects"]
         else:
             rows["captions"].append(dict(id=f"scene-{i}", **picture, annotations=described))
             rows["points"].append(dict(id=f"scene-{i}", **picture, annotations=points))
     rng = random.Random(f"toy {seed} text")
     rows["text"] = [dict(id=f"text-{i}", annotations=[dict(task="text", messages=[
-        dict(role="user", content=q), dict(role="assistant", content=a)])]) for i in range(texts) for q, a in [text_row(rng)]]
+        dict(role="user", content=q), dict(role="assistant", content=a)])]) for i in range(texts)
+        for q, a in [text_row(rng)]]
     for name, lines in rows.items():
         with open(os.path.join(aside, name + ".jsonl"), "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
@@ -238,13 +256,15 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     return folder
 
 
-# ---- evaluation: ask about held-out scenes, compare with their geometry ---------------------------------------------
+# ---- evaluation: ask about held-out scenes, compare with their geometry -------------------------------------
 
 def evaluate(model, planner, folder, n, sheet=None, batch=64):
-    """Scores of generated answers about the first n held-out scenes, {name: share}; a contact sheet goes to `sheet`.
+    """Scores of generated answers about the first n held-out scenes, {name: share}; a contact sheet goes to
+    `sheet`.
 
-    point_hit: asked-for objects with a predicted point inside (each point used once); point_precision: points that hit;
-    count_accuracy; none_accuracy: "There are none." where it is true; caption_recall: objects named by colour and shape.
+    point_hit: asked-for objects with a predicted point inside (each point used once); point_precision: points
+    that hit; count_accuracy; none_accuracy: "There are none." where it is true; caption_recall: objects named
+    by colour and shape.
     """
     with open(os.path.join(folder, "geometry.json")) as f:
         geometry = json.load(f)
@@ -266,7 +286,8 @@ def evaluate(model, planner, folder, n, sheet=None, batch=64):
         elif not a["points"]:
             tally["none"].append(text == NOTHING)
         else:
-            targets = [o["polygon"] for p in a["points"] for o in geometry[s["id"]] if (o["x"], o["y"]) == (p["x"], p["y"])]
+            targets = [o["polygon"] for p in a["points"]
+                       for o in geometry[s["id"]] if (o["x"], o["y"]) == (p["x"], p["y"])]
             points = parse_points(text)
             for p in points:  # shapes do not overlap, so a point can only hit one: no matching is needed
                 hit = [t for t in targets if inside(t, p["x"], p["y"])][:1]
@@ -276,8 +297,9 @@ def evaluate(model, planner, folder, n, sheet=None, batch=64):
     if sheet:
         contact_sheet(folder, [x for x in answers if x[1]["task"] != "counting"], geometry, sheet)
     mean = lambda xs: sum(xs) / max(len(xs), 1)
-    return dict(point_hit=hits / max(truths, 1), point_precision=hits / max(predicted, 1), count_accuracy=mean(tally["count"]),
-                none_accuracy=mean(tally["none"]), caption_recall=mean(tally["caption"]), scenes=len(scenes))
+    return dict(point_hit=hits / max(truths, 1), point_precision=hits / max(predicted, 1),
+                count_accuracy=mean(tally["count"]), none_accuracy=mean(tally["none"]),
+                caption_recall=mean(tally["caption"]), scenes=len(scenes))
 
 
 def answer(model, planner, plans, max_new_tokens=96):
@@ -301,11 +323,13 @@ def named(text, objects):
 
 
 def contact_sheet(folder, answers, geometry, path, columns=6, cells=24, side=150, text_height=46):
-    """A page of held-out scenes: true centres as circles, predicted points as crosses, question and answer below."""
+    """A page of held-out scenes: true centres as circles, predicted points as crosses, question and answer
+    below."""
     by_kind = [[x for x in answers if x[1]["task"] == t] for t in ("image_pointing", "image_caption")]
     chosen = by_kind[0][::max(len(by_kind[0]) * 4 // (3 * cells), 1)][:cells * 3 // 4]
     chosen += by_kind[1][::max(len(by_kind[1]) * 4 // cells, 1)][:cells - len(chosen)]
-    page = Image.new("RGB", (columns * (side + 10), -(-len(chosen) // columns) * (side + text_height)), "white")
+    page = Image.new("RGB", (columns * (side + 10), -(-len(chosen) // columns) * (side + text_height)),
+                     "white")
     pen = ImageDraw.Draw(page)
     for k, (s, a, text) in enumerate(chosen):
         left, top = k % columns * (side + 10) + 5, k // columns * (side + text_height) + 3

@@ -1,10 +1,12 @@
 """
 Checkpoints in the published Molmo2 layout: safetensors and JSON, read and written by our own few lines.
 
-A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes.
-It is memory-mapped, so loading holds the model and one tensor at a time, and nothing in it can run code.
+A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the
+tensors' bytes. It is memory-mapped, so loading holds the model and one tensor at a time, and nothing in it
+can run code.
 
-Module names in model.py are those of the released files less a leading "model."; the other schemes in use are mapped to them.
+Module names in model.py are those of the released files less a leading "model."; the other schemes in use are
+mapped to them.
 """
 import json
 import math
@@ -15,8 +17,9 @@ import torch
 
 from model import EXTRA, IMAGE, READ_ONLY, Molmo2, ModelConfig
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
 MAX_HEADER = 100_000_000  # bytes; the same cap as the format's own library
 
 
@@ -24,7 +27,7 @@ class BadCheckpoint(ValueError):
     """A checkpoint that cannot be used: the message is one line that names the file and the tensor or key."""
 
 
-# ---- safetensors ----------------------------------------------------------------------------------------------------
+# ---- safetensors --------------------------------------------------------------------------------------------
 
 def no_duplicates(pairs):
     out = dict(pairs)
@@ -55,7 +58,8 @@ def write_json(path, value):
 
 
 def read_safetensors(path):
-    """{name: tensor} of one file, memory-mapped: a tensor's bytes are read when it is copied from. BadCheckpoint otherwise."""
+    """{name: tensor} of one file, memory-mapped: a tensor's bytes are read when it is copied from.
+    BadCheckpoint otherwise."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
@@ -103,61 +107,75 @@ def write_safetensors(path, tensors):
         os.fsync(f.fileno())
 
 
-# ---- config.json ----------------------------------------------------------------------------------------------------
+# ---- config.json --------------------------------------------------------------------------------------------
 
 def hub_config(cfg):
     """ModelConfig -> the published config.json, with every key its other readers need."""
     rope = None
     if cfg.yarn:
-        rope = dict(rope_type="yarn", factor=cfg.yarn["factor"], attention_factor=cfg.yarn["attention_factor"],
-                    beta_fast=cfg.yarn["beta_fast"], beta_slow=cfg.yarn["beta_slow"],
-                    original_max_position_embeddings=cfg.yarn["original"])
+        rope = dict(rope_type="yarn", factor=cfg.yarn["factor"],
+                    attention_factor=cfg.yarn["attention_factor"], beta_fast=cfg.yarn["beta_fast"],
+                    beta_slow=cfg.yarn["beta_slow"], original_max_position_embeddings=cfg.yarn["original"])
     ids = {name: cfg.vocab + k for k, name in enumerate(READ_ONLY)}
     last = max(cfg.vit_features) + 1
-    declared = last + 2 if cfg.vit_features == (24, 18) else last  # SigLIP has 27 blocks, of which 25 are kept
-    vit = dict(model_type="molmo2", hidden_size=cfg.vit_width, intermediate_size=cfg.vit_mlp, num_hidden_layers=declared,
-               num_attention_heads=cfg.vit_heads, num_key_value_heads=cfg.vit_heads, head_dim=cfg.vit_head_dim,
-               hidden_act="gelu_pytorch_tanh", layer_norm_eps=cfg.vit_eps, image_default_input_size=[cfg.crop, cfg.crop],
-               image_patch_size=cfg.patch, image_num_pos=cfg.patches, float32_attention=True)
-    adapter = dict(model_type="molmo2", vit_layers=[i - declared for i in cfg.vit_features], pooling_attention_mask=True,
-                   hidden_size=cfg.vit_heads * cfg.vit_head_dim, num_attention_heads=cfg.vit_heads,
-                   num_key_value_heads=cfg.vit_heads, head_dim=cfg.vit_head_dim, float32_attention=True, hidden_act="silu",
+    # SigLIP has 27 blocks, of which 25 are kept
+    declared = last + 2 if cfg.vit_features == (24, 18) else last
+    vit = dict(model_type="molmo2", hidden_size=cfg.vit_width, intermediate_size=cfg.vit_mlp,
+               num_hidden_layers=declared, num_attention_heads=cfg.vit_heads,
+               num_key_value_heads=cfg.vit_heads, head_dim=cfg.vit_head_dim,
+               hidden_act="gelu_pytorch_tanh", layer_norm_eps=cfg.vit_eps,
+               image_default_input_size=[cfg.crop, cfg.crop], image_patch_size=cfg.patch,
+               image_num_pos=cfg.patches, float32_attention=True)
+    adapter = dict(model_type="molmo2", vit_layers=[i - declared for i in cfg.vit_features],
+                   pooling_attention_mask=True, hidden_size=cfg.vit_heads * cfg.vit_head_dim,
+                   num_attention_heads=cfg.vit_heads, num_key_value_heads=cfg.vit_heads,
+                   head_dim=cfg.vit_head_dim, float32_attention=True, hidden_act="silu",
                    intermediate_size=cfg.projector_mlp, text_hidden_size=cfg.width)
     text = dict(model_type="molmo2_text", hidden_size=cfg.width, num_attention_heads=cfg.heads,
-                num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, vocab_size=cfg.vocab, additional_vocab_size=EXTRA,
-                qkv_bias=False, num_hidden_layers=cfg.layers, intermediate_size=cfg.mlp, hidden_act="silu",
-                max_position_embeddings=cfg.max_positions, rope_theta=cfg.rope_theta, rope_scaling=rope,
+                num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, vocab_size=cfg.vocab,
+                additional_vocab_size=EXTRA, qkv_bias=False, num_hidden_layers=cfg.layers,
+                intermediate_size=cfg.mlp, hidden_act="silu", max_position_embeddings=cfg.max_positions,
+                rope_theta=cfg.rope_theta, rope_scaling=rope,
                 rope_scaling_layers=list(cfg.yarn_layers) or None, use_qk_norm=cfg.qk_norm != "none",
                 qk_norm_type="olmo" if cfg.qk_norm == "full" else "qwen3", layer_norm_eps=cfg.eps,
                 norm_after=cfg.norm_after, tie_word_embeddings=cfg.tie)
     return dict(model_type="molmo2", architectures=["Molmo2ForConditionalGeneration"], torch_dtype="float32",
-                tie_word_embeddings=cfg.tie, use_frame_special_tokens=cfg.frame_tokens, image_start_token_id=ids["<image_start>"],
-                image_end_token_id=ids["<image_end>"], image_patch_id=ids["<image>"], image_col_id=ids["<image_col>"],
+                tie_word_embeddings=cfg.tie, use_frame_special_tokens=cfg.frame_tokens,
+                image_start_token_id=ids["<image_start>"], image_end_token_id=ids["<image_end>"],
+                image_patch_id=ids["<image>"], image_col_id=ids["<image_col>"],
                 image_high_res_id=ids["<image>"], image_low_res_id=ids["<image_low>"],
-                low_res_image_start_token_id=ids["<low_res_image_start>"], frame_start_token_id=ids["<frame_start>"],
-                frame_end_token_id=ids["<frame_end>"], point_format=cfg.point_format, vit_config=vit, adapter_config=adapter,
+                low_res_image_start_token_id=ids["<low_res_image_start>"],
+                frame_start_token_id=ids["<frame_start>"], frame_end_token_id=ids["<frame_end>"],
+                point_format=cfg.point_format, vit_config=vit, adapter_config=adapter,
                 text_config=text)
 
 
 def processor_configs(cfg, tiles=8):
-    """{file name: contents}: what other readers need to cut pictures and videos as this model was shown them."""
+    """{file name: contents}: what other readers need to cut pictures and videos as this model was shown
+    them."""
     margin = round(cfg.crop / cfg.patch * 4 / 27)
-    pixels = dict(size=dict(height=cfg.crop, width=cfg.crop), patch_size=cfg.patch, do_resize=True, resample=2, do_rescale=True,
-                  rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
-    return {"preprocessor_config.json": dict(pixels, image_processor_type="Molmo2ImageProcessor", max_crops=tiles,
-                                             overlap_margins=[margin, margin], pooling_size=[2, 2]),
-            "video_preprocessor_config.json": dict(pixels, video_processor_type="Molmo2VideoProcessor", pooling_size=[3, 3],
-                                                   max_fps=2, num_frames=384, do_sample_frames=True),
-            "processor_config.json": dict(processor_class="Molmo2Processor", image_use_col_tokens=True, video_use_col_tokens=False,
-                                          use_single_crop_col_tokens=False, use_single_crop_start_token=True,
+    pixels = dict(size=dict(height=cfg.crop, width=cfg.crop), patch_size=cfg.patch, do_resize=True,
+                  resample=2, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
+                  image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
+    return {"preprocessor_config.json": dict(pixels, image_processor_type="Molmo2ImageProcessor",
+                                             max_crops=tiles, overlap_margins=[margin, margin],
+                                             pooling_size=[2, 2]),
+            "video_preprocessor_config.json": dict(pixels, video_processor_type="Molmo2VideoProcessor",
+                                                   pooling_size=[3, 3], max_fps=2, num_frames=384,
+                                                   do_sample_frames=True),
+            "processor_config.json": dict(processor_class="Molmo2Processor", image_use_col_tokens=True,
+                                          video_use_col_tokens=False, use_single_crop_col_tokens=False,
+                                          use_single_crop_start_token=True,
                                           use_frame_special_tokens=cfg.frame_tokens)}
 
 
 # What a config may say only in this way: these computations exist here in one form.
-FIXED = {"text": dict(hidden_act="silu", attention_bias=False, qkv_bias=False, mlp_bias=False, additional_vocab_size=EXTRA,
-                      clip_qkv=None, scale_logits=False, normalize_input_embeds=False, use_sliding_window=False),
+FIXED = {"text": dict(hidden_act="silu", attention_bias=False, qkv_bias=False, mlp_bias=False,
+                      additional_vocab_size=EXTRA, clip_qkv=None, scale_logits=False,
+                      normalize_input_embeds=False, use_sliding_window=False),
          "vision": dict(hidden_act="gelu_pytorch_tanh", attention_bias=True, num_channels=3),
-         "adapter": dict(hidden_act="silu", pooling_attention_mask=True, image_padding_embed=None, attention_bias=True,
+         "adapter": dict(hidden_act="silu", pooling_attention_mask=True, image_padding_embed=None,
+                         attention_bias=True,
                          mlp_bias=False)}
 LANGUAGE_MODELS = ("olmo2", "olmo3", "qwen3")
 
@@ -181,12 +199,14 @@ def parse_yarn(rope, path):
 
 
 def parse_text(text, path):
-    """The language half of ModelConfig: the text_config of a Molmo2, or the config of a plain OLMo-2, OLMo-3 or Qwen3."""
+    """The language half of ModelConfig: the text_config of a Molmo2, or the config of a plain OLMo-2, OLMo-3
+    or Qwen3."""
     check_fixed("text", text, path)
     kind, n = text.get("model_type"), text["num_hidden_layers"]
     types = text.get("layer_types") or ["full_attention"] * n
     full = tuple(i for i, t in enumerate(types) if t == "full_attention")
-    stretched = full if text.get("layer_types") else range(3, n, 4)  # every fourth layer of OLMo-3 sees everything
+    # every fourth layer of OLMo-3 sees everything
+    stretched = full if text.get("layer_types") else range(3, n, 4)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     theta = text.get("rope_theta") or rope.get("rope_theta")
     if "full_attention" in rope:  # OLMo-3 names the two kinds of layer apart
@@ -198,12 +218,14 @@ def parse_text(text, path):
         norm_after = bool(text["norm_after"])
         qk_norm = {"olmo": "full", "qwen3": "head"}[text["qk_norm_type"]] if text.get("use_qk_norm", True) else "none"
     heads, window = text["num_attention_heads"], text.get("sliding_window") if len(full) < n else None
-    return dict(layers=n, width=text["hidden_size"], heads=heads, kv_heads=text.get("num_key_value_heads") or heads,
+    return dict(layers=n, width=text["hidden_size"], heads=heads,
+                kv_heads=text.get("num_key_value_heads") or heads,
                 head_dim=text.get("head_dim") or text["hidden_size"] // heads, mlp=text["intermediate_size"],
                 vocab=text["vocab_size"], norm_after=norm_after, qk_norm=qk_norm,
                 eps=text.get("layer_norm_eps") or text["rms_norm_eps"], rope_theta=theta or 1e4, yarn=yarn,
                 yarn_layers=tuple(text.get("rope_scaling_layers") or stretched) if yarn else (),
-                window=window or 0, window_layers=tuple(i for i in range(n) if i not in full) if window else (),
+                window=window or 0,
+                window_layers=tuple(i for i in range(n) if i not in full) if window else (),
                 tie=bool(text.get("tie_word_embeddings")), max_positions=text["max_position_embeddings"])
 
 
@@ -212,8 +234,9 @@ def parse_vision(vit, path):
     check_fixed("vision", vit, path)
     side = vit.get("image_default_input_size") or vit["image_size"]
     side, patch = side if isinstance(side, int) else side[0], vit.get("image_patch_size") or vit["patch_size"]
-    return dict(crop=side // patch * patch, patch=patch, vit_width=vit["hidden_size"], vit_mlp=vit["intermediate_size"],
-                vit_heads=vit["num_attention_heads"], vit_eps=vit["layer_norm_eps"],
+    return dict(crop=side // patch * patch, patch=patch, vit_width=vit["hidden_size"],
+                vit_mlp=vit["intermediate_size"], vit_heads=vit["num_attention_heads"],
+                vit_eps=vit["layer_norm_eps"],
                 vit_head_dim=vit.get("head_dim") or vit["hidden_size"] // vit["num_attention_heads"])
 
 
@@ -241,12 +264,13 @@ def check_sizes(fields, path):
 
 
 def parse_config(config, path, vision=None):
-    """config.json -> ModelConfig. Of a Molmo2 (old keys: vit_config, rope_theta; new ones: vision_config, rope_parameters);
-    or of a plain language model, with `vision`, the config of a SigLIP."""
+    """config.json -> ModelConfig. Of a Molmo2 (old keys: vit_config, rope_theta; new ones: vision_config,
+    rope_parameters); or of a plain language model, with `vision`, the config of a SigLIP."""
     try:
         if config.get("model_type") in LANGUAGE_MODELS:
             vision = vision.get("vision_config", vision)
-            n = vision["num_hidden_layers"]  # SigLIP 2 so400m gives blocks 24 and 18 of 27; a small one its last and middle
+            # SigLIP 2 so400m gives blocks 24 and 18 of 27; a small one its last and middle
+            n = vision["num_hidden_layers"]
             fields = dict(parse_text(config, path), **parse_vision(vision, path))
             fields.update(projector_mlp=fields["mlp"], vit_features=(24, 18) if n == 27 else (n - 1, n // 2))
         else:
@@ -257,10 +281,12 @@ def parse_config(config, path, vision=None):
             fields = dict(parse_text(text, path), **parse_vision(vit, path))
             fields.update(projector_mlp=adapter["intermediate_size"],
                           vit_features=tuple(i % vit["num_hidden_layers"] for i in layers),
-                          point_format=config.get("point_format", "released"),  # a file that does not say is not ours
+                          # a file that does not say is not ours
+                          point_format=config.get("point_format", "released"),
                           frame_tokens=bool(config.get("use_frame_special_tokens", True)))
             want = fields["vocab"] + IMAGE
-            for key, value, right in (("adapter_config.text_hidden_size", adapter["text_hidden_size"], fields["width"]),
+            for key, value, right in (("adapter_config.text_hidden_size", adapter["text_hidden_size"],
+                                       fields["width"]),
                                       ("image_patch_id", config.get("image_patch_id", want), want)):
                 if value != right:
                     raise BadCheckpoint(f"{path}: {key} is {value}, expected {right}")
@@ -272,7 +298,7 @@ def parse_config(config, path, vision=None):
         raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
 
 
-# ---- names: four schemes, one of them ours --------------------------------------------------------------------------
+# ---- names: four schemes, one of them ours ------------------------------------------------------------------
 #
 #   released (hub)        model.transformer.blocks.0.self_attn.att_proj.weight    ours, with "model." in front
 #   official training     transformer.blocks.0.att_proj.weight                    no level self_attn or mlp
@@ -284,15 +310,20 @@ LANGUAGE_LAYER = {  # their name -> ours, and which part of a fused matrix it is
     "self_attn.q_proj": ("self_attn.att_proj", 0), "self_attn.k_proj": ("self_attn.att_proj", 1),
     "self_attn.v_proj": ("self_attn.att_proj", 2), "self_attn.o_proj": ("self_attn.attn_out", 0),
     "self_attn.q_norm": ("self_attn.q_norm", 0), "self_attn.k_norm": ("self_attn.k_norm", 0),
-    "mlp.up_proj": ("mlp.ff_proj", 0), "mlp.gate_proj": ("mlp.ff_proj", 1), "mlp.down_proj": ("mlp.ff_out", 0),
-    "input_layernorm": ("attn_norm", 0), "post_attention_layernorm": ("ff_norm", 0)}
+    "mlp.up_proj": ("mlp.ff_proj", 0), "mlp.gate_proj": ("mlp.ff_proj", 1),
+    "mlp.down_proj": ("mlp.ff_out", 0), "input_layernorm": ("attn_norm", 0),
+    "post_attention_layernorm": ("ff_norm", 0)}
 OLMO_NORMS = {"post_attention_layernorm": ("attn_norm", 0), "post_feedforward_layernorm": ("ff_norm", 0)}
-VISION_LAYER = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-                "self_attn.o_proj": "attention.wo", "self_attn.out_proj": "attention.wo", "mlp.fc1": "feed_forward.w1",
+VISION_LAYER = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+                "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+                "self_attn.out_proj": "attention.wo", "mlp.fc1": "feed_forward.w1",
                 "mlp.fc2": "feed_forward.w2", "layer_norm1": "attention_norm", "layer_norm2": "ffn_norm"}
-CONNECTOR = {"image_pooling_2d.q_proj": "image_pooling_2d.wq", "image_pooling_2d.k_proj": "image_pooling_2d.wk",
-             "image_pooling_2d.v_proj": "image_pooling_2d.wv", "image_pooling_2d.o_proj": "image_pooling_2d.wo",
-             "image_projector.gate_proj": "image_projector.w1", "image_projector.down_proj": "image_projector.w2",
+CONNECTOR = {"image_pooling_2d.q_proj": "image_pooling_2d.wq",
+             "image_pooling_2d.k_proj": "image_pooling_2d.wk",
+             "image_pooling_2d.v_proj": "image_pooling_2d.wv",
+             "image_pooling_2d.o_proj": "image_pooling_2d.wo",
+             "image_projector.gate_proj": "image_projector.w1",
+             "image_projector.down_proj": "image_projector.w2",
              "image_projector.up_proj": "image_projector.w3"}
 SINGLE = {"embed_tokens.weight": "transformer.wte.embedding", "norm.weight": "transformer.ln_f.weight",
           "transformer.ff_out.weight": "lm_head.weight",
@@ -302,12 +333,14 @@ SINGLE = {"embed_tokens.weight": "transformer.wte.embedding", "norm.weight": "tr
           "embeddings.patch_embedding.weight": "vision_backbone.image_vit.patch_embedding.weight",
           "embeddings.patch_embedding.bias": "vision_backbone.image_vit.patch_embedding.bias",
           "embeddings.position_embedding.weight": "vision_backbone.image_vit.positional_embedding"}
-# What a SigLIP checkpoint also holds and Molmo2 does not use: its text tower, its last norm and its pooling head.
+# What a SigLIP checkpoint also holds and Molmo2 does not use: its text tower, its last norm and its pooling
+# head.
 UNUSED = re.compile(r"text_model\..*|logit_(scale|bias)|(vision_model\.)?(post_layernorm|head)\..*")
 
 
 def our_name(name, olmo):
-    """A tensor's name in any scheme -> (ours, which part of a fused matrix). olmo: its two norms follow the sub-layers."""
+    """A tensor's name in any scheme -> (ours, which part of a fused matrix). olmo: its two norms follow the
+    sub-layers."""
     name = re.sub(r"^(model\.)?(language_model\.|vision_model\.)?", "", name)
     if m := re.fullmatch(r"transformer\.blocks\.(\d+)\.(att_proj|attn_out|q_norm|k_norm|ff_proj|ff_out)\.weight", name):
         level = "mlp" if m[2].startswith("ff") else "self_attn"
@@ -327,12 +360,14 @@ def their_name(name):
 
 
 def read_shards(folder):
-    """{our name: {part: tensor}} of a folder, one file or several with an index, each mapped and not yet read."""
+    """{our name: {part: tensor}} of a folder, one file or several with an index, each mapped and not yet
+    read."""
     index = os.path.join(folder, "model.safetensors.index.json")
     files = ["model.safetensors"]
     if os.path.exists(index):
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(f, str) and os.path.basename(f) == f for f in listed.values()):
+        if not isinstance(listed, dict) or not all(isinstance(f, str) and os.path.basename(f) == f
+                                                   for f in listed.values()):
             raise BadCheckpoint(f"{index}: weight_map must map tensors to file names in this folder")
         files = sorted(set(listed.values()))
     tensors, found = [(f, n, t) for f in files for n, t in read_safetensors(os.path.join(folder, f)).items()], {}
@@ -343,16 +378,17 @@ def read_shards(folder):
         ours, slot = our_name(name, olmo)
         if slot in found.setdefault(ours, {}):
             raise BadCheckpoint(f"{os.path.join(folder, f)}: tensor {name} appears twice")
-        # A convolution over patches is a matrix on flattened ones: (D, channel, row, column) -> (D, row · column · channel).
+        # A convolution over patches is a matrix on flattened ones: (D, channel, row, column) -> (D, row ·
+        # column · channel).
         found[ours][slot] = t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t
     return found
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+# ---- models -------------------------------------------------------------------------------------------------
 
 def load(folder, vision=None):
-    """The model of a checkpoint folder, in fp32 on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs a SigLIP folder beside it,
-    `vision`; the connector and the new embedding rows are then random."""
+    """The model of a checkpoint folder, in fp32 on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs a SigLIP
+    folder beside it, `vision`; the connector and the new embedding rows are then random."""
     path = os.path.join(folder, "config.json")
     config, plain = read_json(path), False
     if config.get("model_type") in LANGUAGE_MODELS:
@@ -379,12 +415,13 @@ def load(folder, vision=None):
 
 
 def fill(model, found, folder, new=()):
-    """Give every parameter its tensor, and those in `new` random values; missing, unknown and misshapen ones are an error
-    before anything is changed."""
+    """Give every parameter its tensor, and those in `new` random values; missing, unknown and misshapen ones
+    are an error before anything is changed."""
     wanted, cfg = dict(model.named_parameters(remove_duplicate=False)), model.cfg
     tables = [found.pop(f"transformer.wte.{n}", {}).get(0) for n in ("embedding", "new_embedding")]
     tables = [t for t in tables if t is not None]
-    if tables:  # one table or two, and some writers part them in the middle: only the sum of their rows can be trusted
+    # one table or two, and some writers part them in the middle: only the sum of their rows can be trusted
+    if tables:
         both = tables[0] if len(tables) == 1 else torch.cat(tables) if len(tables[0]) != cfg.vocab else None
         base, extra = tables if both is None else (both[:cfg.vocab], both[cfg.vocab:])
         found["transformer.wte.embedding"] = {0: base}

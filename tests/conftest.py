@@ -1,7 +1,10 @@
-"""Shared pieces of the tests: a tiny model whose weights are all at work, and a tiny world of pictures and lines."""
+"""Shared pieces of the tests: a tiny model whose weights are all at work, and a tiny world of pictures and
+lines."""
 import json
 import os
+import struct
 import sys
+import zlib
 
 import av
 import numpy as np
@@ -16,15 +19,17 @@ from data import Planner  # noqa: E402
 from model import Molmo2, ModelConfig  # noqa: E402
 from points import SMALL_TOKENIZER, Tokenizer  # noqa: E402
 
-SIZES = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=1024, rope_theta=1e4, crop=20, patch=4,
-             vit_width=16, vit_heads=2, vit_head_dim=8, vit_mlp=24, vit_features=(1, 0))
-STYLES = {"olmo": dict(norm_after=True, qk_norm="full", yarn=dict(factor=8.0, original=64, beta_fast=32.0, beta_slow=1.0,
+SIZES = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=1024, rope_theta=1e4, crop=20,
+             patch=4, vit_width=16, vit_heads=2, vit_head_dim=8, vit_mlp=24, vit_features=(1, 0))
+STYLES = {"olmo": dict(norm_after=True, qk_norm="full",
+                       yarn=dict(factor=8.0, original=64, beta_fast=32.0, beta_slow=1.0,
                                                                   attention_factor=1.2), yarn_layers=(1,)),
           "qwen": dict(norm_after=False, qk_norm="head")}
 
 
 def tiny_model(style="olmo", seed=0):
-    """A model of 2 blocks. Training starts with sub-layers that add nothing; here every weight is drawn, so all take part."""
+    """A model of 2 blocks. Training starts with sub-layers that add nothing; here every weight is drawn, so
+    all take part."""
     torch.manual_seed(seed)
     model = Molmo2(ModelConfig(**SIZES, **STYLES[style]))
     with torch.no_grad():
@@ -56,6 +61,14 @@ def picture(path, colour, size=(30, 24)):
     return str(path)
 
 
+def png(width, height):
+    """A PNG that claims a size and holds nothing."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
 def video(path, n=20, fps=10, size=(48, 32)):
     """A clip whose frame i is grey level 10·i."""
     with av.open(str(path), "w") as container:
@@ -83,7 +96,8 @@ def world(tmp_path):
         rows.append(dict(id=str(i), image=f"{i}.png", annotations=[
             dict(task="image_caption", answer=f"A {colour} wall."),
             dict(task="image_pointing", prompt="Point to the speck.", points=[dict(x=0.1, y=0.17, id=0)]),
-            dict(task="image_qa", messages=[dict(role="user", content="What colour?"), dict(role="assistant", content=colour),
+            dict(task="image_qa",
+                 messages=[dict(role="user", content="What colour?"), dict(role="assistant", content=colour),
                                             dict(role="user", content="Sure?"), dict(role="assistant", content="Yes.")])]))
     rows.append(dict(id="text", annotations=[dict(task="text", prompt="2 plus 2?", answer="4")]))
     return write_lines(tmp_path / "rows.jsonl", rows)

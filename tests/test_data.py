@@ -3,17 +3,16 @@ import dataclasses
 import json
 import os
 import random
-import struct
-import zlib
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, picture, video, write_lines
+from conftest import HERE, picture, png, video, write_lines
 
-from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_row, shuffled,
+from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
+                  parse_row, shuffled,
                   to_messages)
 from media import BadMedia, image_size, inside_folder, load_image
 
@@ -26,31 +25,40 @@ def test_good_rows_of_every_kind_pass():
     for extra in (dict(), dict(width=3, height=4), dict(source="my own field")):
         assert parse_row(row_of(**extra))["image"] == "a.png"
     points = [dict(image=1, x=0, y=1.0, id=0)]
-    both = dict(images=["a", "b"], annotations=[dict(task="multi_image_pointing", label="cat", points=points)])
+    both = dict(images=["a", "b"],
+                annotations=[dict(task="multi_image_pointing", label="cat", points=points)])
     assert parse_row(json.dumps(both).encode()) == both
 
 
 def points_row(**p):
-    return row_of(annotations=[dict(task="image_pointing", label="cat", points=[dict(dict(x=0.5, y=0.5, id=0), **p)])])
+    return row_of(annotations=[dict(task="image_pointing", label="cat",
+                                    points=[dict(dict(x=0.5, y=0.5, id=0), **p)])])
 
 
 def annotated(**a):
     return row_of(annotations=[dict(task="image_qa", prompt="?", **a)])
 
 
-BAD = [(b"{", "malformed JSON"), (b"[1]", "wrong field"), (b'{"a": "\xff"}', "not UTF-8"), (b"[" * 100_000, "malformed JSON"),
-       (row_of(annotations=[]), "wrong field"), (row_of(image=3), "wrong field"), (row_of(video="v.mp4"), "wrong field"),
+BAD = [(b"{", "malformed JSON"), (b"[1]", "wrong field"), (b'{"a": "\xff"}', "not UTF-8"),
+       (b"[" * 100_000, "malformed JSON"),
+       (row_of(annotations=[]), "wrong field"), (row_of(image=3), "wrong field"),
+       (row_of(video="v.mp4"), "wrong field"),
        (row_of(annotations=[dict(task="sing")]), "unknown task"), (row_of(annotations=["x"]), "unknown task"),
        (row_of(annotations=[dict(task="image_caption")]), "wrong field"),
        (row_of(annotations=[dict(task="image_qa", answer="Yes.")]), "wrong field"),
        (row_of(annotations=[dict(task="video_qa", prompt="?", answer="Yes.")]), "wrong field"),
-       (row_of(annotations=[dict(task="image_qa", messages=[dict(role="user", content="?")])]), "wrong field"),
+       (row_of(annotations=[dict(task="image_qa", messages=[dict(role="user", content="?")])]),
+        "wrong field"),
        (points_row(x=1.01), "point outside [0, 1]"), (points_row(y=-0.01), "point outside [0, 1]"),
-       (points_row(x=float("nan")), "point outside [0, 1]"), (points_row(x=float("inf")), "point outside [0, 1]"),
-       (annotated(options=["a", "b"], correct=2, question="?"), "wrong field"), (annotated(options="ab"), "wrong field"),
+       (points_row(x=float("nan")), "point outside [0, 1]"),
+       (points_row(x=float("inf")), "point outside [0, 1]"),
+       (annotated(options=["a", "b"], correct=2, question="?"), "wrong field"),
+       (annotated(options="ab"), "wrong field"),
        (annotated(answer="x", fps=-1), "wrong field"), (annotated(answer="x", images=[1]), "wrong field"),
-       (annotated(answer="x", input_points=[1]), "wrong field"), (points_row(x=10 ** 400), "point outside [0, 1]"),
-       (points_row(x=True), "point outside [0, 1]"), (points_row(id=-1), "wrong field"), (points_row(id=None), "wrong field")]
+       (annotated(answer="x", input_points=[1]), "wrong field"),
+       (points_row(x=10 ** 400), "point outside [0, 1]"),
+       (points_row(x=True), "point outside [0, 1]"), (points_row(id=-1), "wrong field"),
+       (points_row(id=None), "wrong field")]
 
 
 @pytest.mark.parametrize("line, reason", BAD, ids=range(len(BAD)))
@@ -60,7 +68,8 @@ def test_bad_rows_are_refused_with_a_reason(line, reason):
     assert e.value.reason == reason
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../up.png", "a/../../up.png", "https://host/a.png", "", "a\0b", "out.png"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up.png", "a/../../up.png", "https://host/a.png", "",
+                                  "a\0b", "out.png"])
 def test_media_stay_under_their_folder(tmp_path, name):
     (tmp_path / "data").mkdir()
     picture(tmp_path / "up.png", "red")
@@ -77,9 +86,7 @@ def test_links_inside_the_folder_are_fine(tmp_path):
 
 def test_huge_pictures_are_refused_unread(tmp_path):
     """A PNG header that promises 10,000 x 10,000 pixels, with none behind it."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(png(10_000, 10_000))
     with pytest.raises(BadMedia, match="64 megapixels"):
         image_size(str(tmp_path / "bomb.png"))
 
@@ -134,7 +141,8 @@ def test_released_token_weights(tokenizer, world):
     from model import ModelConfig
     planner = Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), 192, token_weights="released")
     assert planner.weight("image_pointing", 5, 3) == 0.2 and planner.weight("video_caption", 5, 3) == 0.1
-    assert planner.weight("image_qa", 10, 3) == pytest.approx(2 / 9 ** 0.5 / 3 ** 0.5)  # a tree: EOS is not counted
+    # a tree: EOS is not counted
+    assert planner.weight("image_qa", 10, 3) == pytest.approx(2 / 9 ** 0.5 / 3 ** 0.5)
     assert planner.weight("image_qa", 10, 1) == pytest.approx(2 / 10 ** 0.5)            # a chat: it is
 
 
@@ -154,10 +162,12 @@ def test_long_trees_split_and_too_long_answers_are_counted(tokenizer, world):
 
 def items(seed, n, tokens, crops):
     rng = random.Random(seed)
-    return [SimpleNamespace(n_tokens=rng.randint(*tokens), n_crops=rng.randint(*crops), k=k) for k in range(n)]
+    return [SimpleNamespace(n_tokens=rng.randint(*tokens), n_crops=rng.randint(*crops), k=k)
+            for k in range(n)]
 
 
-@pytest.mark.parametrize("crops, least", [((0, 1), 0.99), ((1, 6), 0.93)])  # tokens bind; tokens and crops both do
+# tokens bind; tokens and crops both do
+@pytest.mark.parametrize("crops, least", [((0, 1), 0.99), ((1, 6), 0.93)])
 def test_packer_keeps_limits_and_loses_nothing(crops, least):
     packer, rows = Packer(256, 12), []
     for item in items(0, 2000, (10, 150), crops):
@@ -172,10 +182,11 @@ def test_packer_keeps_limits_and_loses_nothing(crops, least):
     assert max(max(i.k for i in r) - min(i.k for i in r) for r in rows) < 400  # nobody waits for ever
 
 
-@pytest.mark.parametrize("seq_len, crops, tokens_filled, crops_filled, wait", [(16384, 128, 0.83, 0.99, 192), (4096, 32, 0.86, 0.89, 192)])
+@pytest.mark.parametrize("seq_len, crops, tokens_filled, crops_filled, wait",
+                         [(16384, 128, 0.83, 0.99, 192), (4096, 32, 0.86, 0.89, 192)])
 def test_packer_fills_the_golden_streams(seq_len, crops, tokens_filled, crops_filled, wait):
-    """5,000 examples with the lengths of the published mixture. The published packer: 96.4 % and 87.0 % of the crops, and
-    some examples wait for more than 1,000 others."""
+    """5,000 examples with the lengths of the published mixture. The published packer: 96.4 % and 87.0 % of
+    the crops, and some examples wait for more than 1,000 others."""
     path = os.path.join(HERE, "golden", "packing", "packing.npz")
     z = np.load(path)
     stream = [SimpleNamespace(n_tokens=int(t), n_crops=int(c), k=k) for k, (t, c) in
@@ -230,8 +241,8 @@ def test_stream_is_the_same_for_any_workers_and_ranks(world, planner):
     planner.seq_len = 96
     take = lambda workers, rank=0, world_size=1: [
         (row["tokens"].tolist(), state["rows"]) for ((row, *_), state, _), _ in
-        zip(torch.utils.data.DataLoader(Batches(stream_of(world, planner), None, rank, world_size), batch_size=None,
-                                        num_workers=workers), range(12))]
+        zip(torch.utils.data.DataLoader(Batches(stream_of(world, planner), None, rank, world_size),
+                                        batch_size=None, num_workers=workers), range(12))]
     one = take(0)
     assert take(2) == one
     halves = [take(0, r, 2) for r in (0, 1)]
@@ -246,7 +257,8 @@ def test_every_row_is_drawn_once_an_epoch(world, planner):
 
 def test_mixture_rates_are_kept(tmp_path, planner):
     line = dict(annotations=[dict(task="text", prompt="a", answer="b")])
-    sets = [(Dataset(n, [write_lines(tmp_path / f"{n}.jsonl", [line] * 5)]), r) for n, r in (("a", 3), ("b", 1))]
+    sets = [(Dataset(n, [write_lines(tmp_path / f"{n}.jsonl", [line] * 5)]), r)
+            for n, r in (("a", 3), ("b", 1))]
     stream = Stream(sets, planner, 8, 0)
     share = Counter(stream.draw(i) for i in range(4000))["a"] / 4000
     assert abs(share - 0.75) < 0.03
@@ -254,7 +266,8 @@ def test_mixture_rates_are_kept(tmp_path, planner):
 
 def test_bad_rows_are_counted_and_the_rest_untouched(tmp_path, planner, world):
     good = [line for line in open(world)]
-    bad = ["{", json.dumps(dict(annotations=[dict(task="dance")])), json.dumps(dict(image="gone.png", annotations=[
+    bad = ["{", json.dumps(dict(annotations=[dict(task="dance")])),
+           json.dumps(dict(image="gone.png", annotations=[
         dict(task="image_caption", answer="x")])), json.dumps(dict(video="v.mp4", annotations=[
             dict(task="video_caption", answer="x")]))]
     path = write_lines(tmp_path / "mixed.jsonl", [g.strip() for g in good] + bad)
@@ -290,13 +303,15 @@ def test_a_picture_that_breaks_later_costs_only_its_own_example(world, planner):
     assert len(failed) == 1 and failed[0][2] == "failed to decode" and "0.png" in failed[0][3]
     assert np.array_equal(broken["tokens"], row["tokens"])
     mine = row["example"] == 1
-    assert not broken["weights"][mine].any() and np.array_equal(broken["weights"][~mine], row["weights"][~mine])
+    assert not broken["weights"][mine].any() and np.array_equal(broken["weights"][~mine],
+                                                                row["weights"][~mine])
     assert not broken_crops[0].any() and np.array_equal(broken_crops[1], crops[1])
 
 
 def test_collate_mixes_window_sizes_and_text(planner, world):
     plans = [p for parts, _ in plan_all(planner, world) for p in parts]
-    rows = [decode(plans[:1], planner.cfg, 192), decode(plans[3:], planner.cfg, 192), decode(plans[1:3], planner.cfg, 400)]
+    rows = [decode(plans[:1], planner.cfg, 192), decode(plans[3:], planner.cfg, 192),
+            decode(plans[1:3], planner.cfg, 400)]
     rows[2][2][1] = np.pad(rows[2][2][1], ((0, 0), (0, 5)), constant_values=-1)  # as if pooled 3x3
     rows = [({k: np.resize(v, 400) for k, v in r[0].items()}, *r[1:]) for r in rows]
     batch = collate(rows)
@@ -315,21 +330,24 @@ def test_data_that_is_not_there_is_named(tmp_path):
         find_datasets([str(tmp_path / "empty.jsonl")])
 
 
-# ---- the released format, video -------------------------------------------------------------------------------------
+# ---- the released format, video -----------------------------------------------------------------------------
 
 def test_video_rows_in_both_formats(tmp_path, planner, tokenizer):
     video(tmp_path / "a.mp4", n=15)
-    row = parse_row(json.dumps(dict(video="a.mp4", start=0.5, subtitles=[dict(start=0, end=1, text="hello"), dict(
+    row = parse_row(json.dumps(dict(video="a.mp4", start=0.5,
+                                    subtitles=[dict(start=0, end=1, text="hello"), dict(
         start=9, end=9, text="unseen")], annotations=[dict(task="video_tracking", label="dot", points=[
             dict(t=0.25, x=0, y=0, id=3), dict(t=0.5, x=0.25, y=1, id=3), dict(t=1, x=0.5, y=0.5, id=3)])])).encode())
-    answers = {"spec": "<point 0, 0.25, 1, 3> <point 0.5, 0.5, 0.5, 3>",  # times as the model counts, from where the clip starts
+    # times as the model counts, from where the clip starts
+    answers = {"spec": "<point 0, 0.25, 1, 3> <point 0.5, 0.5, 0.5, 3>",
                "released": '<tracks coords="0.0 1 250 1000;0.5 1 500 500">dot</tracks>'}
     for point_format, answer in answers.items():
         cfg = dataclasses.replace(planner.cfg, point_format=point_format)
         p = Planner(tokenizer, cfg, 400, max_frames=8)
         (plan,), left_out = p.plan(row, str(tmp_path), random.Random(0))
         path, layout = plan.media[0]
-        assert not left_out and layout.times == (0.5, 1.0, 1.5) and len(layout.pool) == 12  # 5 x 5 patches, by 3 x 3: 4 tokens
+        # 5 x 5 patches, by 3 x 3: 4 tokens
+        assert not left_out and layout.times == (0.5, 1.0, 1.5) and len(layout.pool) == 12
         learned = [int(t) for t, w in zip(plan.targets, plan.weights) if w]
         assert tokenizer.decode(learned[:-1]) == answer and learned[-1] == tokenizer.eos
         text = tokenizer.decode([int(t) for t in plan.tokens])

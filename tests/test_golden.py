@@ -1,4 +1,5 @@
-"""Against the reference: what transformers 5.23 and the official training code put out (fp32, CPU) for random weights.
+"""Against the reference: what transformers 5.23 and the official training code put out (fp32, CPU) for random
+weights.
 
 The folders under golden/ hold weights, inputs and outputs, and nothing else.
 """
@@ -77,7 +78,7 @@ def test_saving_gives_the_original_file(name, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---- other layouts of the same weights ------------------------------------------------------------------------------
+# ---- other layouts of the same weights ----------------------------------------------------------------------
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
@@ -99,7 +100,8 @@ def test_all_naming_schemes_load_alike(name, tmp_path):
     # and as transformers saves it: the two embedding tables parted in the middle, over several files
     wte = "model.transformer.wte."
     both = torch.cat([tensors[wte + "embedding"], tensors[wte + "new_embedding"]])
-    halves = dict(tensors) | {wte + "embedding": both[:196].clone(), wte + "new_embedding": both[196:].clone()}
+    halves = dict(tensors) | {wte + "embedding": both[:196].clone(),
+                              wte + "new_embedding": both[196:].clone()}
     for case, named in (("official", official), ("halves", halves)):
         out = tmp_path / case
         os.makedirs(out)
@@ -107,7 +109,8 @@ def test_all_naming_schemes_load_alike(name, tmp_path):
         parts = {f"model-{i}.safetensors": dict(list(named.items())[i::3]) for i in range(3)}
         for f, part in parts.items():
             write_safetensors(out / f, part)
-        write_json(out / "model.safetensors.index.json", {"weight_map": {n: f for f, part in parts.items() for n in part}})
+        write_json(out / "model.safetensors.index.json",
+                   {"weight_map": {n: f for f, part in parts.items() for n in part}})
         assert same(Molmo2.from_pretrained(out), hub), case
 
 
@@ -120,7 +123,8 @@ def test_plain_language_models(name):
     assert float((logits[:, x["logit_positions"]] - x["logits"]).abs().max()) <= 1e-4
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x["input_ids"][:, 1:].flatten())
     assert abs(float(nll) - float(x["loss"])) <= 1e-5
-    said = torch.stack(list(model.generate(x["input_ids"][:1, :40], max_new_tokens=12)), 1)  # OLMo-3's window and the cache
+    # OLMo-3's window and the cache
+    said = torch.stack(list(model.generate(x["input_ids"][:1, :40], max_new_tokens=12)), 1)
     assert torch.equal(said, x["generated_from_first_40"])
 
 
@@ -147,7 +151,7 @@ def test_a_language_model_alone_or_the_wrong_partner():
         Molmo2.from_pretrained(os.path.join(GOLDEN, "siglip-tiny"), os.path.join(GOLDEN, "siglip-tiny"))
 
 
-# ---- pictures and videos --------------------------------------------------------------------------------------------
+# ---- pictures and videos ------------------------------------------------------------------------------------
 
 def lines(*names):
     with open(os.path.join(GOLDEN, *names)) as f:
@@ -167,7 +171,8 @@ CROPS = json.load(open(os.path.join(GOLDEN, "image-preprocess", "cases.json")))
 def test_crops_tokens_and_windows(case):
     arrays = np.load(os.path.join(GOLDEN, "image-preprocess", "arrays.npz"))
     key = f"{os.path.splitext(case['image'])[0]}/mc{case['max_crops']}/"
-    names = {"<im_start>": "<image_start>", "<im_end>": "<image_end>", "<im_patch>": "<image>", "<im_col>": "<image_col>",
+    names = {"<im_start>": "<image_start>", "<im_end>": "<image_end>", "<im_patch>": "<image>",
+             "<im_col>": "<image_col>",
              "<low_res_im_start>": "<low_res_image_start>"}
     layout = image_layout(case["width"], case["height"], 27, 14, case["max_crops"])
     assert layout.tokens == [names[CROPS["token_order"][i]] for i in arrays[key + "tokens"]]
@@ -181,7 +186,8 @@ def test_crops_tokens_and_windows(case):
         assert np.abs(image[y[i], x[i]].astype(int) - want[i]).max() <= 1
         assert abs(image.mean() - case["crop_mean_u8"][i]) < 0.01
         if hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16] != case["crop_sha256_16"][i]:
-            assert abs(image.std() - case["crop_std_u8"][i]) < 0.01  # bilinear rounding differs between builds of torch
+            # bilinear rounding differs between builds of torch
+            assert abs(image.std() - case["crop_std_u8"][i]) < 0.01
 
 
 def test_sampling_times_and_frame_windows():
@@ -198,7 +204,8 @@ def released_planner(vocab=264, **sizes):
     cfg = parse_config(cfg, "config.json")
     for k, v in sizes.items():
         setattr(cfg, k, v)
-    return Planner(Tokenizer(os.path.join(GOLDEN, "molmo2-inputs", "tokenizer.json"), vocab), cfg, 20000, tiles=4,
+    return Planner(Tokenizer(os.path.join(GOLDEN, "molmo2-inputs", "tokenizer.json"), vocab), cfg, 20000,
+                   tiles=4,
                    token_weights="released", max_frames=128)
 
 
@@ -212,34 +219,40 @@ def test_layout_of_videos(monkeypatch):
         monkeypatch.setattr(data, "video_duration", lambda path: r["n_frames"] / r["fps"])
         ids, media = planner.trunk(dict(video="x.mp4"), ".")
         names = {i: n for n, i in planner.tokenizer.ids.items()}
-        text = "".join({"<image>": "#"}.get(names.get(i), names.get(i) or planner.tokenizer.decode([i])) for i in ids[1:])
+        text = "".join({"<image>": "#"}.get(names.get(i), names.get(i) or planner.tokenizer.decode([i]))
+                       for i in ids[1:])
         text = re.sub("#+", lambda m: f"[<im_patch>*{len(m[0])}]", text)
         assert text == r["layout"] and media[0][1].pool.shape == tuple(r["token_pooling_shape"])
         checked += 1
     assert checked >= 5
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------
+# ---- text ---------------------------------------------------------------------------------------------------
 
-MODES = {None: "point", "point": "point", "pointing": "point", "point_then_count": "point_count", "point_count": "point_count",
-         "count_then_point": "count_point", "count_point": "count_point", "count": "count"}
+MODES = {None: "point", "point": "point", "pointing": "point", "point_then_count": "point_count",
+         "point_count": "point_count", "count_then_point": "count_point", "count_point": "count_point",
+         "count": "count"}
 
 
 def test_points_as_released():
-    unit = lambda p, s: (p[0] / (s[0] if isinstance(s, list) else s), p[1] / (s[1] if isinstance(s, list) else s))
+    unit = lambda p, s: (p[0] / (s[0] if isinstance(s, list) else s),
+                         p[1] / (s[1] if isinstance(s, list) else s))
     seconds = lambda t: sum(60 ** k * float(x) for k, x in enumerate(reversed(t.split(":")))) if isinstance(t, str) else t
     for r in lines("point-format", "format.jsonl"):
         a, scale = r["args"], r["args"]["scale"]
         if r["fn"] == "format_video_tracks":
             start = a.get("from_initial_points")
-            frames = [(seconds(f["time"]), {k: unit(v["point"], scale) for k, v in f["points"].items() if not v["occluded"]})
+            frames = [(seconds(f["time"]),
+                       {k: unit(v["point"], scale) for k, v in f["points"].items() if not v["occluded"]})
                       for f in a["point_tracks"]]
             got = released_tracks(frames, a["label"], a["alt_text"], a.get("start_end_only", False),
                                   start[0]["time"] if start else None)
         else:
             groups = {"format_image_points": lambda: [("1", a["points"], scale)],
-                      "format_multi_image_points": lambda: zip(map(str, a["image_indices"]), a["points"], scale),
-                      "format_video_points": lambda: [(f"{t:.1f}", g, scale) for t, g in zip(a["timestamps"], a["points"])]}
+                      "format_multi_image_points": lambda: zip(map(str, a["image_indices"]), a["points"],
+                                                               scale),
+                      "format_video_points": lambda: [(f"{t:.1f}", g, scale)
+                                                      for t, g in zip(a["timestamps"], a["points"])]}
             groups = [(prefix, [unit(p, s) for p in places]) for prefix, places, s in groups[r["fn"]]()]
             got = released_points(groups, a["label"], MODES[a["mode"]], a["alt_text"])
         assert got == r["output"], r
@@ -247,7 +260,8 @@ def test_points_as_released():
 
 def test_points_read_as_the_reference_reads_them():
     for r in lines("point-format", "parse.jsonl"):
-        got = [(i, t, x / 1000 * r["width"], y / 1000 * r["height"]) for t, i, x, y in parse_released(r["text"])]
+        got = [(i, t, x / 1000 * r["width"], y / 1000 * r["height"])
+               for t, i, x, y in parse_released(r["text"])]
         assert np.allclose(got, r["any_points_frame_xy"]) if got else not r["any_points_frame_xy"], r
         tracks = {}
         for i, t, x, y in got:
@@ -259,9 +273,10 @@ def test_points_read_as_the_reference_reads_them():
 
 
 # Sizes of pictures that tile as those of the golden conversations did (only their layout is recorded).
-TREES = {"tree3_image": [(50, 50)], "single_image_two_turns": [(100, 40)], "text_only": [], "tree2_text_only": [],
-         "tree2_two_images": [(70, 40), (70, 40)], "tree2_image_mixed_turns": [(100, 40)],
-         "single_image_one_tree_branch": [(100, 40)], "video_point_weight": None}
+TREES = {"tree3_image": [(50, 50)], "single_image_two_turns": [(100, 40)], "text_only": [],
+         "tree2_text_only": [], "tree2_two_images": [(70, 40), (70, 40)],
+         "tree2_image_mixed_turns": [(100, 40)], "single_image_one_tree_branch": [(100, 40)],
+         "video_point_weight": None}
 
 
 @pytest.mark.parametrize("name", list(TREES))
@@ -274,7 +289,8 @@ def test_message_trees(name, monkeypatch):
     monkeypatch.setattr(data, "video_duration", lambda path: 0.8)
     row = {"video": "x"} if sizes is None else {"image": "0"} if len(sizes) == 1 else {"images": ["0", "1"]} if sizes else {}
     row["annotations"] = [dict(task="video_pointing" if info["weight"] else "image_qa", messages=[
-        dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(chat)]) for chat in info["conversations"]]
+        dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(chat)])
+        for chat in info["conversations"]]
     (plan,), _ = planner.plan(row, ".", None)
     golden = lambda k: arrays[f"example/{name}/{k}"]
     assert np.array_equal(plan.tokens, golden("input_tokens"))
@@ -299,12 +315,15 @@ def test_packed_rows_through_the_network(model_name, pack):
     branch[branch == 10001] = 0
     tokens, weights = x["input_ids"].long(), x["loss_weights"].float().clamp(min=0)
     allowed = np.unpackbits(arrays[f"{pack}/attn_allowed_packed"], axis=-1)[..., :tokens.shape[1]]
-    assert np.array_equal(dense_mask(example, branch, is_vision(tokens, model.cfg.vocab))[:, 0].numpy(), allowed)
+    assert np.array_equal(dense_mask(example, branch, is_vision(tokens, model.cfg.vocab))[:, 0].numpy(),
+                          allowed)
     crops = next(v for k, v in x.items() if k.startswith("pixel_values"))
-    ids = dict(crops=crops, pool=x["token_pooling"].long(), pos=x["position_ids"].long(), example=example, branch=branch)
+    ids = dict(crops=crops, pool=x["token_pooling"].long(), pos=x["position_ids"].long(), example=example,
+               branch=branch)
     logits = model(tokens, **ids).detach()[0, want["loss_positions"].long()]
     assert float((logits - want["logits_at_loss_positions"]).abs().max()) <= 1e-4
-    # The reference adds 1e-4 · (weighted z-loss) to the weighted cross-entropy and divides by the sum of weights.
+    # The reference adds 1e-4 · (weighted z-loss) to the weighted cross-entropy and divides by the sum of
+    # weights.
     labels = x["labels"].long()
     loss = model(tokens, **ids, targets=labels.clamp(min=0), weights=weights, z_loss=1e-4) / float(want["weight_sum"])
     assert abs(float(loss.detach()) - float(want["loss"])) <= 1e-5
@@ -326,17 +345,20 @@ def test_the_tokenizer_of_olmo():
     assert tok.ids["<|im_start|>"] == 100264 and tok.ids["<|im_end|>"] == 100265 and tok.ids["<|endoftext|>"] == 100257
     assert tok.ids["<image>"] == 100280 and tok.ids["<frame_end>"] == 100286
     rng = np.random.default_rng(0)
-    pools = [(32, 127), (160, 591), (0x4E00, 0x9FFF), (0x1F300, 0x1F64F), (0, 32), (0x600, 0x6FF), (0x10000, 0x10FFFF)]
+    pools = [(32, 127), (160, 591), (0x4E00, 0x9FFF), (0x1F300, 0x1F64F), (0, 32), (0x600, 0x6FF),
+             (0x10000, 0x10FFFF)]
     for _ in range(500):
-        text = "".join(chr(c) for lo, hi in [pools[k] for k in rng.integers(0, len(pools), 12)] for c in rng.integers(lo, hi, 3))
+        text = "".join(chr(c) for lo, hi in [pools[k] for k in rng.integers(0, len(pools), 12)]
+                       for c in rng.integers(lo, hi, 3))
         assert tok.decode(tok.encode(text, special=())) == text
 
 
-# ---- hostile files --------------------------------------------------------------------------------------------------
+# ---- hostile files ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("part", ["header", "config", "index"])
 def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
-    """2,000 mutations over three files: each loads or is refused by BadCheckpoint, never anything else, and at once."""
+    """2,000 mutations over three files: each loads or is refused by BadCheckpoint, never anything else, and
+    at once."""
     folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
     for f in ("config.json", "model.safetensors"):
         shutil.copy(os.path.join(folder, f), tmp_path)
@@ -347,7 +369,8 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
     config = (tmp_path / "config.json").read_bytes()
     Molmo2.from_pretrained(tmp_path)  # whole, it loads
     index = json.dumps({"weight_map": {"lm_head.weight": "model.safetensors", "x": "model.safetensors"}}).encode()
-    snippets = [b"-1", b"99999999999999999999", b"null", b"[]", b"{}", b'"x"', b"1e999", b"true", b"0", b"\xff", b"[[[[", b'"../x"']
+    snippets = [b"-1", b"99999999999999999999", b"null", b"[]", b"{}", b'"x"', b"1e999", b"true", b"0",
+                b"\xff", b"[[[[", b'"../x"']
 
     def mutate(text):
         text = bytearray(text)
@@ -368,7 +391,8 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
             header = mutate(raw[8:8 + length])
             body = (len(header) if rng.random() < 0.8 else int(rng.integers(2 ** 40))).to_bytes(8, "little") + header + \
                 raw[8 + length:]
-            (tmp_path / "model.safetensors").write_bytes(body[:int(rng.integers(len(body)))] if rng.random() < 0.1 else body)
+            (tmp_path / "model.safetensors").write_bytes(body[:int(rng.integers(len(body)))]
+                                                         if rng.random() < 0.1 else body)
         elif part == "config":
             (tmp_path / "config.json").write_bytes(mutate(config))
         else:
@@ -385,7 +409,8 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
 
 
 def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, monkeypatch):
-    for path in ("molmo2-qwen3-tiny/hub/config.json", "molmo2-qwen3-tiny/hub/model.safetensors", "molmo2-inputs/tokenizer.json",
+    for path in ("molmo2-qwen3-tiny/hub/config.json", "molmo2-qwen3-tiny/hub/model.safetensors",
+                 "molmo2-inputs/tokenizer.json",
                  "molmo2-inputs/tokenizer_config.json"):
         shutil.copy(os.path.join(GOLDEN, path), tmp_path)
     model, planner = sample.load(str(tmp_path))
@@ -401,8 +426,10 @@ def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("where, key, value", [
-    ("text_config", "hidden_act", "relu"), ("text_config", "qkv_bias", True), ("adapter_config", "pooling_attention_mask", False),
-    ("vit_config", "hidden_act", "gelu"), ("text_config", "num_key_value_heads", 3), ("text_config", "vocab_size", -1)])
+    ("text_config", "hidden_act", "relu"), ("text_config", "qkv_bias", True),
+    ("adapter_config", "pooling_attention_mask", False),
+    ("vit_config", "hidden_act", "gelu"), ("text_config", "num_key_value_heads", 3),
+    ("text_config", "vocab_size", -1)])
 def test_configs_that_ask_for_another_computation(where, key, value, tmp_path):
     folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
     config = read_json(os.path.join(folder, "config.json"))
@@ -422,10 +449,12 @@ def test_fine_tuning_a_released_checkpoint_keeps_its_ways(tmp_path, monkeypatch,
     rows = write_lines(tmp_path / "rows.jsonl", [dict(image="a.png", annotations=[
         dict(task="image_pointing", label="dot", points=[dict(x=0.5, y=0.25, id=0)])])])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(pretrain.MODELS, "small", parse_config(read_json(os.path.join(folder, "config.json")), "x"))
+    monkeypatch.setitem(pretrain.MODELS, "small",
+                        parse_config(read_json(os.path.join(folder, "config.json")), "x"))
     seen = []
     monkeypatch.setattr(pretrain, "Planner", lambda *a: seen.append(Planner(*a)) or seen[-1])
-    flags = ["--config", "small", "--mixture", "equal", "--data", rows, "--steps", "1", "--global_batch", "1", "--micro_batch",
+    flags = ["--config", "small", "--mixture", "equal", "--data", rows, "--steps", "1", "--global_batch", "1",
+             "--micro_batch",
              "1", "--workers", "0", "--init_from"]
     pretrain.main(pretrain.Config(), pretrain.PRESETS, [*flags, str(start)])
     assert seen[0].released and seen[0].token_weights == "released"

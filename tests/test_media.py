@@ -1,4 +1,5 @@
-"""Pictures and videos become the published crops, windows and tokens. The numbers are from FACTS 3.5 (the official code, executed)."""
+"""Pictures and videos become the published crops, windows and tokens. The numbers are from FACTS 3.5 (the
+official code, executed)."""
 import bisect
 import hashlib
 import os
@@ -10,8 +11,9 @@ import pytest
 from conftest import HERE, video
 
 import media
-from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames, load_frames_in_turn, load_image,
-                   open_video, pick_tiling, resize, sample_times, video_duration, windows)
+from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames,
+                   load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times,
+                   video_duration, windows)
 
 # H, W, and for 8 and 24 crops: tiling, crops, high-resolution rows and columns, tokens in all
 TABLE = [((50, 50), ((1, 1), 2, 14, 14, 410), None), ((378, 378), ((1, 1), 2, 14, 14, 410), None),
@@ -36,7 +38,8 @@ def test_layouts(size, eight, many):
 def test_windows_of_500_by_700():
     pool = image_layout(700, 500, 27, 14, 8).pool
     assert pool.shape == (955, 4)
-    for row, want in ((0, [0, 1, 27, 28]), (13, [26, -1, 53, -1]), (14, [54, 55, 81, 82]), (195, [728, -1, -1, -1]),
+    for row, want in ((0, [0, 1, 27, 28]), (13, [26, -1, 53, -1]), (14, [54, 55, 81, 82]),
+                      (195, [728, -1, -1, -1]),
                       (196, [729, 730, 756, 757]), (-1, [5075, -1, 5102, -1])):
         assert pool[row].tolist() == want
     assert (pool < 0).any(1).sum() == 50
@@ -62,7 +65,8 @@ def test_every_patch_of_the_enlarged_picture_is_shown_once():
 
 def test_pooling_a_frame_by_three_needs_no_padding():
     grid = windows(np.arange(729).reshape(27, 27), 3)
-    assert grid.shape == (9, 9, 9) and grid.min() == 0 and grid[0, 1].tolist() == [3, 4, 5, 30, 31, 32, 57, 58, 59]
+    assert grid.shape == (9, 9, 9) and grid.min() == 0 and grid[0, 1].tolist() == [3, 4, 5, 30, 31, 32, 57,
+                                                                                   58, 59]
 
 
 def test_tiling_of_tiny_pictures():
@@ -77,7 +81,7 @@ def test_any_picture_mode_becomes_rgb(tmp_path):
         assert load_image(str(path)).shape == (5, 7, 3)
 
 
-# ---- video ----------------------------------------------------------------------------------------------------------
+# ---- video --------------------------------------------------------------------------------------------------
 
 def test_frames_are_those_shown_at_their_times(tmp_path):
     path = video(tmp_path / "a.mp4")
@@ -94,7 +98,8 @@ def test_frames_are_those_shown_at_their_times(tmp_path):
 def test_videos_that_cannot_be_used(tmp_path):
     good = open(video(tmp_path / "good.mp4"), "rb").read()
     (tmp_path / "cut.mp4").write_bytes(good[:len(good) // 3])
-    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost/x.ts\n")  # would open what it names
+    # would open what it names
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost/x.ts\n")
     (tmp_path / "text.mp4").write_text("no video")
     for name in ("cut.mp4", "list.mp4", "text.mp4", "missing.mp4"):
         with pytest.raises(BadMedia, match=name):
@@ -112,7 +117,8 @@ def clip(path, codec, uneven=False, **options):
         stream.width, stream.height, stream.pix_fmt, stream.options = 96, 64, "yuv420p", options
         stream.codec_context.gop_size, stream.codec_context.time_base = 60, Fraction(1, 1000)
         for i in range(120):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(noise[i % 64:, i // 2:][:64, :96]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(noise[i % 64:, i // 2:][:64, :96]),
+                                               format="rgb24")
             frame.pts, frame.time_base = t, Fraction(1, 1000)
             t += int(rng.integers(5, 70)) if uneven else 33 + (i % 3 == 0)
             container.mux(stream.encode(frame))
@@ -126,12 +132,15 @@ def everything(path, times):
     with container:
         begin, tick = stream.start_time or 0, float(stream.time_base)
         frames = sorted((f.pts, f.to_ndarray(format="rgb24")) for f in container.decode(stream))
-    return [frames[max(bisect.bisect_right([p for p, _ in frames], begin + (t + 1e-6) / tick) - 1, 0)][1] for t in times]
+    return [frames[max(bisect.bisect_right([p for p, _ in frames], begin + (t + 1e-6) / tick) - 1, 0)][1]
+            for t in times]
 
 
-CLIPS = {"h264.mp4": ("libx264", {}), "uneven.mp4": ("libx264", dict(uneven=True)), "uneven.mkv": ("libx264", dict(uneven=True)),
-         "open.mp4": ("libx264", {"x264-params": "open-gop=1:bframes=4:b-pyramid=normal:keyint=24"}), "h264.ts": ("libx264", {}),
-         "hevc.mkv": ("libx265", {"x265-params": "log-level=none:open-gop=1:keyint=24"}), "vp9.webm": ("libvpx-vp9", {"cpu-used": "8"}),
+CLIPS = {"h264.mp4": ("libx264", {}), "uneven.mp4": ("libx264", dict(uneven=True)),
+         "uneven.mkv": ("libx264", dict(uneven=True)), "h264.ts": ("libx264", {}),
+         "open.mp4": ("libx264", {"x264-params": "open-gop=1:bframes=4:b-pyramid=normal:keyint=24"}),
+         "hevc.mkv": ("libx265", {"x265-params": "log-level=none:open-gop=1:keyint=24"}),
+         "vp9.webm": ("libvpx-vp9", {"cpu-used": "8"}),
          "part4.avi": ("mpeg4", {})}
 
 
@@ -145,14 +154,16 @@ def test_frames_are_those_of_decoding_everything(tmp_path, name, monkeypatch):
     length = video_duration(path)
     for times in (sample_times(length, 64), sample_times(length, 3), np.arange(1.3, 2.9, 0.31), [3.4]):
         want = everything(path, times)
-        for got in (load_frames(path, times), load_frames_in_turn(path, times, lambda f: f.to_ndarray(format="rgb24"))):
+        for got in (load_frames(path, times),
+                    load_frames_in_turn(path, times, lambda f: f.to_ndarray(format="rgb24"))):
             assert len(got) == len(want) and all(np.array_equal(g, w) for g, w in zip(got, want))
     assert not in_turn or name.endswith(".ts")  # there a clip cannot be found by its time; whole files can
 
 
 def test_only_wanted_frames_are_converted(tmp_path):
     path, seen = clip(tmp_path / "a.mp4", "libx264"), []
-    assert load_frames(path, [0.0, 2.0, 2.0, 4.5], lambda rgb: seen.append(rgb.shape) or len(seen)) == [1, 2, 2, 3]
+    assert load_frames(path, [0.0, 2.0, 2.0, 4.5], lambda rgb: seen.append(rgb.shape) or len(seen)) == [1, 2,
+                                                                                                        2, 3]
     assert seen == [(64, 96, 3)] * 3
 
 
@@ -161,25 +172,30 @@ def test_turned_videos_are_shown_upright(tmp_path):
     path = video(tmp_path / "a.mp4", size=(48, 32))
     whole = bytearray(open(path, "rb").read())
     at = whole.index(b"tkhd") + 4 + 40  # the display matrix: 90 degrees
-    whole[at:at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (0, 65536, 0, -65536, 0, 0, 32 * 65536, 0, 1 << 30))
+    whole[at:at + 36] = b"".join(v.to_bytes(4, "big", signed=True)
+                                 for v in (0, 65536, 0, -65536, 0, 0, 32 * 65536, 0, 1 << 30))
     (tmp_path / "turned.mp4").write_bytes(whole)
     assert load_frames(str(tmp_path / "turned.mp4"), [0.0, 1.0])[1].shape == (48, 32, 3)
 
 
 def test_odd_sizes_and_missing_durations(tmp_path):
     path = tmp_path / "odd.mkv"
-    with av.open(str(path), "w", options={"live": "1"}) as container:  # as a stream is recorded: nothing is written back
+    # as a stream is recorded: nothing is written back
+    with av.open(str(path), "w", options={"live": "1"}) as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 51, 33, "yuv444p"
         for i in range(20):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((33, 51, 3), 10 * i, np.uint8), format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((33, 51, 3), 10 * i, np.uint8),
+                                                                   format="rgb24")))
         container.mux(stream.encode())
     assert abs(video_duration(str(path)) - 2.0) < 0.11
     frames = load_frames(str(path), [0.0, 1.0, 1.9])
-    assert [f.shape for f in frames] == [(33, 51, 3)] * 3 and [round(f.mean() / 10) for f in frames] == [0, 10, 19]
+    assert [f.shape for f in frames] == [(33, 51, 3)] * 3
+    assert [round(f.mean() / 10) for f in frames] == [0, 10, 19]
 
 
-@pytest.mark.parametrize("name, size, says", [("juggle.mp4", (720, 1280), 10.29), ("cups.mp4", (720, 1280), 10.01)])
+@pytest.mark.parametrize("name, size, says",
+                         [("juggle.mp4", (720, 1280), 10.29), ("cups.mp4", (720, 1280), 10.01)])
 def test_real_videos(name, size, says):
     path = os.path.join(os.path.dirname(HERE), "..", "shared", "media", name)
     if not os.path.exists(path):

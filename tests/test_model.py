@@ -9,9 +9,9 @@ import model as M
 from data import Dataset, collate, decode, parse_row
 from model import ChunkedNLL, Molmo2, dense_mask, is_vision
 
-# Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two image tokens,
-# two of text. Rows are queries. Written by hand from the rule; the published code agrees but for the padding query, which
-# there may see everything and here nothing.
+# Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two
+# image tokens, two of text. Rows are queries. Written by hand from the rule; the published code agrees but
+# for the padding query, which there may see everything and here nothing.
 MASK = """
 1............
 111..........
@@ -40,7 +40,8 @@ def test_mask_is_the_hand_written_table():
 def test_vision_tokens_are_the_eight_kinds():
     ids = torch.arange(1020, 1024 + M.EXTRA)
     names = [n for n, v in zip(["text"] * 4 + list(M.READ_ONLY), is_vision(ids, 1024).tolist()) if v]
-    assert names == ["<image_start>", "<image_end>", "<image>", "<image_col>", "<low_res_image_start>", "<image_low>",
+    assert names == ["<image_start>", "<image_end>", "<image>", "<image_col>", "<low_res_image_start>",
+                     "<image_low>",
                      "<frame_start>", "<frame_end>"]
     assert not is_vision(ids, 1024)[4 + len(M.READ_ONLY):].any()
 
@@ -66,7 +67,8 @@ def test_packed_rows_equal_separate_rows(model, planner, world):
     sum(alone).backward()
     assert torch.allclose(loss, sum(alone), rtol=1e-5)
     for n, p in model.named_parameters():
-        # 2e-5: the gradient of a key bias is exactly 0 in theory (softmax ignores a shift), so its rounding is all there is
+        # 2e-5: the gradient of a key bias is exactly 0 in theory (softmax ignores a shift), so its rounding
+        # is all there is
         assert torch.allclose(grads[n], p.grad, rtol=1e-3, atol=2e-5 + 1e-4 * float(p.grad.abs().max())), n
 
 
@@ -121,9 +123,12 @@ def test_loss_is_the_weighted_cross_entropy(monkeypatch):
     """Chunked, with gradients taken in the forward pass, against the plain formula."""
     monkeypatch.setattr(ChunkedNLL, "CHUNK", 7)
     torch.manual_seed(0)
-    x, head = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    x, head = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(50,
+                                                                                       8, dtype=torch.float64,
+                                                                                       requires_grad=True)
     targets, w = torch.randint(50, (23,)), torch.rand(23, dtype=torch.float64)
-    ours = torch.autograd.grad(ChunkedNLL.apply(x.float(), head.float(), targets, w.float(), 0.1) * 3, [x, head])
+    ours = torch.autograd.grad(ChunkedNLL.apply(x.float(), head.float(), targets, w.float(), 0.1) * 3,
+                               [x, head])
     logits = x @ head.T
     plain = (w * (torch.nn.functional.cross_entropy(logits, targets, reduction="none") + 0.1 * logits.logsumexp(1) ** 2)).sum()
     for a, b in zip(ours, torch.autograd.grad(plain * 3, [x, head])):
@@ -155,12 +160,14 @@ def test_response_dropout_hits_answers_only(planner, world):
     for _ in range(2):
         model(**batch)
     answers = batch["weights"] > 0
-    before = torch.arange(192) < int(answers[0].nonzero()[0])  # what comes later sees an answer, and so its dropout
+    # what comes later sees an answer, and so its dropout
+    before = torch.arange(192) < int(answers[0].nonzero()[0])
     assert torch.equal(seen[0][0, before], seen[1][0, before])
     assert (seen[0][answers] != seen[1][answers]).any(-1).all()
 
 
-@pytest.mark.parametrize("name, params", [("4b", 4_850_869_200), ("8b", 8_661_703_120), ("7b", 7_760_786_896)])
+@pytest.mark.parametrize("name, params",
+                         [("4b", 4_850_869_200), ("8b", 8_661_703_120), ("7b", 7_760_786_896)])
 def test_published_sizes(name, params):
     with torch.device("meta"):
         assert Molmo2(name).num_params() == params

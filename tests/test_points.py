@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from data import format_points, parse_points
-from points import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, multiple_choice, write_points,
+from points import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces,
+                    multiple_choice, write_points,
                     write_prompt)
 
 
@@ -21,7 +22,8 @@ def test_digits_are_never_merged(tokenizer):
 def test_any_text_survives(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
-        text = "".join(chr(rng.choice((rng.randint(32, 126), rng.randint(160, 0xD7FF), rng.randint(0x10000, 0x10FFFF))))
+        text = "".join(chr(rng.choice((rng.randint(32, 126), rng.randint(160, 0xD7FF),
+                                       rng.randint(0x10000, 0x10FFFF))))
                        for _ in range(rng.randint(0, 40)))
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -46,7 +48,8 @@ def test_wrong_tokenizers_are_refused(tmp_path):
 
 
 def test_chat_is_the_published_layout():
-    chat = [dict(role=r, content=c) for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    chat = [dict(role=r, content=c)
+            for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
     assert "".join(t + "EOS" * learned for t, learned in chat_pieces(chat)) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nbEOS<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\ndEOS")
@@ -75,10 +78,12 @@ def test_points_round_trip(kind):
         assert sorted(parse_points(text, kind), key=key) == sorted(points, key=key)
 
 
-@pytest.mark.parametrize("text", ["", "<point", "<point >", "<point 1>", "<point 0.1, 0.2>", "<point a, b, c>", "<point 0.1,0.2,0>",
-                                  "<point 0.1, 0.2, 0.5>", "<point nan, 0.2, 0>", "<point 1e5, 0.2, 0>", "<point 0.1, 0.2, -1>",
-                                  "<point -1, 0.1, 0.2, 0>", "<point 0.1, 0.2, 0, 0, 0>", "<point 0.1 0.2 0>", "<<point 0.1, 0.2",
-                                  "<point " + "9" * 500 + ", 0.1, 0>", "\0<point \ud800>"])
+@pytest.mark.parametrize("text", ["", "<point", "<point >", "<point 1>", "<point 0.1, 0.2>",
+                                  "<point a, b, c>", "<point 0.1,0.2,0>", "<point 0.1, 0.2, 0.5>",
+                                  "<point nan, 0.2, 0>", "<point 1e5, 0.2, 0>", "<point 0.1, 0.2, -1>",
+                                  "<point -1, 0.1, 0.2, 0>", "<point 0.1, 0.2, 0, 0, 0>", "<point 0.1 0.2 0>",
+                                  "<<point 0.1, 0.2", "<point " + "9" * 500 + ", 0.1, 0>",
+                                  "\0<point \ud800>"])
 def test_malformed_points_are_dropped(text):
     assert parse_points(text) == []
 
@@ -99,7 +104,8 @@ def test_parsing_never_raises():
 
 
 def test_saved_tokenizer_names_every_id(tmp_path, tokenizer):
-    """Other readers number added tokens in order and look vision tokens up by name: a gap would shift every picture."""
+    """Other readers number added tokens in order and look vision tokens up by name: a gap would shift every
+    picture."""
     tokenizer.save(str(tmp_path))
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     ids = sorted({*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"])})
@@ -111,7 +117,8 @@ def test_saved_tokenizer_names_every_id(tmp_path, tokenizer):
 
 
 def test_every_wording_fills_from_the_fields():
-    a = dict(task="video_qa", label="cups", fps=2, question="Why?", start_time=3661.5, end_time=3662, timestamp=1, images=[0, 2],
+    a = dict(task="video_qa", label="cups", fps=2, question="Why?", start_time=3661.5, end_time=3662,
+             timestamp=1, images=[0, 2],
              input_points=[dict(t=0.5, x=0.25, y=0.5, id=0)])
     for style in PROMPTS:
         seen = {write_prompt(dict(a, style=style), "video", random.Random(i)) for i in range(40)}
@@ -121,14 +128,16 @@ def test_every_wording_fills_from_the_fields():
     assert "image 0 and image 2" in said("multi_image_pointing")
     assert "image_1 and image_3" in said("multi_image_pointing", "released")
     assert "<point 0.5, 0.25, 0.5, 0>" in said("video_single_point_track_per_frame")
-    assert '<points coords="0.5 1 250 500">cups</points>' in said("video_single_point_track_per_frame", "released")
+    assert '<points coords="0.5 1 250 500">cups</points>' in said("video_single_point_track_per_frame",
+                                                                  "released")
 
 
 def test_styles_ask_for_ends_continuations_and_numbers():
     track = [dict(t=t, x=0.1 * t, y=0.5, id=i) for t in (0, 1, 2) for i in (0, 1)]
     a = dict(task="video_tracking", label="ball", points=track)
     assert [p["t"] for p in parse_points(write_points(dict(a, style="video_point_ground_start_end"), "video"))] == [0, 0, 2, 2]
-    assert [p["t"] for p in parse_points(write_points(dict(a, input_points=track[:1]), "video"))] == [1, 1, 2, 2]
+    assert [p["t"] for p in parse_points(write_points(dict(a, input_points=track[:1]), "video"))] == [1, 1, 2,
+                                                                                                      2]
     b = dict(task="video_pointing", label="ball", points=track[:2])
     assert write_points(dict(b, style="video_count"), "video") == "2"
     assert write_points(dict(b, style="video_point_count"), "video", "released") == \

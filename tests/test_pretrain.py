@@ -17,14 +17,15 @@ from data import Dataset, Planner, Stream, collate, decode, parse_row
 from pretrain import PRESETS, Config, UserError, make_optimizers, next_rows, parse, schedule
 
 ROOT = os.path.dirname(HERE)
-QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--micro_batch", "1", "--seq_len", "192", "--save_every", "2"]
+QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--micro_batch", "1", "--seq_len",
+         "192", "--save_every", "2"]
 
 
 def run(tmp_path, *flags, check=True, **kw):
     """pretrain.py as a user runs it, in a folder of its own: (exit code, output)."""
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    p = subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *flags], cwd=tmp_path, env=env, text=True,
-                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, **kw)
+    p = subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *flags], cwd=tmp_path, env=env,
+                       text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, **kw)
     assert not check or p.returncode == 0, p.stdout
     assert "Traceback" not in p.stdout, p.stdout
     return p.returncode, p.stdout
@@ -34,11 +35,12 @@ def log_of(tmp_path, out="out"):
     return [json.loads(line) for line in open(os.path.join(tmp_path, out, "small", "pretrain", "log.jsonl"))]
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
+# ---- flags --------------------------------------------------------------------------------------------------
 
 def test_flags_override_presets_override_defaults():
     cfg = parse(Config(), PRESETS, ["--config", "small", "--steps", "7", "--data", "a", "b", "--compile"])
-    assert (cfg.steps, cfg.data, cfg.compile, cfg.seq_len) == (7, ("a", "b"), True, PRESETS["small"]["seq_len"])
+    assert (cfg.steps, cfg.data, cfg.compile, cfg.seq_len) == (7, ("a", "b"), True,
+                                                               PRESETS["small"]["seq_len"])
     assert parse(Config(), PRESETS, ["--config", "1b", "--data", "x"]).seq_len == 4096
     assert not parse(Config(), PRESETS, ["--no-compile"]).compile
 
@@ -64,7 +66,7 @@ def test_help_names_every_flag(tmp_path):
     assert all(f"--{f}" in text for f in Config.__dataclass_fields__)
 
 
-# ---- learning -------------------------------------------------------------------------------------------------------
+# ---- learning -----------------------------------------------------------------------------------------------
 
 def test_schedule():
     s = [schedule(i, 100, 10) for i in range(101)]
@@ -92,7 +94,8 @@ def test_overfits_one_batch(planner, world):
     d = Dataset("rows", [world])
     plans = next(Stream([(d, 1.0)], planner, 8, 0).rows())[0]
     batch = collate([decode(plans, planner.cfg, 192)])
-    optimizers, _ = make_optimizers(model, Config(optimizer="muon", lr_vit=0.02, lr_connector=0.02, lr_decoder=0.02))
+    optimizers, _ = make_optimizers(model,
+                                    Config(optimizer="muon", lr_vit=0.02, lr_connector=0.02, lr_decoder=0.02))
     for o in optimizers:
         for g in o.param_groups:
             g["lr"] = g["peak"]
@@ -107,20 +110,23 @@ def test_overfits_one_batch(planner, world):
 
 def test_micro_batches_do_not_change_the_step(tmp_path, world):
     for micro in ("1", "2"):
-        run(tmp_path, *QUICK[:-4], "--micro_batch", micro, "--seq_len", "192", "--data", world, "--steps", "2", "--out", micro)
+        run(tmp_path, *QUICK[:-4], "--micro_batch", micro, "--seq_len", "192", "--data", world, "--steps",
+            "2", "--out", micro)
     a, b = log_of(tmp_path, "1"), log_of(tmp_path, "2")
-    assert [r["loss"] for r in a if "loss" in r] == pytest.approx([r["loss"] for r in b if "loss" in r], rel=1e-5)
+    assert [r["loss"] for r in a if "loss" in r] == pytest.approx([r["loss"] for r in b if "loss" in r],
+                                                                  rel=1e-5)
     assert a[-2]["grad_norm"] == pytest.approx(b[-2]["grad_norm"], rel=1e-3)
 
 
-# ---- a run and its continuation -------------------------------------------------------------------------------------
+# ---- a run and its continuation -----------------------------------------------------------------------------
 
 def losses(rows):
     return {r["step"]: r["loss"] for r in rows if "loss" in r}
 
 
 def test_log_checkpoint_and_resume(tmp_path, world):
-    """Stopped with kill -9 wherever it happens to be, a resumed run repeats the losses of an unstopped one bit for bit."""
+    """Stopped with kill -9 wherever it happens to be, a resumed run repeats the losses of an unstopped one
+    bit for bit."""
     flags = [*QUICK, "--data", world, "--steps", "14"]
     run(tmp_path, *flags, "--out", "straight")
     env = dict(os.environ, OMP_NUM_THREADS="1")
@@ -140,8 +146,9 @@ def test_log_checkpoint_and_resume(tmp_path, world):
     assert rows[-1].keys() == {"step", "eval"} and {"lr", "grad_norm", "tokens_per_s", "wait"} <= rows[0].keys()
     folder = tmp_path / "out" / "small" / "pretrain"
     assert os.readlink(folder / "latest") == "step_0000014"
-    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "train_state",
-             "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+             "chat_template.jinja", "train_state", "processor_config.json", "preprocessor_config.json",
+             "video_preprocessor_config.json"}
     assert files == set(os.listdir(folder / "latest"))
     assert not [f for f in os.listdir(folder) if "tmp" in f or f.startswith(".")]
     code, text = run(tmp_path, *flags, "--resume", "--seed", "1", check=False)
@@ -164,7 +171,7 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path, world):
     assert "random weights" not in text
 
 
-# ---- what can go wrong ----------------------------------------------------------------------------------------------
+# ---- what can go wrong --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such JSONL file"), (["--resume"], "no checkpoint under"),
@@ -172,7 +179,8 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path, world):
 def test_mistakes_are_one_line(tmp_path, world, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    code, text = run(tmp_path, *QUICK, *([] if "--data" in flags else ["--data", world]), "--steps", "1", *flags, check=False)
+    code, text = run(tmp_path, *QUICK, *([] if "--data" in flags else ["--data", world]), "--steps", "1",
+                     *flags, check=False)
     assert code == 2 and message in text
 
 
@@ -209,12 +217,12 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, cap
     assert e.value.code == 2 and "rows.jsonl" in capsys.readouterr().err
 
 
-# ---- the whole of it ------------------------------------------------------------------------------------------------
+# ---- the whole of it ----------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_small_learns_the_toy_world(tmp_path):
-    """What the README's first command does, at a seventh of its length: the loss falls, a contact sheet is drawn, sample.py
-    answers from the checkpoint."""
+    """What the README's first command does, at a seventh of its length: the loss falls, a contact sheet is
+    drawn, sample.py answers from the checkpoint."""
     run(tmp_path, "--steps", "60", "--eval_scenes", "24")
     rows = log_of(tmp_path)
     steps = [r["loss"] for r in rows if "loss" in r]
@@ -233,8 +241,10 @@ def test_a_run_on_a_poisoned_corpus_finishes_and_lists_it(tmp_path):
     folder.mkdir()
     bad, later, good = poison(folder)
     lines = [line for line, _ in bad] + later + good * 10
-    (folder / "rows.jsonl").write_bytes(b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n" for x in lines))
-    run(tmp_path, *QUICK, "--data", str(folder / "rows.jsonl"), "--max_bad", "1", "--max_frames", "4", "--max_crops", "8", "--steps", "60")
+    (folder / "rows.jsonl").write_bytes(b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n"
+                                                 for x in lines))
+    run(tmp_path, *QUICK, "--data", str(folder / "rows.jsonl"), "--max_bad", "1", "--max_frames", "4",
+        "--max_crops", "8", "--steps", "60")
     listed = [json.loads(line) for line in open(tmp_path / "out" / "small" / "pretrain" / "bad_rows.jsonl")]
     want = {str(folder / f"rows.jsonl:{i + 1}"): line for i, line in enumerate(lines) if line not in good}
     assert len(listed) == len({r["where"] for r in listed}) and {r["where"] for r in listed} == set(want)

@@ -1,27 +1,27 @@
-"""The engine as a whole: index, mixtures, one stream for any workers and any stop, and a corpus in which everything is broken."""
+"""The engine as a whole: index, mixtures, one stream for any workers and any stop, and a corpus in which
+everything is broken."""
 import json
 import os
 import random
 import socket
-import struct
-import zlib
 from collections import Counter
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import picture, video, write_lines
+from conftest import picture, png, video, write_lines
 from PIL import Image
 
 import media
-from data import (MIXTURES, Batches, Dataset, Planner, Stream, collate, decode, find_datasets, line_index, mix, parse_row,
+from data import (MIXTURES, Batches, Dataset, Planner, Stream, collate, decode, find_datasets, line_index,
+                  mix, parse_row,
                   read_registry, show_mixture)
 
 TEXT = dict(annotations=[dict(task="text", prompt="a", answer="b")])
 
 
-# ---- index ----------------------------------------------------------------------------------------------------------
+# ---- index --------------------------------------------------------------------------------------------------
 
 def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     path = tmp_path / "a.jsonl"
@@ -46,7 +46,7 @@ def test_index_of_a_file_that_ends_in_one_letter(tmp_path):
     assert len(Dataset("b", [str(tmp_path / "b.jsonl")])) == 0
 
 
-# ---- mixtures -------------------------------------------------------------------------------------------------------
+# ---- mixtures -----------------------------------------------------------------------------------------------
 
 def test_registry_folder_shards_and_files_of_ones_own(tmp_path):
     for name in ("pixmo-cap.jsonl", "pixmo-points.jsonl", "mine.jsonl", "tgif.jsonl"):
@@ -55,7 +55,8 @@ def test_registry_folder_shards_and_files_of_ones_own(tmp_path):
     for k in range(3):
         write_lines(tmp_path / "tulu-v2-sft-mixture" / f"{k}.jsonl", [TEXT] * (k + 1))
     datasets, missing = find_datasets([str(tmp_path)], "pretrain")
-    assert {d.name: len(d) for d in datasets} == {"pixmo-cap": 4, "pixmo-points": 4, "mine": 4, "tulu-v2-sft-mixture": 6}
+    assert {d.name: len(d) for d in datasets} == {"pixmo-cap": 4, "pixmo-points": 4, "mine": 4,
+                                                  "tulu-v2-sft-mixture": 6}
     assert set(missing) == {"pixmo-count", "cosyn-point"}  # tgif is not of this stage
     tulu = next(d for d in datasets if d.name.startswith("tulu"))
     assert tulu.line(3)[2].endswith("2.jsonl:1")
@@ -74,9 +75,11 @@ class Sized(Dataset):
 
 def test_rates_are_the_reports(capsys):
     registry = read_registry()
-    assert len(registry) > 100 and {e["stage"].split(",")[0] for e in registry.values()} == {"pretrain", "sft"}
+    assert len(registry) > 100 and {e["stage"].split(",")[0] for e in registry.values()} == {"pretrain",
+                                                                                             "sft"}
     sets = [Sized(n, rows, registry[n]) for n, rows in (
-        ("pixmo-cap", 700_000), ("pixmo-points", 90_000), ("pixmo-count", 40_000), ("tulu-v2-sft-mixture", 10_000))]
+        ("pixmo-cap", 700_000), ("pixmo-points", 90_000), ("pixmo-count", 40_000),
+        ("tulu-v2-sft-mixture", 10_000))]
     rates = {d.name: r for d, r in mix(sets, "pretrain")}
     assert rates["pixmo-cap"] == pytest.approx(0.6) and rates["tulu-v2-sft-mixture"] == pytest.approx(0.1)
     assert rates["pixmo-points"] == pytest.approx(0.3 * 300 / 500) and rates["pixmo-count"] == pytest.approx(0.3 * 200 / 500)
@@ -92,7 +95,8 @@ def test_rates_are_the_reports(capsys):
 
 
 def test_released_group_rates():
-    """With every dataset there, groups get the published shares, and the paper's percentages are met to a few points."""
+    """With every dataset there, groups get the published shares, and the paper's percentages are met to a few
+    points."""
     sets = [Sized(n, int(e["size"] or 100), e) for n, e in read_registry().items()]
     shares = Counter()
     for d, rate in mix(sets, "released"):
@@ -102,8 +106,10 @@ def test_released_group_rates():
 
 
 def test_draws_follow_the_table(tmp_path, planner):
-    """Chi-square over 20 datasets: cost per draw does not depend on their size, and the shares are the printed ones."""
-    sets = [Dataset(f"set{k}", [write_lines(tmp_path / f"set{k}.jsonl", [TEXT] * (3 * k * k + 1))]) for k in range(20)]
+    """Chi-square over 20 datasets: cost per draw does not depend on their size, and the shares are the
+    printed ones."""
+    sets = [Dataset(f"set{k}", [write_lines(tmp_path / f"set{k}.jsonl", [TEXT] * (3 * k * k + 1))])
+            for k in range(20)]
     stream = Stream(mix(sets, "sft"), planner, 8, 7)
     n, seen = 20_000, Counter()
     for number in range(n):
@@ -112,10 +118,11 @@ def test_draws_follow_the_table(tmp_path, planner):
     assert chi < 43.8  # 0.1 % of right tables give more, with 19 degrees of freedom
 
 
-# ---- one stream -----------------------------------------------------------------------------------------------------
+# ---- one stream ---------------------------------------------------------------------------------------------
 
 def batches(stream, n, workers=0, state=None, rank=0, world=1):
-    loader = torch.utils.data.DataLoader(Batches(stream, state, rank, world), batch_size=None, num_workers=workers, collate_fn=tuple)
+    loader = torch.utils.data.DataLoader(Batches(stream, state, rank, world), batch_size=None,
+                                         num_workers=workers, collate_fn=tuple)
     return [r for r, _ in zip(loader, range(n))]
 
 
@@ -123,7 +130,8 @@ def same(a, b):
     (row, crops, pools), state, _ = a
     (row2, crops2, pools2), state2, _ = b
     arrays = zip([*row.values(), *crops, *pools], [*row2.values(), *crops2, *pools2])
-    return state == state2 and len(crops) == len(crops2) and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in arrays)
+    return state == state2 and len(crops) == len(crops2) and all(x.dtype == y.dtype and np.array_equal(x, y)
+                                                                 for x, y in arrays)
 
 
 @pytest.fixture
@@ -134,11 +142,15 @@ def many(tmp_path, planner):
         picture(tmp_path / "media" / f"{k}.png", (40 * k, 90, 200 - 30 * k), (24 + k, 30))
     for k in range(2):
         video(tmp_path / "media" / f"{k}.mp4", n=12 + k)
-    caption = lambda task: dict(task=task, answer=" ".join(rng.choice(("red", "green", "tall", "wall")) for _ in range(rng.randint(1, 20))))
+    caption = lambda task: dict(task=task, answer=" ".join(rng.choice(("red", "green", "tall", "wall"))
+                                                           for _ in range(rng.randint(1, 20))))
     name = lambda: f"media/{rng.randrange(6)}.png"
-    pictures = [dict(image=name(), annotations=[caption("image_caption") for _ in range(rng.randint(1, 3))]) for _ in range(60)]
-    others = [dict(video=f"media/{rng.randrange(2)}.mp4", annotations=[caption("video_caption")]) for _ in range(25)]
-    others += [dict(images=[name(), name()], annotations=[dict(caption("multi_image_qa"), prompt="Both?")]) for _ in range(25)]
+    pictures = [dict(image=name(), annotations=[caption("image_caption") for _ in range(rng.randint(1, 3))])
+                for _ in range(60)]
+    others = [dict(video=f"media/{rng.randrange(2)}.mp4", annotations=[caption("video_caption")])
+              for _ in range(25)]
+    others += [dict(images=[name(), name()], annotations=[dict(caption("multi_image_qa"), prompt="Both?")])
+               for _ in range(25)]
     texts = [dict(annotations=[dict(caption("text"), prompt="Say.")]) for _ in range(30)] + ["{"]
     sets = [Dataset(n, [write_lines(tmp_path / f"{n}.jsonl", rows)]) for n, rows in
             (("pictures", pictures), ("others", others), ("texts", texts))]
@@ -159,13 +171,7 @@ def test_200_batches_are_bitwise_the_same_for_any_workers_ranks_and_stops(many):
         assert all(same(straight[i], parts[i % world][i // world]) for i in range(200))
 
 
-# ---- everything broken ----------------------------------------------------------------------------------------------
-
-def png(width, height):
-    """A PNG that claims a size and holds nothing."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
-
+# ---- everything broken --------------------------------------------------------------------------------------
 
 def fast_start(path, n=120):
     """An H.264 file whose table of contents comes first, so that half of it still opens."""
@@ -188,7 +194,8 @@ def audio_only(path):
 
 
 def poison(folder):
-    """Write the broken files; returns [(line, reason)] for rows found out when planned and, apart, when decoded."""
+    """Write the broken files; returns [(line, reason)] for rows found out when planned and, apart, when
+    decoded."""
     m = folder / "media"
     m.mkdir()
     Image.effect_noise((64, 48), 60).convert("RGB").save(m / "good.png")
@@ -198,13 +205,16 @@ def poison(folder):
     fast_start(m / "fast.mp4")
     fast = (m / "fast.mp4").read_bytes()
     files = {"empty.png": b"", "empty.mp4": b"", "noise.png": os.urandom(999), "noise.webm": os.urandom(999),
-             "error.jpg": b"404 not found", "bomb.png": png(10_000, 10_000), "wide.png": png(2**31 - 1, 1), "cut.gif": b"GIF89a\1",
-             "m3u8.mp4": b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n", "m3u8.ts": b"#EXTM3U\n#EXTINF:1,\ngood.mp4\n",
-             "concat.mp4": b"ffconcat version 1.0\nfile good.mp4\n", "dash.mp4": b"<?xml version='1.0'?><MPD></MPD>",
-             "session.mp4": b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "text.mkv": b"hello", "picture.mp4": whole_png,
-             "no_moov.mp4": whole_mp4[:len(whole_mp4) // 3], "html.mp4": b"<html>", "zip.mp4": b"PK\3\4" + bytes(99)}
+             "error.jpg": b"404 not found", "bomb.png": png(10_000, 10_000), "wide.png": png(2**31 - 1, 1),
+             "cut.gif": b"GIF89a\1", "m3u8.mp4": b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n",
+             "m3u8.ts": b"#EXTM3U\n#EXTINF:1,\ngood.mp4\n", "concat.mp4": b"ffconcat version 1.0\nfile good.mp4\n",
+             "dash.mp4": b"<?xml version='1.0'?><MPD></MPD>",
+             "session.mp4": b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "text.mkv": b"hello",
+             "picture.mp4": whole_png, "no_moov.mp4": whole_mp4[:len(whole_mp4) // 3], "html.mp4": b"<html>",
+             "zip.mp4": b"PK\3\4" + bytes(99)}
     broken_later = {"half.png": whole_png[:len(whole_png) // 2], "half.jpg": whole_jpg[:len(whole_jpg) // 2],
-                    "crc.png": whole_png[:200] + bytes(20) + whole_png[220:], "cut.mp4": fast[:len(fast) // 2],
+                    "crc.png": whole_png[:200] + bytes(20) + whole_png[220:],
+                    "cut.mp4": fast[:len(fast) // 2],
                     "flat.mp4": fast[:-len(fast) // 2] + bytes(len(fast) // 2)}
     for name, contents in (files | broken_later).items():
         (m / name).write_bytes(contents)
@@ -219,19 +229,25 @@ def poison(folder):
     def of(name):
         kind = "video" if name.endswith((".mp4", ".webm", ".mkv", ".ts")) else "image"
         return {kind: name, "annotations": [dict(task=f"{kind}_caption", prompt="What?", answer="A thing.")]}
-    refused = ["/etc/passwd", "../secret.png", "media/../../secret.png", "..\\secret.png", "http://127.0.0.1:9/a.png",
-               "https://127.0.0.1:9/a.mp4", "file:///etc/passwd", "media/zero.png", "media/out.png", "media/loop.png", "a\0b.png"]
-    media_rows = [f"media/{n}" for n in [*files, "audio.mp4", "folder.png", "pipe.png", "pipe.mp4", "missing.png", "missing.mp4",
-                                         "concat:good.mp4|good.mp4.mp4"]]
-    point = lambda x: dict(of("media/good.png"), annotations=[dict(task="image_pointing", label="a", points=[dict(x=x, y=0, id=0)])])
+    refused = ["/etc/passwd", "../secret.png", "media/../../secret.png", "..\\secret.png",
+               "http://127.0.0.1:9/a.png", "https://127.0.0.1:9/a.mp4", "file:///etc/passwd",
+               "media/zero.png", "media/out.png", "media/loop.png", "a\0b.png"]
+    media_rows = [f"media/{n}" for n in [*files, "audio.mp4", "folder.png", "pipe.png", "pipe.mp4",
+                                         "missing.png", "missing.mp4", "concat:good.mp4|good.mp4.mp4"]]
+    point = lambda x: dict(of("media/good.png"), annotations=[dict(task="image_pointing", label="a",
+                                                                   points=[dict(x=x, y=0, id=0)])])
     bad = [(json.dumps(of(n)), "unreadable media") for n in refused + media_rows]
-    bad += [("{", "malformed JSON"), (b"\xff\xfe{}", "not UTF-8"), ("[" * 50_000, "malformed JSON"), ("[]", "wrong field"),
-            (json.dumps(point(1.5)), "point outside [0, 1]"), (json.dumps(point(float("nan"))), "point outside [0, 1]"),
-            (json.dumps(point(0)).replace('"x": 0', '"x": 1e999'), "point outside [0, 1]"), (json.dumps(dict(TEXT, image=5)), "wrong field"),
+    bad += [("{", "malformed JSON"), (b"\xff\xfe{}", "not UTF-8"), ("[" * 50_000, "malformed JSON"),
+            ("[]", "wrong field"),
+            (json.dumps(point(1.5)), "point outside [0, 1]"),
+            (json.dumps(point(float("nan"))), "point outside [0, 1]"),
+            (json.dumps(point(0)).replace('"x": 0', '"x": 1e999'), "point outside [0, 1]"),
+            (json.dumps(dict(TEXT, image=5)), "wrong field"),
             (json.dumps(dict(of("media/good.png"), annotations=[dict(task="sing")])), "unknown task"),
             (r'{"annotations": [{"task": "text", "prompt": "a", "answer": "\ud800"}]}', "not UTF-8"),
             (json.dumps(dict(of("media/good.mp4"), start=99)), "wrong field")]
-    return bad, [json.dumps(of(f"media/{n}")) for n in broken_later], [json.dumps(of(f"media/good.{e}")) for e in ("png", "jpg", "mp4")]
+    return bad, [json.dumps(of(f"media/{n}")) for n in broken_later], [json.dumps(of(f"media/good.{e}"))
+                                                                       for e in ("png", "jpg", "mp4")]
 
 
 def test_a_poisoned_corpus_costs_only_itself(tmp_path, planner, monkeypatch):
@@ -245,8 +261,10 @@ def test_a_poisoned_corpus_costs_only_itself(tmp_path, planner, monkeypatch):
     path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
     opened, connected = [], []
     real_open, real_av, real_image = open, media.av.open, media.Image.open
-    monkeypatch.setattr(media.av, "open", lambda file, *a, **kw: opened.append(str(file)) or real_av(file, *a, **kw))
-    monkeypatch.setattr(media.Image, "open", lambda file, *a, **kw: opened.append(str(file)) or real_image(file, *a, **kw))
+    monkeypatch.setattr(media.av, "open",
+                        lambda file, *a, **kw: opened.append(str(file)) or real_av(file, *a, **kw))
+    monkeypatch.setattr(media.Image, "open",
+                        lambda file, *a, **kw: opened.append(str(file)) or real_image(file, *a, **kw))
     monkeypatch.setattr(socket.socket, "connect", lambda *a: connected.append(a))
     planner.max_frames, reasons = 4, {line: reason for line, reason in bad}
 

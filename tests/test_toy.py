@@ -25,7 +25,8 @@ def test_every_line_is_a_row_with_its_picture(folder):
             row = parse_row(line)
             if "image" in row:
                 assert load_image(os.path.join(where, row["image"])).shape[2] == 3
-    assert os.path.exists(os.path.join(folder, "eval/images/00003.png"))  # the README and pretrain.py ask about this one
+    # the README and pretrain.py ask about this one
+    assert os.path.exists(os.path.join(folder, "eval/images/00003.png"))
     assert {f.rsplit(".")[-1] for f in os.listdir(os.path.join(folder, "images"))} == {"png", "jpg"}
 
 
@@ -39,13 +40,15 @@ def test_the_same_seed_draws_the_same_world(folder, tmp_path):
 
 
 def test_held_out_scenes_are_not_trained_on(folder):
-    key = lambda r: json.dumps(sorted({(a["label"], json.dumps(a["points"])) for a in r["annotations"] if a.get("points")}))
+    key = lambda r: json.dumps(sorted({(a["label"], json.dumps(a["points"]))
+                                       for a in r["annotations"] if a.get("points")}))
     train = {key(r) for r in rows(os.path.join(folder, "points.jsonl"))}
     assert not train & {key(r) for r in rows(os.path.join(folder, "eval", "scenes.jsonl"))}
 
 
 def test_what_is_drawn_is_what_is_said(folder):
-    """The pixel at each labelled point has the colour that was asked for; other pixels of the picture mostly do not."""
+    """The pixel at each labelled point has the colour that was asked for; other pixels of the picture mostly
+    do not."""
     import numpy as np
     checked = 0
     for r in rows(os.path.join(folder, "eval", "scenes.jsonl")):
@@ -62,7 +65,8 @@ def test_what_is_drawn_is_what_is_said(folder):
 
 def test_inside():
     square = [[0.2, 0.2], [0.4, 0.2], [0.4, 0.4], [0.2, 0.4]]
-    assert toy.inside(square, 0.3, 0.3) and not toy.inside(square, 0.5, 0.3) and not toy.inside(square, 0.3, 0.1)
+    assert toy.inside(square, 0.3, 0.3) and not toy.inside(square, 0.5, 0.3) and not toy.inside(square, 0.3,
+                                                                                                0.1)
 
 
 class Oracle:
@@ -80,12 +84,15 @@ class Oracle:
 
     def answer(self, model, planner, plans):
         from data import format_points
-        return [self.spoil(a, format_points(a["points"], "image") if "points" in a else a["answer"]) for a in plans]
+        return [self.spoil(a, format_points(a["points"], "image") if "points" in a else a["answer"])
+                for a in plans]
 
 
 @pytest.mark.parametrize("spoil, expected", [
-    (lambda a, text: text, dict(point_hit=1, point_precision=1, count_accuracy=1, none_accuracy=1, caption_recall=1)),
-    (lambda a, text: text + " <point 0.01, 0.01, 9>" if a.get("points") else text, dict(point_hit=1, none_accuracy=1)),
+    (lambda a, text: text, dict(point_hit=1, point_precision=1, count_accuracy=1, none_accuracy=1,
+                                caption_recall=1)),
+    (lambda a, text: text + " <point 0.01, 0.01, 9>" if a.get("points") else text, dict(point_hit=1,
+                                                                                        none_accuracy=1)),
     (lambda a, text: text * 2, dict(point_hit=1, count_accuracy=0, none_accuracy=0, caption_recall=1)),
     (lambda a, text: "", dict(point_hit=0, point_precision=0, count_accuracy=0, none_accuracy=0, caption_recall=0))])
 def test_scores(folder, monkeypatch, spoil, expected):

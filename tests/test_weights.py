@@ -27,10 +27,12 @@ def test_config_round_trip(name):
 
 
 def test_all_dtypes(tmp_path):
-    tensors = {str(d): torch.arange(5).to(d) for d in weights.DTYPES.values()} | {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.0)}
+    tensors = {str(d): torch.arange(5).to(d) for d in weights.DTYPES.values()} | {"empty": torch.empty(0, 3),
+                                                                                  "scalar": torch.tensor(2.0)}
     write_safetensors(tmp_path / "t.safetensors", tensors)
     back = read_safetensors(str(tmp_path / "t.safetensors"))
-    assert back.keys() == tensors.keys() and all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items())
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], t) and back[k].dtype == t.dtype
+                                                 for k, t in tensors.items())
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -39,9 +41,10 @@ def test_damaged_files_are_refused(tmp_path):
     whole = open(path, "rb").read()
     n = int.from_bytes(whole[:8], "little")
     edit = lambda a, b: whole[:8] + whole[8:8 + n].replace(a, b) + whole[8 + n:]
-    for broken in (b"", whole[:7], whole[:50], whole[:-1], whole + b"x", b"\xff" * 8 + whole[8:], edit(b'"a"', b'"b"'),
-                   edit(b"[0,16]", b"[0,12]"), edit(b"[4]", b"[5]"), edit(b"[16,40]", b"[12,36]"), edit(b"F32", b"F99"),
-                   edit(b"[2,3]", b"[2.,"), edit(b"[2,3]", b"[-2,-3]")):
+    for broken in (b"", whole[:7], whole[:50], whole[:-1], whole + b"x", b"\xff" * 8 + whole[8:],
+                   edit(b'"a"', b'"b"'), edit(b"[0,16]", b"[0,12]"), edit(b"[4]", b"[5]"),
+                   edit(b"[16,40]", b"[12,36]"), edit(b"F32", b"F99"), edit(b"[2,3]", b"[2.,"),
+                   edit(b"[2,3]", b"[-2,-3]")):
         open(path, "wb").write(broken)
         with pytest.raises(BadCheckpoint, match="t.safetensors"):
             read_safetensors(path)
@@ -80,8 +83,10 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
 def test_config_that_is_not_one(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     config = json.load(open(tmp_path / "config.json"))
-    for broken, message in (("{", "not readable as JSON"), ("[]", "must hold a JSON object"), ("{}", "key missing"),
-                            (json.dumps(config | dict(image_patch_id=7)), "image_patch_id is 7, expected 1026")):
+    for broken, message in (("{", "not readable as JSON"), ("[]", "must hold a JSON object"),
+                            ("{}", "key missing"),
+                            (json.dumps(config | dict(image_patch_id=7)),
+                             "image_patch_id is 7, expected 1026")):
         (tmp_path / "config.json").write_text(broken)
         with pytest.raises(BadCheckpoint, match=message):
             Molmo2.from_pretrained(tmp_path)
