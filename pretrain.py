@@ -45,6 +45,7 @@ def flag(default, text):
 class Config:
     config: str = flag("small", f"model and its recipe: {', '.join(MODELS)}")
     stage: str = flag("pretrain", "name of the stage, part of the output folder")
+    previous: str = flag("", "stage whose last checkpoint this one starts from, unless --init_from names another")
     data: tuple = flag((), "JSONL files, or folders with the registry's NAME.jsonl or NAME/*.jsonl; 'toy' is the embedded toy world")
     eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
     mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released or equal")
@@ -188,9 +189,9 @@ def load_model(cfg):
 
 def open_data(cfg):
     """The training mixture [(Dataset, rate)], and which sets of the registry are not there."""
-    folders = [toy.write_world(os.path.join("data", "toy")) if d == "toy" else d for d in cfg.data]
+    paths = [p for d in cfg.data for p in (toy.files(os.path.join("data", "toy"), cfg.stage) if d == "toy" else [d])]
     try:
-        datasets, missing = find_datasets(folders, cfg.stage)
+        datasets, missing = find_datasets(paths, cfg.stage)
     except (OSError, ValueError) as e:
         raise UserError(str(e)) from None
     return mix(datasets, cfg.mixture), missing
@@ -404,7 +405,9 @@ def evaluate(cfg, model, planner, step, run, losses, device):
 def train(cfg, defaults):
     """Run one stage from the first step, or from the last checkpoint, to the end. Returns the run's
     folder."""
-    run = os.path.join(cfg.out, cfg.config, cfg.stage)
+    run, earlier = (os.path.join(cfg.out, cfg.config, s) for s in (cfg.stage, cfg.previous))
+    if cfg.previous and not cfg.init_from and os.path.isdir(os.path.join(earlier, "latest")):
+        cfg = dataclasses.replace(cfg, init_from=(os.path.join(earlier, "latest"),))
     show_config(cfg, defaults)
 
     # 1. Device and precision. Weights, gradients and optimiser are fp32; bf16 is for the matrix products

@@ -18,14 +18,17 @@ learnable in minutes was measured:
 - centres lie on a grid of 0.05, three pixels of what the model sees. Finer digits are noise to it, and noise in most of the
   tokens of an answer drowns the one that says "circle".
 """
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import sys
 
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -36,7 +39,7 @@ from points import NOTHING, format_points, parse_points
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
-VERSION = 18  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 19  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes -------------------------------------------------------------------------------------------------
@@ -182,6 +185,21 @@ def counting(rng, scene):
                  answer=str(len(select(scene, c, s)))) for c, s in asked]
 
 
+def pair(rng, scenes):
+    """Questions about two pictures: which one shows something, and where it is in each."""
+    some = rng.choice(scenes[rng.randrange(2)]["objects"])
+    found = [(k, o) for k, scene in enumerate(scenes) for o in select(scene, some["colour"], some["shape"])]
+    name, where = f"{some['colour']} {some['shape']}", sorted({k for k, _ in found})
+    answer = "Both." if len(where) == 2 else f"Image {where[0]}."
+    label = plural(name if rng.random() < 0.7 else some["shape"])
+    if label == plural(some["shape"]):
+        found = [(k, o) for k, scene in enumerate(scenes) for o in select(scene, None, some["shape"])]
+    return [dict(task="multi_image_qa", prompt=f"Which image shows a {name}?", answer=answer),
+            dict(task="multi_image_pointing", prompt=f"Point to the {label} in all images.", label=label,
+                 points=[dict(image=k, x=o["x"], y=o["y"], id=i) for i, (k, o) in enumerate(found)],
+                 masks=[dict(image=k, id=i, polygon=o["polygon"]) for i, (k, o) in enumerate(found)])]
+
+
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SIDES = {"triangle": "Three", "square": "Four", "pentagon": "Five", "hexagon": "Six", "circle": "None"}
 
@@ -199,25 +217,193 @@ def text_row(rng):
     return f"How many sides has a {shape}?", SIDES[shape] + "."
 
 
+# ---- clips: the same shapes, moving -------------------------------------------------------------------------
+#
+# Positions are known every half second, when the model looks, and lie on the grid there; between them shapes glide. A clip of
+# 2.5 seconds is six looks. A shape may leave the picture, come back, turn another colour, or not be there at first.
+
+WAYS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+def draw_path(rng, looks):
+    """(way, [(x, y)] in twentieths of the picture, one per look): a shape that stays, moves, leaves, or leaves and
+    comes back."""
+    manner = rng.choice(("stays", "moves", "moves", "moves", "leaves", "returns"))
+    x, y = rng.randint(3, 17), rng.randint(3, 17)
+    if manner == "stays":
+        return "stays", [(x, y)] * looks
+    way = rng.choice(list(WAYS))
+    (dx, dy), span = WAYS[way], looks - 1
+    if manner == "moves":  # from somewhere to somewhere, both inside
+        speed = max(rng.randint(2, 3) * 5 // span, 1)
+        offsets = [speed * k for k in range(looks)]
+    elif manner == "leaves":
+        speed, start = max(3 * 5 // span, 1), rng.randint(8, 14)
+        offsets = [speed * k - start for k in range(looks)]
+    else:
+        speed, turn = max(3 * 5 // span, 1), rng.randint(looks // 2 - 1, looks // 2)
+        offsets = [speed * (turn - abs(k - turn)) - speed * turn + 6 for k in range(looks)]
+    if manner == "moves":
+        first = rng.randint(2, max(18 - offsets[-1], 2))
+        along = [first + o for o in offsets]
+    else:
+        along = [18 + o for o in offsets]
+    if dx + dy < 0:
+        along = [20 - a for a in along]
+    return (way if manner != "returns" else "returns"), [(a, y) if dx else (x, a) for a in along]
+
+
+def draw_clip(rng, seconds=2.5):
+    """One clip: its size, its objects, each with a name, a path, when it is there, and what becomes of it."""
+    w, h, looks = rng.randint(80, 128), rng.randint(80, 128), round(2 * seconds) + 1
+    objects, used = [], set()
+    for _ in range(rng.choice((1, 2, 2, 2, 3))):
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        if shape in used:  # one of a shape: "the star" is a name even after it has turned green
+            continue
+        used.add(shape)
+        way, path = draw_path(rng, looks)
+        objects.append(dict(colour=colour, shape=shape, way=way, path=path, since=0, turns=None,
+                            radius=rng.uniform(0.17, 0.23) * min(w, h), angle=rng.uniform(-0.15, 0.15)))
+    near = lambda a, b, k: all(abs(p - q) < 4 for p, q in zip(a["path"][k], b["path"][k]))
+    if sum(near(a, b, k) for a, b in itertools.combinations(objects, 2) for k in range(looks)) > 1:
+        return draw_clip(rng, seconds)  # shapes may cross, not travel on top of each other
+    for o in objects:  # at most one thing happens to each besides its way
+        fate = rng.random()
+        if fate < 0.4:
+            o["turns"] = (rng.randint(1, looks - 2), rng.choice([c for c in COLOURS if c != o["colour"]]))
+        elif fate < 0.6 and o["way"] != "returns":
+            o["since"] = rng.randint(1, looks - 3)
+    return dict(size=(w, h), looks=looks, objects=objects, look=rng.getrandbits(32))
+
+
+def there(o, k):
+    """Whether an object is seen at look k: it has come, and its centre is in the picture."""
+    return k >= o["since"] and all(1 <= c <= 19 for c in o["path"][k])
+
+
+def polygon(o, size, k):
+    """Its outline at look k, which may be a fraction: [(x, y)] in [0, 1]."""
+    a, b = o["path"][math.floor(k)], o["path"][math.ceil(k)]
+    centre = [(p + (q - p) * (k % 1)) / 20 for p, q in zip(a, b)]
+    return (outline(o["shape"], o["radius"], o["angle"]) / size + centre).round(4).tolist()
+
+
+def write_clip(path, clip, rate=4):
+    """The clip as an H.264 file of `rate` frames a second, the last one at its end."""
+    (w, h), rng = clip["size"], np.random.default_rng(clip["look"])
+    w, h = w // 2 * 2, h // 2 * 2  # yuv420p halves them
+    base, tilt = rng.uniform(85, 165) + rng.uniform(-10, 10, 3), rng.uniform(-15, 15, (2, 1))
+    y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
+    ground = base + (tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)) + rng.normal(0, rng.uniform(0, 3), (h, w, 1))
+    ground = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((2 * w, 2 * h), Image.NEAREST)
+    with av.open(path, "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "18"})
+        stream.width, stream.height, stream.pix_fmt, stream.thread_type = w, h, "yuv420p", "NONE"
+        for f in range((clip["looks"] - 1) * rate // 2 + 1):
+            image, k = ground.copy(), f * 2 / rate
+            pen = ImageDraw.Draw(image)
+            for o in clip["objects"]:
+                if k >= o["since"]:
+                    corners = [(2 * w * px, 2 * h * py) for px, py in polygon(o, clip["size"], k)]
+                    colour = o["turns"][1] if o["turns"] and k >= o["turns"][0] else o["colour"]
+                    pen.polygon(corners, COLOURS[colour])
+                    pen.line(corners + corners[:2], (15, 15, 15), width=6, joint="curve")
+            container.mux(stream.encode(av.VideoFrame.from_image(image.resize((w, h), Image.BOX))))
+        container.mux(stream.encode())
+
+
+def motion(o):
+    went = {"stays": "stays", "returns": "leaves and comes back"}.get(o["way"], f"moves {o['way']}")
+    after = f" and turns {o['turns'][1]}" if o["turns"] else " once it has come" if o["since"] else ""
+    return f"a {o['colour']} {o['shape']} {went}{after}"
+
+
+def about_clip(rng, clip):
+    """Caption, questions and moments of a clip: (annotations, subtitles)."""
+    objects, looks, out = clip["objects"], clip["looks"], []
+    ordered = sorted(objects, key=lambda o: o["path"][0])
+    said = listing([motion(o) for o in ordered])
+    out.append(dict(task="video_caption", prompt=rng.choice(("Describe the video.", "What happens in this video?")),
+                    answer=said[0].upper() + said[1:] + "."))
+    way = lambda o: {"stays": "It stays.", "returns": "It leaves and comes back."}.get(o["way"], o["way"].capitalize() + ".")
+    o, names, subtitles = rng.choice(objects), ("Ann", "Ben", "Eve"), []
+    out.append(dict(task="video_qa", prompt=f"Which way does the {o['shape']} move?", answer=way(o)))
+    if len(objects) > 1 and rng.random() < 0.5:  # who is meant is only said
+        o, name = rng.choice(objects), rng.choice(names)
+        subtitles = [dict(start=0, end=1, text=f"{name} is the {o['shape']}.")]
+        out.append(dict(task="video_qa", prompt=f"Which way does {name} move?", answer=way(o)))
+    at, when = rng.choice(((0, "at the start"), (looks - 1, "at the end")))
+    out.append(dict(task="video_qa", prompt=f"How many shapes are there {when}?",
+                    answer=str(sum(there(o, at) for o in objects))))
+    happens = [(o["turns"][0], o, f"turns {o['turns'][1]}") for o in objects if o["turns"]]
+    happens += [(o["since"], o, "comes") for o in objects if o["since"]]
+    for k, o, event in happens:
+        if there(o, k):
+            x, y = o["path"][k]
+            label = f"{o['shape']} when it {event}"
+            out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label,
+                            points=[dict(t=k / 2, x=x / 20, y=y / 20, id=0)],
+                            masks=[dict(t=k / 2, id=0, polygon=polygon(o, clip["size"], k))]))
+    turned = [o for o in objects if o["turns"]]
+    if turned:
+        o = rng.choice(turned)
+        out.append(dict(task="video_qa", prompt=f"What colour does the {o['shape']} turn?", answer=o["turns"][1].capitalize() + "."))
+    if len(happens) > 1 and happens[0][0] != happens[1][0]:
+        k, o, event = min(happens[:2], key=lambda e: e[0])
+        out.append(dict(task="video_qa", prompt="What happens first?", answer=f"The {o['shape']} {event}."))
+    if rng.random() < 0.3:
+        shape = rng.choice(SHAPES)
+        if not any(o["shape"] == shape and o["turns"] for o in objects):
+            label = f"{shape} when it turns {rng.choice(list(COLOURS))}"
+            out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label, points=[], masks=[]))
+    return out, subtitles
+
+
+def tracking(rng, clip):
+    """A track of each object, and now and then of all together."""
+    def track(objects, label):
+        seen = [(k, i, o) for k in range(clip["looks"]) for i, o in enumerate(objects) if there(o, k)]
+        return dict(task="video_tracking", label=label,
+                    prompt=rng.choice(("Track the {}.", "Follow the {}.", "Where does the {} go?")).format(label),
+                    points=[dict(t=k / 2, x=o["path"][k][0] / 20, y=o["path"][k][1] / 20, id=i) for k, i, o in seen],
+                    masks=[dict(t=k / 2, id=i, polygon=polygon(o, clip["size"], k)) for k, i, o in seen])
+    out = [track([o], rng.choice((o["shape"], f"{o['colour']} {o['shape']}"))) for o in clip["objects"]]
+    if len(out) == 2 and rng.random() < 0.3:
+        out.append(track(sorted(clip["objects"], key=lambda o: o["path"][0]), "shapes"))
+    return out
+
+
 # ---- files --------------------------------------------------------------------------------------------------
+
+def is_done(path, recipe):
+    """Whether a done-file says that this very recipe was followed to the end."""
+    try:
+        with open(path) as f:
+            return json.load(f) == recipe
+    except (OSError, ValueError):
+        return False
+
+
+def write_lines(path, rows):
+    with open(path, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
 
 def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     """Write the toy world under `folder` unless it is there. An interrupted run leaves nothing that looks
     finished."""
     done = os.path.join(folder, "done.json")
     recipe = dict(version=VERSION, scenes=scenes, held_out=held_out, texts=texts, seed=seed)
-    try:
-        with open(done) as f:
-            if json.load(f) == recipe:
-                return folder
-    except (OSError, ValueError):
-        pass
+    if is_done(done, recipe):
+        return folder
     print(f"drawing the toy world: {scenes} scenes to train on, {held_out} held out -> {folder}", flush=True)
     aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     for sub in ("images", "eval/images"):
         os.makedirs(os.path.join(aside, sub))
-    seen, geometry, rows = set(), {}, {"captions": [], "points": [], "eval/scenes": []}
+    seen, geometry, drawn = set(), {}, []
+    rows = {"captions": [], "points": [], "eval/scenes": [], "pairs": [], "eval/pairs": []}
     for i in range(held_out + scenes):  # held-out scenes are drawn first; whatever repeats one is drawn again
         rng, retry = random.Random(f"toy {seed} scene {i}"), 0
         while True:
@@ -234,6 +420,7 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         points = pointing_tree(rng, scene) + counting(rng, scene)
         # known, so that no header need be read
         picture = dict(image=name, width=scene["size"][0], height=scene["size"][1])
+        drawn.append((name, scene))
         if i < held_out:
             rows["eval/scenes"].append(dict(id=f"held-out-{i}", **picture,
                                             annotations=described[:1] + points))
@@ -241,19 +428,104 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         else:
             rows["captions"].append(dict(id=f"scene-{i}", **picture, annotations=described))
             rows["points"].append(dict(id=f"scene-{i}", **picture, annotations=points))
+    for i in range(held_out, held_out + scenes // 2):
+        rng = random.Random(f"toy {seed} pair {i}")
+        two = rng.sample(drawn[held_out:], 2)
+        rows["pairs"].append(dict(id=f"pair-{i}", images=[n for n, _ in two], annotations=pair(rng, [s for _, s in two])))
+    for i in range(held_out // 2):
+        two = drawn[2 * i:2 * i + 2]
+        rows["eval/pairs"].append(dict(id=f"held-out-pair-{i}", images=[n for n, _ in two],
+                                       annotations=pair(random.Random(f"toy {seed} pair {i}"), [s for _, s in two])))
     rng = random.Random(f"toy {seed} text")
     rows["text"] = [dict(id=f"text-{i}", annotations=[dict(task="text", messages=[
         dict(role="user", content=q), dict(role="assistant", content=a)])]) for i in range(texts)
         for q, a in [text_row(rng)]]
     for name, lines in rows.items():
-        with open(os.path.join(aside, name + ".jsonl"), "w") as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
+        write_lines(os.path.join(aside, name + ".jsonl"), map(without_masks, lines) if name == "pairs" else lines)
     for name, content in (("eval/geometry.json", geometry), ("done.json", recipe)):
         with open(os.path.join(aside, name), "w") as f:
             json.dump(content, f)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(aside, folder)
     return folder
+
+
+def clip_rows(job):
+    """Write one clip's file; returns its two lines, of questions and of tracks."""
+    folder, name, key, seconds = job
+    rng = random.Random(key)
+    clip = draw_clip(rng, seconds)
+    write_clip(os.path.join(folder, name), clip)
+    said, subtitles = about_clip(rng, clip)
+    # the last frame begins at `seconds`, and is shown for a quarter of one more
+    video = dict(video=name, end=seconds, duration=seconds + 0.25) | (dict(subtitles=subtitles) if subtitles else {})
+    return [dict(id=f"{name} {what}", **video, annotations=a)
+            for what, a in (("clip", said), ("track", tracking(rng, clip)))]
+
+
+def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0):
+    """Write the toy world's clips under `folder` unless they are there: clips.jsonl, tracks.jsonl and eval/ with the
+    same two, which also hold the outline of every object at every moment it is asked for."""
+    done, recipe = os.path.join(folder, "done.json"), dict(version=VERSION, clips=clips, held_out=held_out, seconds=seconds,
+                                                           seed=seed)
+    if is_done(done, recipe):
+        return folder
+    print(f"filming the toy world: {clips} clips of {seconds} s to train on, {held_out} held out -> {folder}", flush=True)
+    aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    for sub in ("video", "eval/video"):
+        os.makedirs(os.path.join(aside, sub))
+    jobs = [(os.path.join(aside, "eval") if i < held_out else aside, f"video/{i:05d}.mp4", f"toy {seed} clip {seconds} {i}",
+             seconds) for i in range(held_out + clips)]
+    with multiprocessing.Pool(min(os.cpu_count() or 1, 8)) as pool:
+        lines = pool.map(clip_rows, jobs, chunksize=64)
+    for k, name in enumerate(("clips", "tracks")):
+        write_lines(os.path.join(aside, "eval", name + ".jsonl"), [rows[k] for rows in lines[:held_out]])
+        write_lines(os.path.join(aside, name + ".jsonl"), [without_masks(rows[k]) for rows in lines[held_out:]])
+    with open(os.path.join(aside, "done.json"), "w") as f:
+        json.dump(recipe, f)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(aside, folder)
+    return folder
+
+
+def without_masks(row):
+    return dict(row, annotations=[{k: v for k, v in a.items() if k != "masks"} for a in row["annotations"]])
+
+
+def files(folder, stage):
+    """The toy world's JSONL files for a stage, written on first use: pictures, then clips too, then longer ones."""
+    write_world(folder)
+    names = ["captions", "points", "text"]
+    if stage == "pretrain":
+        return [os.path.join(folder, n + ".jsonl") for n in names]
+    clips = write_clips(os.path.join(folder, "clips"))
+    return [os.path.join(folder, n + ".jsonl") for n in names + ["pairs"]] + [
+        os.path.join(clips, n + ".jsonl") for n in ("clips", "tracks")]
+
+
+# ---- from points to masks: the toy world's own segmenter --------------------------------------------------------
+
+def segment(frames, points):
+    """Masks of what lies under points: {id: (frames, H, W) bool}. frames: [(H, W, 3) uint8]; points: [(frame, x, y, id)].
+
+    A shape is one colour inside a dark line: the region of like colour around the point, grown by the line. It stands
+    here for SAM 2 or the like, and has the signature that eval.py --segmenter asks for.
+    """
+    h, w = frames[0].shape[:2]
+    masks = {p[3]: np.zeros((len(frames), h, w), bool) for p in points}
+    for k, x, y, i in points:
+        image = Image.fromarray(np.ascontiguousarray(frames[k]))
+        seed = min(int(x * w), w - 1), min(int(y * h), h - 1)
+        ImageDraw.floodfill(image, seed, (255, 0, 255), thresh=70)
+        found = (np.asarray(image) == (255, 0, 255)).all(-1)
+        if found.mean() < 0.4:  # not the background
+            grown = found.copy()
+            for _ in range(2):  # the line is three pixels wide, its middle is where the shape ends
+                pad = np.pad(grown, 1)
+                grown = pad[1:-1, 1:-1] | pad[:-2, 1:-1] | pad[2:, 1:-1] | pad[1:-1, :-2] | pad[1:-1, 2:]
+            masks[i][k] |= grown
+    return masks
 
 
 # ---- evaluation: ask about held-out scenes, compare with their geometry -------------------------------------

@@ -1,0 +1,536 @@
+"""
+Evaluation: a checkpoint answers, the answers are compared with what is known, every one of them is kept.
+
+    python eval.py out/small/sft/latest                                  # the toy world's held-out pictures and clips
+    python eval.py out/small/pretrain/latest out/small/sft/latest        # two checkpoints side by side
+    python eval.py weights/Molmo2-8B --data eval/my.jsonl --device cuda  # your own lines, in the form you train on
+    python eval.py ... --segmenter my_sam:segment --judge_url http://localhost:8000/v1 --judge_model some-judge
+
+    JSONL ─► question ─► answer ─► points, number, words ─► score, by task ─► table, eval.json
+
+The four Molmo2 evaluations are metrics of one task each, with the published definitions:
+
+    captions   precision, recall, F1 over atomic statements: needs a judge; without one a proxy, word overlap, said so
+    pointing   precision, recall, F1: predictions matched to true points (least distance in all), then hit by mask
+    counting   equal; close: within 1 + 5 % of the truth
+    tracking   points as above in every frame; HOTA; with a segmenter that turns points into masks J, F and J&F
+
+An annotation may carry the masks of its points: {"id": 0, "t" or "image": ..., "polygon": [[x, y], ...] as shares of the
+sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Without them a point hits within 5 % of its place.
+"""
+import argparse
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import requests
+import torch
+from PIL import Image, ImageDraw
+
+import toy
+from data import BadRow, Planner, find_datasets, in_clip, parse_points, parse_row, prompt_batch, to_device
+from media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
+from model import Molmo2
+from points import NOTHING, Tokenizer, multiple_choice, write_prompt
+from weights import BadCheckpoint
+
+# Longest answers, in tokens, by task: the published limits.
+LIMITS = dict(image_caption=448, video_caption=2048, image_pointing=192, multi_image_pointing=192, counting=192,
+              video_pointing=2048, video_tracking=4096)
+
+
+# ---- metrics: plain functions of predictions and truths -------------------------------------------------------
+
+def assign(cost):
+    """The one-to-one matching of least total cost: cost (n, m) -> [(row, column)], min(n, m) of them.
+
+    Shortest augmenting paths (Jonker and Volgenant 1987): rows enter one by one, prices keep reduced costs >= 0.
+    """
+    cost = np.asarray(cost, float)
+    if 0 in cost.shape:
+        return []
+    if cost.shape[0] > cost.shape[1]:
+        return sorted((i, j) for j, i in assign(cost.T))
+    n, m = cost.shape
+    u, v, row_of = np.zeros(n), np.zeros(m), np.full(m, -1)
+    for start in range(n):
+        least, came, done, i, j = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool), start, -1
+        while True:  # grow a tree of tight edges from `start` until it meets a free column
+            if j >= 0:
+                done[j], i = True, row_of[j]
+            reach = (least[j] if j >= 0 else 0) + cost[i] - u[i] - v
+            better = ~done & (reach < least)
+            least[better], came[better] = reach[better], j
+            k = int(np.where(done, np.inf, least).argmin())
+            if row_of[k] < 0:
+                break
+            j = k
+        bound = least[k]
+        u[start] += bound
+        for c in np.flatnonzero(done):
+            u[row_of[c]] += bound - least[c]
+            v[c] -= bound - least[c]
+        while k >= 0:  # turn the path around
+            before = came[k]
+            row_of[k] = row_of[before] if before >= 0 else start
+            k = before
+    return sorted((int(i), j) for j, i in enumerate(row_of) if i >= 0)
+
+
+def in_mask(mask, x, y):
+    """Whether the pixel nearest to (x, y), in pixels, is inside the picture and set in mask (H, W)."""
+    i, j = round(y), round(x)
+    return 0 <= i < mask.shape[0] and 0 <= j < mask.shape[1] and bool(mask[i, j])
+
+
+def precision_recall_f1(hits, predicted, true):
+    """Nothing asked for and nothing said is right."""
+    if not predicted and not true:
+        return 1.0, 1.0, 1.0
+    p, r = hits / predicted if predicted else 0.0, hits / true if true else 0.0
+    return p, r, 2 * p * r / (p + r) if p + r else 0.0
+
+
+def point_f1(predicted, true, hits):
+    """(precision, recall, F1) of points: (n, d) and (m, d) coordinates, and hits(i, j): whether the i-th lies in what
+    the j-th marks. Matched by least total distance first, as published; a match that misses is no hit."""
+    pairs = assign([[math.dist(p, t) for t in true] for p in predicted]) if len(predicted) and len(true) else []
+    return precision_recall_f1(sum(bool(hits(i, j)) for i, j in pairs), len(predicted), len(true))
+
+
+def said_number(text):
+    """The number an answer gives: points, "a total of 3", a number first or alone; None where there is none."""
+    points = parse_points(text)
+    if points:
+        return len(points)
+    if NOTHING in text:
+        return 0
+    m = re.search(r"total of (\d{1,6})", text) or re.search(r"\b(\d{1,6})\b", text)
+    return int(m[1]) if m else None
+
+
+def count_accuracy(predicted, true):
+    """(equal, close) of two counts, close being within 1 + floor(0.05 · true); a missing prediction is wrong."""
+    if predicted is None:
+        return 0.0, 0.0
+    return float(predicted == true), float(abs(predicted - true) <= 1 + math.floor(0.05 * true))
+
+
+def region_j(a, b):
+    """Jaccard index of two masks (H, W) bool; two empty ones agree."""
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 1.0
+
+
+def boundary(mask):
+    """Pixels of mask (H, W) whose right, lower or lower right neighbour differs, as DAVIS draws a boundary."""
+    right, down, both = mask.copy(), mask.copy(), mask.copy()
+    right[:, :-1], down[:-1], both[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
+    edge = (mask ^ right) | (mask ^ down) | (mask ^ both)
+    edge[-1], edge[:, -1] = mask[-1] ^ right[-1], mask[:, -1] ^ down[:, -1]
+    edge[-1, -1] = False
+    return edge
+
+
+def dilate(mask, radius):
+    """mask (H, W) grown by a disk: row by row of the disk, a window sum along the row, shifted."""
+    h, out = mask.shape[0], np.zeros_like(mask)
+    for dy in range(-radius, radius + 1):
+        wide = math.isqrt(radius ** 2 - dy ** 2)
+        total = np.cumsum(np.pad(mask, ((0, 0), (wide + 1, wide))), 1)
+        row = total[:, 2 * wide + 1:] - total[:, :-2 * wide - 1] > 0
+        out[max(dy, 0):h + min(dy, 0)] |= row[max(-dy, 0):h + min(-dy, 0)]
+    return out
+
+
+def boundary_f(a, b, width=0.008):
+    """Boundary F of two masks (H, W) bool: boundaries that meet within `width` of the diagonal (DAVIS 2016)."""
+    edge_a, edge_b = boundary(a), boundary(b)
+    n, m = np.count_nonzero(edge_a), np.count_nonzero(edge_b)
+    if not n or not m:
+        return float(n == m)
+    radius = math.ceil(width * math.hypot(*a.shape))
+    p = np.count_nonzero(edge_a & dilate(edge_b, radius)) / n
+    r = np.count_nonzero(edge_b & dilate(edge_a, radius)) / m
+    return 2 * p * r / (p + r) if p + r else 0.0
+
+
+def j_and_f(pred_masks, true_masks):
+    """(J, F, J&F) of an object's masks, frame by frame, (H, W) bool each; the mean over frames."""
+    j = float(np.mean([region_j(a, b) for a, b in zip(pred_masks, true_masks, strict=True)]))
+    f = float(np.mean([boundary_f(a, b) for a, b in zip(pred_masks, true_masks)]))
+    return j, f, (j + f) / 2
+
+
+def hota(frames):
+    """HOTA, DetA, AssA (Luiten et al. 2020) where a prediction is either in an object's mask or not.
+
+    frames: [(true ids, predicted ids, (true, predicted) bool: whether the point lies in the mask)].
+    """
+    true_n, pred_n = Counter(i for t, _, _ in frames for i in t), Counter(i for _, p, _ in frames for i in p)
+    rows, cols = ({key: k for k, key in enumerate(n)} for n in (true_n, pred_n))
+    sizes = [np.array(list(n.values()), float) for n in (true_n, pred_n)]
+    overlap, matched = np.zeros((len(rows), len(cols))), np.zeros((len(rows), len(cols)))
+    at = lambda t, p: np.ix_([rows[i] for i in t], [cols[i] for i in p])
+    for t, p, hit in frames:
+        hit = np.asarray(hit, float).reshape(len(t), len(p))
+        either = hit.sum(0, keepdims=True) + hit.sum(1, keepdims=True) - hit
+        overlap[at(t, p)] += np.divide(hit, either, out=np.zeros_like(hit), where=either > 0)
+    alike = overlap / np.maximum(sizes[0][:, None] + sizes[1][None] - overlap, 1e-9)
+    for t, p, hit in frames:  # who is who over the whole clip decides whom a frame matches
+        hit = np.asarray(hit, float).reshape(len(t), len(p))
+        for i, j in assign(-alike[at(t, p)] * hit):
+            matched[rows[t[i]], cols[p[j]]] += hit[i, j]
+    tp, true, pred = matched.sum(), sum(true_n.values()), sum(pred_n.values())
+    if not true + pred:
+        return 1.0, 1.0, 1.0
+    det = tp / (true + pred - tp)
+    ass = (matched * matched / np.maximum(sizes[0][:, None] + sizes[1][None] - matched, 1e-9)).sum() / max(tp, 1)
+    return math.sqrt(det * ass), float(det), float(ass)
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def word_overlap(predicted, true):
+    """(precision, recall, F1) of the words of two texts: no measure of truth, a proxy where there is no judge."""
+    a, b = Counter(words(predicted)), Counter(words(true))
+    return precision_recall_f1((a & b).total(), a.total(), b.total())
+
+
+class JudgeError(Exception):
+    """The judge did not answer."""
+
+
+class Judge:
+    """A language model behind an OpenAI-compatible URL that splits captions into statements and checks them."""
+
+    def __init__(self, url, model, tries=5, pause=2.0):
+        self.url, self.model, self.tries, self.pause = url.rstrip("/") + "/chat/completions", model, tries, pause
+        key = os.environ.get("JUDGE_API_KEY")
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def ask(self, prompt):
+        """The answer as parsed JSON; after `tries` failures with growing pauses JudgeError."""
+        body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=prompt)])
+        for k in range(self.tries):
+            try:
+                r = requests.post(self.url, json=body, headers=self.headers, timeout=120)
+                r.raise_for_status()
+                text = r.json()["choices"][0]["message"]["content"]
+                return json.loads(text[text.index("["):text.rindex("]") + 1])
+            except (requests.RequestException, ValueError, LookupError, TypeError) as e:
+                trouble = f"{type(e).__name__}: {e}"
+                time.sleep(self.pause * 2 ** k if k + 1 < self.tries else 0)
+        raise JudgeError(f"--judge_url {self.url}: no usable answer in {self.tries} tries ({trouble})")
+
+    def statements(self, caption):
+        return [str(s) for s in self.ask("Split this description into short statements that can each be true or false by "
+                                         f"themselves. Answer with a JSON list of strings.\n\n{caption}")]
+
+    def stated(self, statements, caption):
+        """For each statement, whether the caption says it."""
+        if not statements:
+            return []
+        listed = "\n".join(f"{i + 1}. {s}" for i, s in enumerate(statements))
+        yes = self.ask(f"Description:\n{caption}\n\nStatements:\n{listed}\n\nFor each statement: does the description say so? "
+                       "Answer with a JSON list of true and false, in order.")
+        if len(yes) != len(statements):
+            raise JudgeError(f"--judge_url {self.url}: {len(yes)} verdicts on {len(statements)} statements")
+        return [v is True for v in yes]
+
+    def score(self, predicted, true, statements=None):
+        """(precision, recall, F1): of what was said, the share that the true caption says; of the true statements, the
+        share that was said."""
+        said, right = self.statements(predicted), statements or self.statements(true)
+        p, r = self.stated(said, true), self.stated(right, predicted)
+        p, r = sum(p) / max(len(p), 1), sum(r) / max(len(r), 1)
+        return p, r, 2 * p * r / (p + r) if p + r else 0.0
+
+
+# ---- what is true of a row ------------------------------------------------------------------------------------
+
+class Question:
+    """One annotation of a row to be asked and scored."""
+
+    def __init__(self, row, a, folder, where):
+        self.row, self.a, self.folder, self.where, self.task = row, a, folder, where, a["task"]
+        self.kind = next((k for k in ("image", "images", "video") if k in row), None)
+        self.path = None if self.kind in (None, "images") else inside_folder(folder, row[self.kind])
+        if "messages" in a:
+            self.prompt, self.truth = a["messages"][0]["content"], a["messages"][1]["content"]
+        elif "options" in a:
+            self.prompt, self.truth = multiple_choice(a["question"], a["options"], a["correct"])
+        else:
+            self.prompt = a.get("prompt") or write_prompt(a, self.kind, toy.random.Random(where))
+            self.truth = a.get("answer", "")
+        self.points = a.get("points", [])
+        self.check()
+
+    def check(self):
+        """Points and masks that contradict each other or the media are the data's mistake, and said to be one."""
+        keys = [(p.get("t"), p.get("image"), p["id"]) for p in self.points]
+        if len(set(keys)) < len(keys):
+            twice = next(k for k in keys if keys.count(k) > 1)
+            raise BadRow("wrong field", f"{self.where}: two points of id {twice[2]}" + (f" at {twice[0]} s" if twice[0] is not None
+                                                                                     else ""))
+        if self.kind == "video" and self.points:
+            end = self.row.get("end", math.inf) - self.row.get("start", 0)
+            late = [p["t"] for p in self.points if p["t"] > end + 0.01]
+            if late:
+                raise BadRow("wrong field", f"{self.where}: a point at {late[0]} s of a clip of {end} s")
+        self.masks = {}
+        for m in self.a.get("masks", []):
+            if not isinstance(m, dict) or (m.get("t"), m.get("image"), m.get("id")) not in keys:
+                raise BadRow("wrong field", f"{self.where}: mask {str(m)[:60]} belongs to no point")
+            self.masks[m.get("t"), m.get("image"), m["id"]] = m
+
+    def size(self, image=None):
+        """(width, height) of the media, in pixels."""
+        if self.kind == "video":
+            container, stream = open_video(self.path)
+            with container:
+                return stream.width, stream.height
+        return image_size(self.path or inside_folder(self.folder, self.row["images"][image]))
+
+    def mask(self, p):
+        """The mask of a true point (H, W) bool, or None."""
+        m = self.masks.get((p.get("t"), p.get("image"), p["id"]))
+        if m is None:
+            return None
+        w, h = self.size(p.get("image"))
+        if "polygon" in m:
+            image = Image.new("1", (w, h))
+            ImageDraw.Draw(image).polygon([(x * w, y * h) for x, y in m["polygon"]], 1)
+            return np.array(image)
+        if list(m["rle"]["size"]) != [h, w]:
+            raise BadRow("wrong field", f"{self.where}: a mask of {m['rle']['size'][1]}x{m['rle']['size'][0]} on media of {w}x{h}")
+        values = np.arange(len(m["rle"]["counts"])) % 2 == 1
+        return np.repeat(values, m["rle"]["counts"]).reshape(w, h).T
+
+    def hits(self, p, true):
+        """Whether a predicted point lies in what a true one marks: its mask, or without one 5 % around it."""
+        if p.get("image") != true.get("image"):
+            return False
+        mask = self.mask(true)
+        if mask is None:
+            return math.hypot(p["x"] - true["x"], p["y"] - true["y"]) <= 0.05
+        return in_mask(mask, p["x"] * mask.shape[1] - 0.5, p["y"] * mask.shape[0] - 0.5)
+
+
+def load_questions(datasets, limit=None):
+    """The questions of the first `limit` lines of each dataset: [Question]. What is wrong in them is an error."""
+    out = []
+    for d in datasets:
+        for i in range(min(len(d), limit or len(d))):
+            line, folder, where = d.line(i)
+            try:
+                row = parse_row(line)
+                for a in row["annotations"]:
+                    if "start" in row:
+                        a = in_clip(a, row["start"], row.get("end", math.inf))
+                    out.append(Question(row, a, folder, where))
+            except BadRow as e:
+                raise BadRow(e.reason, f"{where}: {e.detail}" if where not in e.detail else e.detail) from None
+    return out
+
+
+# ---- scoring one answer ---------------------------------------------------------------------------------------
+
+def score_points(q, text):
+    """Pointing: matched in space, with the picture or the time as one more dimension, all on a scale of 0 to 100."""
+    predicted = parse_points(text, q.kind)
+    if q.kind == "video":
+        length = max([p["t"] for p in [*predicted, *q.points] if "t" in p], default=1) or 1
+        predicted = [p for p in predicted if "t" in p]
+        place = lambda p: [round(100 * v, 1) for v in (p["t"] / length, p["x"], p["y"])]
+        same = lambda p, t: abs(p["t"] - t["t"]) < 0.05  # the same half second, whatever the digits
+    else:
+        place = lambda p: [1e4 * p.get("image", 0), 100 * p["x"], 100 * p["y"]]
+        same = lambda p, t: True
+    hits = lambda i, j: same(predicted[i], q.points[j]) and q.hits(predicted[i], q.points[j])
+    p, r, f = point_f1([place(p) for p in predicted], [place(t) for t in q.points], hits)
+    return dict(precision=p, recall=r, f1=f, none=float(text.strip() == NOTHING)) if not q.points else dict(
+        precision=p, recall=r, f1=f)
+
+
+def score_count(q, text):
+    true = int(q.truth) if q.truth.strip().isdigit() else len(q.points) if "points" in q.a else said_number(q.truth)
+    equal, close = count_accuracy(said_number(text), true or 0)
+    return dict(accuracy=equal, close=close)
+
+
+def score_words(q, text):
+    """Questions: the same words; of options the same letter or the same words."""
+    if "options" in q.a:
+        letter = re.match(r"\W*([A-Z])\b", text)
+        right = letter[1] == q.truth[0] if letter else words(text) == words(q.a["options"][q.a["correct"]])
+        return dict(accuracy=float(right))
+    return dict(accuracy=float(words(text) == words(q.truth)))
+
+
+def score_caption(q, text, judge=None):
+    if judge:
+        p, r, f = judge.score(text, q.truth, q.a.get("statements"))
+        return dict(precision=p, recall=r, f1=f)
+    p, r, f = word_overlap(text, q.truth)
+    return dict(overlap_precision=p, overlap_recall=r, overlap_f1=f)
+
+
+def score_track(q, text, segmenter=None):
+    """Tracking: points of every frame that has a true or a predicted one, HOTA, and J, F with a segmenter."""
+    predicted = [p for p in parse_points(text, "video") if "t" in p]
+    key = lambda p: round(2 * p["t"], 1)
+    times = sorted({key(p) for p in [*predicted, *q.points]})
+    frames, scores, hit_n = [], [], 0
+    for t in times:
+        mine, true = [p for p in predicted if key(p) == t], [p for p in q.points if key(p) == t]
+        mine = list({p["id"]: p for p in reversed(mine)}.values())  # an id said twice counts once
+        hit = np.array([[q.hits(p, o) for p in mine] for o in true]).reshape(len(true), len(mine))
+        scores.append(point_f1([(p["x"], p["y"]) for p in mine], [(o["x"], o["y"]) for o in true], lambda i, j: hit[j, i]))
+        frames.append(([o["id"] for o in true], [p["id"] for p in mine], hit))
+        hit_n += round(scores[-1][1] * len(true))
+    p, r, f = np.mean(scores, 0).tolist() if scores else (1.0, 1.0, 1.0)
+    whole, detection, association = hota(frames)
+    out = dict(accuracy=hit_n / max(len(q.points), 1), precision=p, recall=r, f1=f, hota=whole)
+    if segmenter and q.masks:
+        out |= dict(zip(("j", "f", "j&f"), score_masks(q, predicted, times, segmenter)))
+    return out
+
+
+def score_masks(q, predicted, times, segmenter):
+    """(J, F, J&F), the mean over true objects: each is compared with the predicted one that suits it best."""
+    start, end = q.row.get("start", 0), video_duration(q.path)
+    frames = load_frames(q.path, [min(t / 2 + start, end) for t in times])  # a time said beyond the end is just wrong
+    h, w = frames[0].shape[:2]
+    points = [(times.index(round(2 * p["t"], 1)), p["x"], p["y"], p["id"]) for p in predicted]
+    segmented, ids = segmenter(frames, points), sorted({o["id"] for o in q.points})
+    empty, table = np.zeros((h, w), bool), {}
+    for i in ids:
+        own = {round(2 * o["t"], 1): q.mask(o) for o in q.points if o["id"] == i}
+        for j, masks in segmented.items():
+            both = [(masks[k], own.get(t, empty)) for k, t in enumerate(times) if t in own or masks[k].any()]
+            table[i, j] = j_and_f(*zip(*both)) if both else (1.0, 1.0, 1.0)
+    pairs = assign([[-table[i, j][2] for j in segmented] for i in ids]) if segmented else []
+    best = [table[ids[i], list(segmented)[j]] for i, j in pairs]
+    return (np.sum(best, 0) / len(ids)).tolist() if best else (0.0, 0.0, 0.0)
+
+
+def score(q, text, judge=None, segmenter=None):
+    """{metric: value} of one answer."""
+    if q.task == "video_tracking":
+        return score_track(q, text, segmenter)
+    if q.task == "counting":
+        return score_count(q, text)
+    if "points" in q.a:
+        return score_points(q, text)
+    if q.task.endswith("caption"):
+        return score_caption(q, text, judge)
+    return score_words(q, text)
+
+
+# ---- asking and averaging -------------------------------------------------------------------------------------
+
+def answers(model, planner, questions, batch=32, max_new_tokens=None):
+    """Greedy answers, in order: [text]. Questions of a task go together, as their answers end at about the same time;
+    media that cannot be decoded are an error."""
+    order = sorted(range(len(questions)), key=lambda i: questions[i].task)
+    texts, tok, device = [None] * len(questions), planner.tokenizer, model.lm_head.weight.device
+    for task, group in itertools.groupby(order, key=lambda i: questions[i].task):
+        group = list(group)
+        for k in range(0, len(group), batch):
+            part = group[k:k + batch]
+            plans = [planner.question(questions[i].row, questions[i].folder, [dict(role="user", content=questions[i].prompt)])
+                     for i in part]
+            inputs, failed = prompt_batch(plans, planner.cfg)
+            if failed:
+                raise BadMedia(f"{questions[part[0]].where}: {failed[0][3]}")
+            longest = max_new_tokens or min(LIMITS.get(task, 64), planner.seq_len - max(p.n_tokens for p in plans))
+            new = model.generate(**to_device(inputs, device), max_new_tokens=longest, stop=(tok.eos,))
+            for i, ids in zip(part, torch.stack(list(new), 1).tolist()):
+                texts[i] = tok.decode(ids[:ids.index(tok.eos)] if tok.eos in ids else ids)
+    return texts
+
+
+def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, max_new_tokens=None):
+    """({"task metric": mean}, [one record per question: where, task, prompt, answer, truth, scores])."""
+    texts, sums, records = answers(model, planner, questions, batch, max_new_tokens), {}, []
+    for q, text in zip(questions, texts):
+        try:
+            scores = score(q, text, judge, segmenter)
+        except JudgeError as e:
+            print(f"error: {e}; {q.where} and what follows is not judged", file=sys.stderr)
+            scores, judge = dict(not_judged=1.0), None
+        for name, value in scores.items():
+            sums.setdefault(f"{q.task} {name}", []).append(value)
+        records.append(dict(where=q.where, task=q.task, prompt=q.prompt, answer=text, truth=q.truth or q.points,
+                            scores={k: round(v, 4) for k, v in scores.items()}))
+    return {name: sum(v) / len(v) for name, v in sorted(sums.items())}, records
+
+
+def load_function(name):
+    """module:function of --segmenter."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def toy_files(folder=os.path.join("data", "toy")):
+    """The toy world's held-out lines, with masks."""
+    toy.files(folder, "sft")
+    return [os.path.join(folder, *n) for n in (("eval", "pairs.jsonl"), ("clips", "eval", "clips.jsonl"),
+                                               ("clips", "eval", "tracks.jsonl"))]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", help="folders with config.json, model.safetensors and tokenizer.json")
+    parser.add_argument("--data", nargs="+", help="JSONL files or folders [the toy world's held-out clips and pairs]")
+    parser.add_argument("--limit", type=int, help="lines of each file [all]")
+    parser.add_argument("--out", default="eval.json", help="every prediction beside its truth [eval.json]")
+    parser.add_argument("--segmenter", help="MODULE:FUNCTION(frames, points) -> masks, for J and F [toy:segment for toy]")
+    parser.add_argument("--judge_url", help="OpenAI-compatible server that judges captions, up to /v1; key in JUDGE_API_KEY")
+    parser.add_argument("--judge_model", default="gpt-4.1-2025-04-14", help="its model [gpt-4.1-2025-04-14]")
+    parser.add_argument("--max_new_tokens", type=int, help="length limit of answers [by task]")
+    parser.add_argument("--max_frames", type=int, default=128, help="of a video [128]")
+    parser.add_argument("--tiles", type=int, help="high-resolution crops of a picture [24; none for small]")
+    parser.add_argument("--batch", type=int, default=32, help="questions at a time [32]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps [cpu]")
+    args = parser.parse_args()
+    try:
+        judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
+        segmenter = load_function(args.segmenter) if args.segmenter else None if args.data else toy.segment
+        questions = load_questions(find_datasets(args.data or toy_files())[0], args.limit)
+        table, kept = {}, {}
+        for folder in args.checkpoints:
+            model = Molmo2.from_pretrained(folder).to(args.device)
+            tiles = args.tiles if args.tiles is not None else 24 if model.cfg.crop >= 378 else 0
+            planner = Planner(Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab), model.cfg,
+                              model.cfg.max_positions, tiles, max_frames=args.max_frames)
+            limit = args.max_new_tokens or (256 if model.cfg.crop < 378 else None)
+            table[folder], kept[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch, limit)
+    except (OSError, ValueError, BadRow, BadMedia, BadCheckpoint, ImportError, AttributeError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    names = sorted({n for scores in table.values() for n in scores})
+    for folder in table:
+        print(f"{'':34}{folder}")
+    for name in names:
+        print(f"{name:34}" + "".join(f"{table[f].get(name, float('nan')):10.3f}" for f in table))
+    if not judge and any("overlap" in n for n in names):
+        print("overlap: shared words, a proxy; --judge_url scores captions by their statements")
+    with open(args.out, "w") as f:
+        json.dump(dict(scores=table, predictions=kept), f, indent=1)
+    print(f"{args.out} holds every answer beside its truth")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""
+Stage 2: the same model meets video, several pictures, moments and tracks, and keeps what it knew.
+
+    python sft.py                                                  # a laptop: the toy world's clips, from out/small/pretrain/latest
+    python sft.py --data clips/my.jsonl                            # your own videos (README)
+    python sft.py --config 8b --init_from weights/Molmo2-8B --data data/
+    torchrun --nproc_per_node=8 sft.py --config 7b --data data/    # several GPUs
+
+The loop is stage 1's. What differs is here: where it starts, what it reads, how much of each, and how fast it learns.
+"""
+import dataclasses
+
+import pretrain
+from pretrain import Config
+
+DEFAULTS = dataclasses.replace(
+    Config(), stage="sft", previous="pretrain", mixture="sft",
+    steps=50_000, global_batch=128, max_crops=48,
+    # Everything is pretrained by now, the connector too: all parts warm up alike and move slowly.
+    lr_vit=5e-6, lr_connector=5e-6, lr_decoder=1e-5, warmup_vit=200, warmup_connector=200, warmup_decoder=200,
+    residual_dropout=0.1, response_dropout=0.0, save_every=2000)
+
+PRESETS = {
+    # Twice the tokens of stage 1: a clip is six frames of nine tokens, its tracks are the longest answers there are.
+    "small": dict(pretrain.PRESETS["small"], steps=1000, global_batch=12, micro_batch=12, seq_len=512, max_crops=32,
+                  lr_vit=2e-3, lr_connector=1e-3, lr_decoder=1e-3, residual_dropout=0.0),
+    "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
+}
+
+if __name__ == "__main__":
+    cfg, run = pretrain.main(DEFAULTS, PRESETS)
+    print(f'next: python sample.py {run}/latest data/toy/clips/eval/video/00003.mp4 "Track the shapes."')
