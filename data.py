@@ -571,6 +571,7 @@ class Dataset:
 
     def __init__(self, name, files, entry=None):
         self.name, self.files, self.entry, self.open = name, files, entry or {}, {}
+        self.factor = 1.0  # of this run's own rebalancing
         heads = [line_index(path)[1].tolist() for path in files]
         self.ends = np.cumsum([n for _, n in heads])
         self.contents = hashlib.blake2b(repr(heads).encode(), digest_size=8).hexdigest()
@@ -602,7 +603,7 @@ class Dataset:
         """sqrt(rows), at most those of its cap, times its multiplier: large sets get more draws, but not in
         proportion."""
         rows = min(len(self), int(self.entry.get("size_cap") or len(self)))
-        return float(self.entry.get("multiplier") or 1) * math.sqrt(rows)
+        return self.factor * float(self.entry.get("multiplier") or 1) * math.sqrt(rows)
 
 
 def shuffled(i, n, key):

@@ -504,7 +504,7 @@ class Molmo2(nn.Module):
             parts["vit" if ".image_vit." in name else "connector" if new else "decoder"].append((name, p))
         return parts
 
-    def check(self, tokens, crops, pool, others):
+    def check(self, tokens, crops, pool, others, features=None):
         """Fail with the numbers in hand before a shape error fails without them."""
         for name, x in others.items():
             assert x is None or x.shape == tokens.shape, f"{name} is {tuple(x.shape)}, tokens are {tuple(tokens.shape)}"
@@ -512,26 +512,28 @@ class Molmo2(nn.Module):
         assert n == m, f"{n} <image> tokens but {m} pooled windows: was a row cut, or media left out?"
         top, rows = int(tokens.max()), self.cfg.vocab + EXTRA
         assert top < rows, f"token id {top}, but the table has {rows} rows: is this another model's tokenizer?"
-        if m:
+        if features is not None:
+            assert features.shape == (m, self.cfg.width), f"features are {tuple(features.shape)}, of {m} windows"
+        elif m:
             assert crops.shape[1:] == (self.cfg.patches, self.cfg.patch ** 2 * 3), \
                 f"crops are {tuple(crops.shape)}, expected (N, {self.cfg.patches}, {self.cfg.patch ** 2 * 3})"
             assert int(pool.max()) < crops.shape[0] * crops.shape[1], "pool points past the last patch"
 
-    def embed(self, tokens, crops=None, pool=None):
-        """(B, T) ids and their pictures -> (B, T, D): image features are added to the `<image>` embedding."""
+    def embed(self, tokens, crops=None, pool=None, features=None):
+        """(B, T) ids and their pictures -> (B, T, D): image features are added to the `<image>` embedding.
+
+        features: (M, D) of the <image> tokens in row-major order, if the vision backbone has made them before.
+        """
         x = self.transformer.wte(tokens)
         if pool is not None and len(pool):
-            # (M, D), in row-major order of the <image> tokens
-            features = self.vision_backbone(crops, pool).to(x.dtype)
-            x = x.flatten(0, 1).index_add(0, (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0],
-                                          features)
+            features = self.vision_backbone(crops, pool) if features is None else features
+            at = (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0]
+            x = x.flatten(0, 1).index_add(0, at, features.to(x.dtype))
         return x.view(*tokens.shape, -1)
 
     def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None,
-                weights=None,
-                z_loss=0.0):
-        """Logits (B, T, V), or, with targets and weights, the sum over positions of weight · (nll + z_loss ·
-        lse²).
+                weights=None, z_loss=0.0):
+        """Logits (B, T, V), or, with targets and weights, the sum of weight · (nll + z_loss · lse²).
 
         tokens, pos, example, branch, targets: (B, T) int64; weights: (B, T) float; crops: (N, P,
         patch·patch·3); pool: (M, K). Without pos, example and branch each row is one plain causal example.
@@ -559,26 +561,25 @@ class Molmo2(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, crops=None, pool=None, max_new_tokens=256, temperature=0.0, stop=(), pos=None,
-                 example=None, branch=None, generator=None):
+                 example=None, branch=None, generator=None, features=None):
         """Continue B prompts; yields one (B,) tensor of ids per step, as they come. Greedy at temperature 0.
 
         Prompts of different lengths are padded on the right with example = 0. A row that has produced an id
         in `stop` repeats it until all rows are done.
         """
         assert not self.training, "call model.eval() first: dropout would be on"
-        self.check(tokens, crops, pool, dict(pos=pos, example=example, branch=branch))
+        self.check(tokens, crops, pool, dict(pos=pos, example=example, branch=branch), features)
         pos, example, branch = self.plain(tokens, pos, example, branch)
         B, T = tokens.shape
         caches = [KVCache(T + max_new_tokens) for _ in self.transformer.blocks]
         mask = dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))
-        x = self.transformer(self.embed(tokens, crops, pool), pos, mask, caches=caches)
+        x = self.transformer(self.embed(tokens, crops, pool, features), pos, mask, caches=caches)
         last = (example > 0).sum(1) - 1  # where each prompt ends
         rows = torch.arange(B, device=tokens.device)
         x, next_pos = x[rows, last], pos[rows, last] + 1
         all_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
         # From here on every new token sees its whole prompt (what it may see there) and all tokens after it.
-        # (B, 1, 1, S)
-        seen = torch.cat([mask[rows, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]
+        seen = torch.cat([mask[rows, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]  # (B, 1, 1, S)
         stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
         done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         ids = None
@@ -594,8 +595,7 @@ class Molmo2(nn.Module):
             if step + 1 == max_new_tokens or bool(done.all()):
                 return
             x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], seen[..., :T + step + 1],
-                                 caches=caches,
-                                 key_pos=all_pos[:, :T + step + 1])
+                                 caches=caches, key_pos=all_pos[:, :T + step + 1])
             x, next_pos = x[:, 0], next_pos + 1
 
     @classmethod

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+import eval as evaluation
 import toy
 import weights
 from data import MIXTURES, Batches, Planner, Stream, collate, decode, find_datasets, mix, show_mixture, to_device
@@ -49,6 +50,7 @@ class Config:
     data: tuple = flag((), "JSONL files, or folders with the registry's NAME.jsonl or NAME/*.jsonl; 'toy' is the embedded toy world")
     eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
     mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released or equal")
+    rebalance: tuple = flag((), "NAME=FACTOR: that dataset is drawn so much more often than its size says")
     init_from: tuple = flag((), "checkpoint folder to start from, or a plain OLMo or Qwen3 and a SigLIP folder; none = random weights")
     resume: bool = flag(False, "continue this run from its last checkpoint")
     out: str = flag("out", "folder of all runs; this one goes to OUT/CONFIG/STAGE")
@@ -81,7 +83,9 @@ class Config:
     freeze: tuple = flag((), "parts that do not train: vit connector decoder embedding")
     save_every: int = flag(500, "steps between checkpoints; the last step is always saved")
     eval_every: int = flag(1000, "steps between evaluations; the last step is always evaluated")
-    eval_scenes: int = flag(320, "held-out scenes asked about at the end; a quarter of them in between")
+    eval_scenes: int = flag(320, "held-out toy scenes asked about at the end; a quarter of them in between")
+    eval_clips: int = flag(0, "lines of the toy world's held-out clips, tracks and pairs asked about, likewise")
+    eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     workers: int = flag(2, "processes that decode pictures; 0 = the training process itself")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
@@ -194,6 +198,13 @@ def open_data(cfg):
         datasets, missing = find_datasets(paths, cfg.stage)
     except (OSError, ValueError) as e:
         raise UserError(str(e)) from None
+    for text in cfg.rebalance:
+        name, _, factor = text.partition("=")
+        try:
+            {d.name: d for d in datasets}[name].factor = float(factor)
+        except (KeyError, ValueError):
+            raise UserError(f"--rebalance {text}: NAME=FACTOR, with a number and one of "
+                            + ", ".join(d.name for d in datasets)) from None
     return mix(datasets, cfg.mixture), missing
 
 
@@ -379,9 +390,15 @@ def evaluate(cfg, model, planner, step, run, losses, device):
     model.eval()
     scores = {}
     if "toy" in cfg.data:
-        n = cfg.eval_scenes if step == cfg.steps else cfg.eval_scenes // 4
-        scores = toy.evaluate(model, planner, os.path.join("data", "toy", "eval"), n,
+        part = 1 if step in (0, cfg.steps) else 4
+        scores = toy.evaluate(model, planner, os.path.join("data", "toy", "eval"), cfg.eval_scenes // part,
                               os.path.join(run, "samples", f"step_{step:07d}.png"))
+        if cfg.eval_clips:
+            questions = evaluation.load_questions(find_datasets(evaluation.toy_files())[0], cfg.eval_clips // part)
+            table, records = evaluation.evaluate(model, planner, questions, segmenter=toy.segment, max_new_tokens=256)
+            scores |= table
+            with open(os.path.join(run, "samples", f"step_{step:07d}.json"), "w") as f:
+                json.dump(records, f, indent=1)
     elif cfg.eval_data:
         datasets, _ = find_datasets(cfg.eval_data)
         total = weight = 0.0
@@ -394,7 +411,7 @@ def evaluate(cfg, model, planner, step, run, losses, device):
                         total += float(model(**batch))
                     weight += float(batch["weights"].sum())
         scores = {"loss": total / max(weight, 1e-9)}
-    else:
+    elif losses:
         scores = {"train_loss": sum(losses[-20:]) / len(losses[-20:])}
     model.train()
     return {k: round(v, 4) for k, v in scores.items()}
@@ -455,6 +472,9 @@ def train(cfg, defaults):
                                               num_workers=cfg.workers, collate_fn=tuple,
                                               prefetch_factor=cfg.global_batch if cfg.workers else None))
     bar, losses, nan_rows, started = Progress(cfg.steps, step), [], [], time.time()
+    before = evaluate(cfg, model, planner, 0, run, losses, device) if cfg.eval_first and not step else {}
+    if before:
+        log.write(step=0, eval=before)
     model.train()
 
     while step < cfg.steps:
@@ -518,7 +538,9 @@ def train(cfg, defaults):
         if last or step % cfg.eval_every == 0:
             scores = evaluate(cfg, model, planner, step, run, losses, device)
             log.write(step=step, eval=scores)
-            bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()) if not before else
+                     "\n".join([f"{'':34}{'before':>8}{f'step {step}':>12}"]
+                               + [f"{k:34}{before.get(k, math.nan):8.3f}{v:12.3f}" for k, v in scores.items()]))
         if last or step % cfg.save_every == 0:
             folder = save_checkpoint(run, step, model, tokenizer, optimizers, names,
                                      dict(stream=state, fingerprint=stream.fingerprint(), failed=bad.failed),

@@ -22,7 +22,7 @@ DEFAULTS = dataclasses.replace(
 
 PRESETS = {
     # Twice the tokens of stage 1: a clip is six frames of nine tokens, its tracks are the longest answers there are.
-    "small": dict(pretrain.PRESETS["small"], steps=1000, global_batch=12, micro_batch=12, seq_len=512, max_crops=32,
+    "small": dict(pretrain.PRESETS["small"], steps=1000, global_batch=12, micro_batch=12, seq_len=512, max_crops=32, eval_clips=100, eval_first=True,
                   lr_vit=2e-3, lr_connector=1e-3, lr_decoder=1e-3, residual_dropout=0.0),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
 }

@@ -257,14 +257,14 @@ def draw_clip(rng, seconds=2.5):
     """One clip: its size, its objects, each with a name, a path, when it is there, and what becomes of it."""
     w, h, looks = rng.randint(80, 128), rng.randint(80, 128), round(2 * seconds) + 1
     objects, used = [], set()
-    for _ in range(rng.choice((1, 2, 2, 2, 3))):
+    for _ in range(rng.choice((1, 1, 2, 2, 2, 3))):
         colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
         if shape in used:  # one of a shape: "the star" is a name even after it has turned green
             continue
         used.add(shape)
         way, path = draw_path(rng, looks)
         objects.append(dict(colour=colour, shape=shape, way=way, path=path, since=0, turns=None,
-                            radius=rng.uniform(0.17, 0.23) * min(w, h), angle=rng.uniform(-0.15, 0.15)))
+                            radius=rng.uniform(0.19, 0.25) * min(w, h), angle=rng.uniform(-0.15, 0.15)))
     near = lambda a, b, k: all(abs(p - q) < 4 for p, q in zip(a["path"][k], b["path"][k]))
     if sum(near(a, b, k) for a, b in itertools.combinations(objects, 2) for k in range(looks)) > 1:
         return draw_clip(rng, seconds)  # shapes may cross, not travel on top of each other

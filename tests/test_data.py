@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, picture, png, video, write_lines
+from conftest import HERE, picture, png, tiny_model, video, write_lines
 
 from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
                   parse_row, shuffled,
@@ -364,3 +364,25 @@ def test_styles_prefix_only_what_the_released_models_saw_prefixed(planner):
     assert to_messages(a, "image", None, "released")[0]["content"] == "vqa2: What?"
     assert to_messages(dict(a, style="user_qa"), "image", None, "released")[0]["content"] == "What?"
     assert to_messages(a, "image", None)[0]["content"] == "What?"
+
+
+def test_a_pointing_token_pulls_twice_as_hard_as_a_caption_token(world, planner, tokenizer):
+    """The same words about the same picture, once as a caption, once as an answer to a pointing question."""
+    model, folder = tiny_model(), os.path.dirname(world)
+    def gradient(planner, *tasks):
+        row = dict(image="0.png", annotations=[dict(task=t, prompt="?", answer="A red wall, 0.5.") for t in tasks])
+        (plan,), _ = planner.plan(row, folder, random.Random(0))
+        batch = collate([decode([plan], planner.cfg, plan.n_tokens)])
+        model.zero_grad()
+        model(**batch).backward()
+        return plan.weights[plan.weights > 0], model.lm_head.weight.grad.clone()
+    ours, caption = gradient(planner, "image_caption")
+    ours, pointing = gradient(planner, "image_pointing")
+    assert set(ours) == {2.0} and torch.allclose(pointing, 2 * caption, rtol=1e-6, atol=0)
+    assert torch.allclose(gradient(planner, "counting")[1], 1.5 * caption, rtol=1e-5, atol=1e-7)
+    released = Planner(tokenizer, planner.cfg, 192, token_weights="released")
+    weights, flat = gradient(released, "image_pointing")
+    assert np.allclose(weights, 0.2) and torch.allclose(flat, 0.2 * caption, rtol=1e-5, atol=1e-8)
+    n = len(weights)  # in a single chat EOS counts as a token of the answer, in a tree it does not
+    assert np.allclose(gradient(released, "image_caption")[0], 2 / n ** 0.5)
+    assert np.allclose(gradient(released, "image_caption", "image_caption")[0], 2 / (n - 1) ** 0.5 / 2 ** 0.5)

@@ -67,7 +67,7 @@ def test_registry_folder_shards_and_files_of_ones_own(tmp_path):
 
 class Sized(Dataset):
     def __init__(self, name, rows, entry=None):
-        self.name, self.entry, self.rows = name, entry or {}, rows
+        self.name, self.entry, self.rows, self.factor = name, entry or {}, rows, 1.0
 
     def __len__(self):
         return self.rows
