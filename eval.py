@@ -15,8 +15,9 @@ The four Molmo2 evaluations are metrics of one task each, with the published def
     counting   equal; close: within 1 + 5 % of the truth
     tracking   points as above in every frame; HOTA; with a segmenter that turns points into masks J, F and J&F
 
-An annotation may carry the masks of its points: {"id": 0, "t" or "image": ..., "polygon": [[x, y], ...] as shares of the
-sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Without them a point hits within 5 % of its place.
+An annotation may carry the masks of its points: {"id": 0, "t" or "image": ..., "polygon": [[x, y], ...] as
+shares of the sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Without them a point hits within
+5 % of its place.
 """
 import argparse
 import importlib
@@ -42,7 +43,8 @@ from points import NOTHING, Tokenizer, multiple_choice, write_prompt
 from weights import BadCheckpoint
 
 # Longest answers, in tokens, by task: the published limits.
-LIMITS = dict(image_caption=448, video_caption=2048, image_pointing=192, multi_image_pointing=192, counting=192,
+LIMITS = dict(image_caption=448, video_caption=2048, image_pointing=192, multi_image_pointing=192,
+              counting=192,
               video_pointing=2048, video_tracking=4096)
 
 
@@ -51,7 +53,8 @@ LIMITS = dict(image_caption=448, video_caption=2048, image_pointing=192, multi_i
 def assign(cost):
     """The one-to-one matching of least total cost: cost (n, m) -> [(row, column)], min(n, m) of them.
 
-    Shortest augmenting paths (Jonker and Volgenant 1987): rows enter one by one, prices keep reduced costs >= 0.
+    Shortest augmenting paths (Jonker and Volgenant 1987): rows enter one by one, prices keep reduced costs >=
+    0.
     """
     cost = np.asarray(cost, float)
     if 0 in cost.shape:
@@ -99,14 +102,16 @@ def precision_recall_f1(hits, predicted, true):
 
 
 def point_f1(predicted, true, hits):
-    """(precision, recall, F1) of points: (n, d) and (m, d) coordinates, and hits(i, j): whether the i-th lies in what
-    the j-th marks. Matched by least total distance first, as published; a match that misses is no hit."""
+    """(precision, recall, F1) of points: (n, d) and (m, d) coordinates, and hits(i, j): whether the i-th lies
+    in what the j-th marks. Matched by least total distance first, as published; a match that misses is no
+    hit."""
     pairs = assign([[math.dist(p, t) for t in true] for p in predicted]) if len(predicted) and len(true) else []
     return precision_recall_f1(sum(bool(hits(i, j)) for i, j in pairs), len(predicted), len(true))
 
 
 def said_number(text):
-    """The number an answer gives: points, "a total of 3", a number first or alone; None where there is none."""
+    """The number an answer gives: points, "a total of 3", a number first or alone; None where there is
+    none."""
     points = parse_points(text)
     if points:
         return len(points)
@@ -117,7 +122,8 @@ def said_number(text):
 
 
 def count_accuracy(predicted, true):
-    """(equal, close) of two counts, close being within 1 + floor(0.05 · true); a missing prediction is wrong."""
+    """(equal, close) of two counts, close being within 1 + floor(0.05 · true); a missing prediction is
+    wrong."""
     if predicted is None:
         return 0.0, 0.0
     return float(predicted == true), float(abs(predicted - true) <= 1 + math.floor(0.05 * true))
@@ -130,7 +136,8 @@ def region_j(a, b):
 
 
 def boundary(mask):
-    """Pixels of mask (H, W) whose right, lower or lower right neighbour differs, as DAVIS draws a boundary."""
+    """Pixels of mask (H, W) whose right, lower or lower right neighbour differs, as DAVIS draws a
+    boundary."""
     right, down, both = mask.copy(), mask.copy(), mask.copy()
     right[:, :-1], down[:-1], both[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
     edge = (mask ^ right) | (mask ^ down) | (mask ^ both)
@@ -151,7 +158,8 @@ def dilate(mask, radius):
 
 
 def boundary_f(a, b, width=0.008):
-    """Boundary F of two masks (H, W) bool: boundaries that meet within `width` of the diagonal (DAVIS 2016)."""
+    """Boundary F of two masks (H, W) bool: boundaries that meet within `width` of the diagonal (DAVIS
+    2016)."""
     edge_a, edge_b = boundary(a), boundary(b)
     n, m = np.count_nonzero(edge_a), np.count_nonzero(edge_b)
     if not n or not m:
@@ -192,7 +200,8 @@ def hota(frames):
     if not true + pred:
         return 1.0, 1.0, 1.0
     det = tp / (true + pred - tp)
-    ass = (matched * matched / np.maximum(sizes[0][:, None] + sizes[1][None] - matched, 1e-9)).sum() / max(tp, 1)
+    union = np.maximum(sizes[0][:, None] + sizes[1][None] - matched, 1e-9)
+    ass = (matched * matched / union).sum() / max(tp, 1)
     return math.sqrt(det * ass), float(det), float(ass)
 
 
@@ -201,7 +210,8 @@ def words(text):
 
 
 def word_overlap(predicted, true):
-    """(precision, recall, F1) of the words of two texts: no measure of truth, a proxy where there is no judge."""
+    """(precision, recall, F1) of the words of two texts: no measure of truth, a proxy where there is no
+    judge."""
     a, b = Counter(words(predicted)), Counter(words(true))
     return precision_recall_f1((a & b).total(), a.total(), b.total())
 
@@ -211,7 +221,8 @@ class JudgeError(Exception):
 
 
 class Judge:
-    """A language model behind an OpenAI-compatible URL that splits captions into statements and checks them."""
+    """A language model behind an OpenAI-compatible URL that splits captions into statements and checks
+    them."""
 
     def __init__(self, url, model, tries=5, pause=2.0):
         self.url, self.model, self.tries, self.pause = url.rstrip("/") + "/chat/completions", model, tries, pause
@@ -248,8 +259,8 @@ class Judge:
         return [v is True for v in yes]
 
     def score(self, predicted, true, statements=None):
-        """(precision, recall, F1): of what was said, the share that the true caption says; of the true statements, the
-        share that was said."""
+        """(precision, recall, F1): of what was said, the share that the true caption says; of the true
+        statements, the share that was said."""
         said, right = self.statements(predicted), statements or self.statements(true)
         p, r = self.stated(said, true), self.stated(right, predicted)
         p, r = sum(p) / max(len(p), 1), sum(r) / max(len(r), 1)
@@ -276,12 +287,13 @@ class Question:
         self.check()
 
     def check(self):
-        """Points and masks that contradict each other or the media are the data's mistake, and said to be one."""
+        """Points and masks that contradict each other or the media are the data's mistake, and said to be
+        one."""
         keys = [(p.get("t"), p.get("image"), p["id"]) for p in self.points]
         if len(set(keys)) < len(keys):
             twice = next(k for k in keys if keys.count(k) > 1)
-            raise BadRow("wrong field", f"{self.where}: two points of id {twice[2]}" + (f" at {twice[0]} s" if twice[0] is not None
-                                                                                     else ""))
+            at = "" if twice[0] is None else f" at {twice[0]} s"
+            raise BadRow("wrong field", f"{self.where}: two points of id {twice[2]}{at}")
         if self.kind == "video" and self.points:
             end = self.row.get("end", math.inf) - self.row.get("start", 0)
             late = [p["t"] for p in self.points if p["t"] > end + 0.01]
@@ -327,7 +339,8 @@ class Question:
 
 
 def load_questions(datasets, limit=None):
-    """The questions of the first `limit` lines of each dataset: [Question]. What is wrong in them is an error."""
+    """The questions of the first `limit` lines of each dataset: [Question]. What is wrong in them is an
+    error."""
     out = []
     for d in datasets:
         for i in range(min(len(d), limit or len(d))):
@@ -346,7 +359,8 @@ def load_questions(datasets, limit=None):
 # ---- scoring one answer ---------------------------------------------------------------------------------------
 
 def score_points(q, text):
-    """Pointing: matched in space, with the picture or the time as one more dimension, all on a scale of 0 to 100."""
+    """Pointing: matched in space, with the picture or the time as one more dimension, all on a scale of 0 to
+    100."""
     predicted = parse_points(text, q.kind)
     if q.kind == "video":
         length = max([p["t"] for p in [*predicted, *q.points] if "t" in p], default=1) or 1
@@ -395,7 +409,8 @@ def score_track(q, text, segmenter=None):
         mine, true = [p for p in predicted if key(p) == t], [p for p in q.points if key(p) == t]
         mine = list({p["id"]: p for p in reversed(mine)}.values())  # an id said twice counts once
         hit = np.array([[q.hits(p, o) for p in mine] for o in true]).reshape(len(true), len(mine))
-        scores.append(point_f1([(p["x"], p["y"]) for p in mine], [(o["x"], o["y"]) for o in true], lambda i, j: hit[j, i]))
+        scores.append(point_f1([(p["x"], p["y"]) for p in mine], [(o["x"], o["y"]) for o in true],
+                               lambda i, j: hit[j, i]))
         frames.append(([o["id"] for o in true], [p["id"] for p in mine], hit))
         hit_n += round(scores[-1][1] * len(true))
     p, r, f = np.mean(scores, 0).tolist() if scores else (1.0, 1.0, 1.0)
@@ -409,7 +424,8 @@ def score_track(q, text, segmenter=None):
 def score_masks(q, predicted, times, segmenter):
     """(J, F, J&F), the mean over true objects: each is compared with the predicted one that suits it best."""
     start, end = q.row.get("start", 0), video_duration(q.path)
-    frames = load_frames(q.path, [min(t / 2 + start, end) for t in times])  # a time said beyond the end is just wrong
+    # a time said beyond the end is just wrong
+    frames = load_frames(q.path, [min(t / 2 + start, end) for t in times])
     h, w = frames[0].shape[:2]
     points = [(times.index(round(2 * p["t"], 1)), p["x"], p["y"], p["id"]) for p in predicted]
     segmented, ids = segmenter(frames, points), sorted({o["id"] for o in q.points})
@@ -440,20 +456,22 @@ def score(q, text, judge=None, segmenter=None):
 # ---- asking and averaging -------------------------------------------------------------------------------------
 
 def answers(model, planner, questions, batch=32, max_new_tokens=None):
-    """Greedy answers, in order: [text]. Questions of a task go together, as their answers end at about the same time;
-    media that cannot be decoded are an error."""
+    """Greedy answers, in order: [text]. Questions of a task go together, as their answers end at about the
+    same time; media that cannot be decoded are an error."""
     order = sorted(range(len(questions)), key=lambda i: questions[i].task)
     texts, tok, device = [None] * len(questions), planner.tokenizer, model.lm_head.weight.device
     for task, group in itertools.groupby(order, key=lambda i: questions[i].task):
         group = list(group)
         for k in range(0, len(group), batch):
             part = group[k:k + batch]
-            plans = [planner.question(questions[i].row, questions[i].folder, [dict(role="user", content=questions[i].prompt)])
+            plans = [planner.question(questions[i].row, questions[i].folder,
+                                      [dict(role="user", content=questions[i].prompt)])
                      for i in part]
             inputs, failed = prompt_batch(plans, planner.cfg)
             if failed:
                 raise BadMedia(f"{questions[part[0]].where}: {failed[0][3]}")
-            longest = max_new_tokens or min(LIMITS.get(task, 64), planner.seq_len - max(p.n_tokens for p in plans))
+            longest = max_new_tokens or min(LIMITS.get(task, 64),
+                                            planner.seq_len - max(p.n_tokens for p in plans))
             new = model.generate(**to_device(inputs, device), max_new_tokens=longest, stop=(tok.eos,))
             for i, ids in zip(part, torch.stack(list(new), 1).tolist()):
                 texts[i] = tok.decode(ids[:ids.index(tok.eos)] if tok.eos in ids else ids)
@@ -471,8 +489,8 @@ def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, ma
             scores, judge = dict(not_judged=1.0), None
         for name, value in scores.items():
             sums.setdefault(f"{q.task} {name}", []).append(value)
-        records.append(dict(where=q.where, task=q.task, prompt=q.prompt, answer=text, truth=q.truth or q.points,
-                            scores={k: round(v, 4) for k, v in scores.items()}))
+        records.append(dict(where=q.where, task=q.task, prompt=q.prompt, answer=text,
+                            truth=q.truth or q.points, scores={k: round(v, 4) for k, v in scores.items()}))
     return {name: sum(v) / len(v) for name, v in sorted(sums.items())}, records
 
 
@@ -490,14 +508,19 @@ def toy_files(folder=os.path.join("data", "toy")):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="+", help="folders with config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("--data", nargs="+", help="JSONL files or folders [the toy world's held-out clips and pairs]")
+    parser.add_argument("checkpoints", nargs="+",
+                        help="folders with config.json, model.safetensors and tokenizer.json")
+    parser.add_argument("--data", nargs="+",
+                        help="JSONL files or folders [the toy world's held-out clips and pairs]")
     parser.add_argument("--limit", type=int, help="lines of each file [all]")
     parser.add_argument("--out", default="eval.json", help="every prediction beside its truth [eval.json]")
-    parser.add_argument("--segmenter", help="MODULE:FUNCTION(frames, points) -> masks, for J and F [toy:segment for toy]")
-    parser.add_argument("--judge_url", help="OpenAI-compatible server that judges captions, up to /v1; key in JUDGE_API_KEY")
+    parser.add_argument("--segmenter",
+                        help="MODULE:FUNCTION(frames, points) -> masks, for J and F [toy:segment for toy]")
+    parser.add_argument("--judge_url",
+                        help="OpenAI-compatible server that judges captions, up to /v1; key in JUDGE_API_KEY")
     parser.add_argument("--judge_model", default="gpt-4.1-2025-04-14", help="its model [gpt-4.1-2025-04-14]")
     parser.add_argument("--max_new_tokens", type=int, help="length limit of answers [by task]")
     parser.add_argument("--max_frames", type=int, default=128, help="of a video [128]")
@@ -516,7 +539,8 @@ def main():
             planner = Planner(Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab), model.cfg,
                               model.cfg.max_positions, tiles, max_frames=args.max_frames)
             limit = args.max_new_tokens or (256 if model.cfg.crop < 378 else None)
-            table[folder], kept[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch, limit)
+            table[folder], kept[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
+                                                   limit)
     except (OSError, ValueError, BadRow, BadMedia, BadCheckpoint, ImportError, AttributeError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -46,7 +46,8 @@ def flag(default, text):
 class Config:
     config: str = flag("small", f"model and its recipe: {', '.join(MODELS)}")
     stage: str = flag("pretrain", "name of the stage, part of the output folder")
-    previous: str = flag("", "stage whose last checkpoint this one starts from, unless --init_from names another")
+    previous: str = flag("",
+                         "stage whose last checkpoint this one starts from, unless --init_from names another")
     data: tuple = flag((), "JSONL files, or folders with the registry's NAME.jsonl or NAME/*.jsonl; 'toy' is the embedded toy world")
     eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
     mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released or equal")
@@ -84,7 +85,8 @@ class Config:
     save_every: int = flag(500, "steps between checkpoints; the last step is always saved")
     eval_every: int = flag(1000, "steps between evaluations; the last step is always evaluated")
     eval_scenes: int = flag(320, "held-out toy scenes asked about at the end; a quarter of them in between")
-    eval_clips: int = flag(0, "lines of the toy world's held-out clips, tracks and pairs asked about, likewise")
+    eval_clips: int = flag(0,
+                           "lines of the toy world's held-out clips, tracks and pairs asked about, likewise")
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     workers: int = flag(2, "processes that decode pictures; 0 = the training process itself")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
@@ -193,11 +195,15 @@ def load_model(cfg):
 
 def open_data(cfg):
     """The training mixture [(Dataset, rate)], and which sets of the registry are not there."""
-    paths = [p for d in cfg.data for p in (toy.files(os.path.join("data", "toy"), cfg.stage) if d == "toy" else [d])]
+    paths = [p for d in cfg.data
+             for p in (toy.files(os.path.join("data", "toy"), cfg.stage) if d == "toy" else [d])]
     try:
         datasets, missing = find_datasets(paths, cfg.stage)
     except (OSError, ValueError) as e:
         raise UserError(str(e)) from None
+    if "toy" in cfg.data and cfg.mixture == "sft":
+        for d in datasets:
+            d.factor = toy.FACTORS.get(d.name, 1.0)
     for text in cfg.rebalance:
         name, _, factor = text.partition("=")
         try:
@@ -235,7 +241,8 @@ def make_optimizers(model, cfg):
         p.requires_grad_(p in names)
     optimizers = []
     if adam:
-        optimizers.append(torch.optim.AdamW(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=0.0))
+        optimizers.append(torch.optim.AdamW(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
+                                            weight_decay=0.0))
     if muon:
         optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers, names
@@ -394,8 +401,10 @@ def evaluate(cfg, model, planner, step, run, losses, device):
         scores = toy.evaluate(model, planner, os.path.join("data", "toy", "eval"), cfg.eval_scenes // part,
                               os.path.join(run, "samples", f"step_{step:07d}.png"))
         if cfg.eval_clips:
-            questions = evaluation.load_questions(find_datasets(evaluation.toy_files())[0], cfg.eval_clips // part)
-            table, records = evaluation.evaluate(model, planner, questions, segmenter=toy.segment, max_new_tokens=256)
+            questions = evaluation.load_questions(find_datasets(evaluation.toy_files())[0],
+                                                  cfg.eval_clips // part)
+            table, records = evaluation.evaluate(model, planner, questions, segmenter=toy.segment,
+                                                 max_new_tokens=256)
             scores |= table
             with open(os.path.join(run, "samples", f"step_{step:07d}.json"), "w") as f:
                 json.dump(records, f, indent=1)
@@ -538,9 +547,11 @@ def train(cfg, defaults):
         if last or step % cfg.eval_every == 0:
             scores = evaluate(cfg, model, planner, step, run, losses, device)
             log.write(step=step, eval=scores)
-            bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()) if not before else
+            bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
+                     if not before else
                      "\n".join([f"{'':34}{'before':>8}{f'step {step}':>12}"]
-                               + [f"{k:34}{before.get(k, math.nan):8.3f}{v:12.3f}" for k, v in scores.items()]))
+                               + [f"{k:34}{before.get(k, math.nan):8.3f}{v:12.3f}"
+                                  for k, v in scores.items()]))
         if last or step % cfg.save_every == 0:
             folder = save_checkpoint(run, step, model, tokenizer, optimizers, names,
                                      dict(stream=state, fingerprint=stream.fingerprint(), failed=bad.failed),

@@ -1,5 +1,6 @@
 """
-Ask a checkpoint about pictures or a video. The answer is printed as it is written; points and tracks in it are drawn.
+Ask a checkpoint about pictures or a video. The answer is printed as it is written; points and tracks in it
+are drawn.
 
     python sample.py out/small/pretrain/latest data/toy/eval/images/00003.png "Point to all shapes."
     python sample.py out/small/sft/latest data/toy/clips/eval/video/00003.mp4 "Track the star." --out answer.mp4
@@ -26,8 +27,8 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg
 
 
 def load(folder, device="cpu", tiles=None, max_frames=128):
-    """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per picture; by
-    default 8, or none for a model too small to have seen any. max_frames: of a video."""
+    """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per
+    picture; by default 8, or none for a model too small to have seen any. max_frames: of a video."""
     model = Molmo2.from_pretrained(folder).to(device)
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
     tiles = tiles if tiles is not None else 8 if model.cfg.crop >= 378 else 0
@@ -52,7 +53,8 @@ class Chat:
         self.row = {self.kind: names if self.kind == "images" else names[0], "annotations": []}
 
     def ask(self, text, max_new_tokens=256, temperature=0.0, seed=0):
-        """Yields the answer piece by piece. What the pictures look like is worked out at the first question only."""
+        """Yields the answer piece by piece. What the pictures look like is worked out at the first question
+        only."""
         self.messages.append(dict(role="user", content=text))
         plan = self.planner.question(self.row, self.folder, self.messages)
         self.times = plan.media[0][1].times
@@ -67,8 +69,9 @@ class Chat:
         tokens, pos = (torch.from_numpy(x)[None].to(device) for x in (plan.tokens, plan.pos))
         branch = torch.from_numpy(plan.branch)[None].to(device)
         generator = torch.Generator(device).manual_seed(seed)
-        for new in self.model.generate(tokens, None, self.batch["pool"], max_new_tokens, temperature, (tok.eos,), pos,
-                                       branch=branch, generator=generator, features=self.features):
+        for new in self.model.generate(tokens, None, self.batch["pool"], max_new_tokens, temperature,
+                                       (tok.eos,), pos, branch=branch, generator=generator,
+                                       features=self.features):
             if int(new) == tok.eos:
                 break
             ids.append(int(new))
@@ -89,13 +92,14 @@ def colour_of(i):
 
 
 def draw_points(pixels, points, trails=(), side=640):
-    """A copy of a picture (H, W, 3) with its points drawn, numbered by id, and trails: [(id, [(x, y)])]. PIL image whose
-    longer side is `side`, or as it is if it is larger than twice that."""
+    """A copy of a picture (H, W, 3) with its points drawn, numbered by id, and trails: [(id, [(x, y)])]. PIL
+    image whose longer side is `side`, or as it is if it is larger than twice that."""
     image = Image.fromarray(pixels)
     scale = min(side / max(image.size), 1) if max(image.size) < 2 * side else 1
     if max(image.size) < side:  # small pictures are enlarged until a number can be read
         scale = max(side // max(image.size), 1)
-    image = image.resize([max(round(n * scale), 2) for n in image.size], Image.NEAREST if scale > 1 else Image.BILINEAR)
+    image = image.resize([max(round(n * scale), 2) for n in image.size],
+                         Image.NEAREST if scale > 1 else Image.BILINEAR)
     pen, r = ImageDraw.Draw(image), max(min(image.size) / 60, 5)
     for i, places in trails:
         line = [(x * image.width, y * image.height) for x, y in places]
@@ -105,12 +109,14 @@ def draw_points(pixels, points, trails=(), side=640):
     for p in points:
         x, y = p["x"] * image.width, p["y"] * image.height
         pen.ellipse([x - r, y - r, x + r, y + r], colour_of(p["id"]), "black", max(int(r / 4), 1))
-        pen.text((x + r, y + r / 2), str(p["id"]), "white", stroke_width=2, stroke_fill="black", font_size=2.4 * r)
+        pen.text((x + r, y + r / 2), str(p["id"]), "white", stroke_width=2, stroke_fill="black",
+                 font_size=2.4 * r)
     return image
 
 
 def at_time(points, t, gap=1.0):
-    """Where tracks are at t: between two points of one id at most `gap` seconds apart, on the line between them."""
+    """Where tracks are at t: between two points of one id at most `gap` seconds apart, on the line between
+    them."""
     out = []
     for i in sorted({p["id"] for p in points}):
         track = sorted((p for p in points if p["id"] == i and "t" in p), key=lambda p: p["t"])
@@ -125,8 +131,8 @@ def at_time(points, t, gap=1.0):
 
 
 def draw_video(path, points, out, rate=10):
-    """Write the video to `out` at `rate` frames a second with its points, each with the way it came in the last two seconds;
-    and beside it a sheet of up to twelve moments, OUT.png."""
+    """Write the video to `out` at `rate` frames a second with its points, each with the way it came in the
+    last two seconds; and beside it a sheet of up to twelve moments, OUT.png."""
     length = video_duration(path)
     times = np.arange(0, length, 1 / rate)
     moments = sorted({min(round(p["t"] * rate), len(times) - 1) for p in points if "t" in p}) or [0]
@@ -144,7 +150,8 @@ def draw_video(path, points, out, rate=10):
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
             if k in moments:
                 sheet[k] = image.resize((image.width // 2, image.height // 2))
-                ImageDraw.Draw(sheet[k]).text((4, 2), f"{t:.1f} s", "white", stroke_width=2, stroke_fill="black",
+                ImageDraw.Draw(sheet[k]).text((4, 2), f"{t:.1f} s", "white", stroke_width=2,
+                                              stroke_fill="black",
                                               font_size=16)
         container.mux(stream.encode())
     w, h = next(iter(sheet.values())).size
@@ -166,15 +173,18 @@ def draw(kind, paths, points, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder with config.json, model.safetensors and tokenizer.json")
     parser.add_argument("media", nargs="+",
                         help=f"pictures (PNG, JPEG, WebP, GIF, BMP, TIFF) or one video ({' '.join(VIDEOS)})")
     parser.add_argument("question")
-    parser.add_argument("--chat", action="store_true", help="then go on asking, a line at a time, about the same media")
+    parser.add_argument("--chat", action="store_true",
+                        help="then go on asking, a line at a time, about the same media")
     parser.add_argument("--out", help="where the copy with the points goes [answer.png, answer.mp4]")
-    parser.add_argument("--max_new_tokens", type=int, help="length limit of the answer [256; of a video 2048]")
+    parser.add_argument("--max_new_tokens", type=int,
+                        help="length limit of the answer [256; of a video 2048]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token [0]")
     parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0 [0]")
     parser.add_argument("--tiles", type=int, help="high-resolution crops [8; none for small]")

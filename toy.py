@@ -39,7 +39,7 @@ from points import NOTHING, format_points, parse_points
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
-VERSION = 19  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 21  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes -------------------------------------------------------------------------------------------------
@@ -186,18 +186,24 @@ def counting(rng, scene):
 
 
 def pair(rng, scenes):
-    """Questions about two pictures: which one shows something, and where it is in each."""
-    some = rng.choice(scenes[rng.randrange(2)]["objects"])
-    found = [(k, o) for k, scene in enumerate(scenes) for o in select(scene, some["colour"], some["shape"])]
-    name, where = f"{some['colour']} {some['shape']}", sorted({k for k, _ in found})
-    answer = "Both." if len(where) == 2 else f"Image {where[0]}."
-    label = plural(name if rng.random() < 0.7 else some["shape"])
-    if label == plural(some["shape"]):
-        found = [(k, o) for k, scene in enumerate(scenes) for o in select(scene, None, some["shape"])]
-    return [dict(task="multi_image_qa", prompt=f"Which image shows a {name}?", answer=answer),
-            dict(task="multi_image_pointing", prompt=f"Point to the {label} in all images.", label=label,
-                 points=[dict(image=k, x=o["x"], y=o["y"], id=i) for i, (k, o) in enumerate(found)],
-                 masks=[dict(image=k, id=i, polygon=o["polygon"]) for i, (k, o) in enumerate(found)])]
+    """Questions about two pictures: which one shows something, where it is in each, where in one of them."""
+    out = []
+    for _ in range(2):
+        some = rng.choice(scenes[rng.randrange(2)]["objects"])
+        find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
+        name = f"{some['colour']} {some['shape']}"
+        where = sorted({k for k, _ in find(some["colour"], some["shape"])})
+        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {name}?",
+                        answer="Both." if len(where) == 2 else f"Image {where[0]}."))
+        colour = some["colour"] if rng.random() < 0.7 else None
+        label, found = plural(f"{colour or ''} {some['shape']}".strip()), find(colour, some["shape"])
+        one = rng.choice(where) if rng.random() < 0.3 else None
+        found = [(k, o) for k, o in found if one in (None, k)]
+        out.append(dict(task="multi_image_pointing", label=label,
+                        prompt=f"Point to the {label} in {'all images' if one is None else f'image {one}'}.",
+                        points=[dict(image=k, x=o["x"], y=o["y"], id=i) for i, (k, o) in enumerate(found)],
+                        masks=[dict(image=k, id=i, polygon=o["polygon"]) for i, (k, o) in enumerate(found)]))
+    return out
 
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -219,38 +225,40 @@ def text_row(rng):
 
 # ---- clips: the same shapes, moving -------------------------------------------------------------------------
 #
-# Positions are known every half second, when the model looks, and lie on the grid there; between them shapes glide. A clip of
-# 2.5 seconds is six looks. A shape may leave the picture, come back, turn another colour, or not be there at first.
+# Positions are known every half second, when the model looks, and lie on the grid there; between them shapes
+# glide. A clip of 2.5 seconds is six looks. A shape may leave the picture, come back, turn another colour, or
+# not be there at first.
 
 WAYS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def draw_path(rng, looks):
-    """(way, [(x, y)] in twentieths of the picture, one per look): a shape that stays, moves, leaves, or leaves and
-    comes back."""
+    """(way, [(x, y)] in twentieths of the picture, one per look): a shape that stays, moves, leaves, or leaves
+    and comes back. How far it gets from look to look is drawn each time: who wants to know where it is must look,
+    and cannot go on from where it was.
+    """
     manner = rng.choice(("stays", "moves", "moves", "moves", "leaves", "returns"))
     x, y = rng.randint(3, 17), rng.randint(3, 17)
     if manner == "stays":
         return "stays", [(x, y)] * looks
-    way = rng.choice(list(WAYS))
-    (dx, dy), span = WAYS[way], looks - 1
+    way, top = rng.choice(list(WAYS)), 4 if looks < 9 else 2
+    steps = [rng.randint(1, top) for _ in range(looks - 1)]
+    if manner == "returns":  # past the edge at 20 and back
+        turn = looks // 2 - rng.randint(0, 1)
+        steps = [rng.randint(2, 4) * (1 if k < turn else -1) for k in range(looks - 1)]
+    along = [0, *itertools.accumulate(steps)]
     if manner == "moves":  # from somewhere to somewhere, both inside
-        speed = max(rng.randint(2, 3) * 5 // span, 1)
-        offsets = [speed * k for k in range(looks)]
-    elif manner == "leaves":
-        speed, start = max(3 * 5 // span, 1), rng.randint(8, 14)
-        offsets = [speed * k - start for k in range(looks)]
-    else:
-        speed, turn = max(3 * 5 // span, 1), rng.randint(looks // 2 - 1, looks // 2)
-        offsets = [speed * (turn - abs(k - turn)) - speed * turn + 6 for k in range(looks)]
-    if manner == "moves":
-        first = rng.randint(2, max(18 - offsets[-1], 2))
-        along = [first + o for o in offsets]
-    else:
-        along = [18 + o for o in offsets]
+        first = rng.randint(2, max(18 - along[-1], 2))
+    else:  # the edge is passed on the way
+        first = 21 - max(rng.choice(along[2:]), 2) if manner == "leaves" else 22 - max(along)
+    along, across, drift = [first + a for a in along], [], rng.randint(4, 16)
+    for _ in range(looks):
+        across.append(drift)
+        drift = min(max(drift + rng.choice((-1, 0, 0, 1)), 2), 18)
+    dx, dy = WAYS[way]
     if dx + dy < 0:
         along = [20 - a for a in along]
-    return (way if manner != "returns" else "returns"), [(a, y) if dx else (x, a) for a in along]
+    return (way if manner != "returns" else "returns"), list(zip(along, across) if dx else zip(across, along))
 
 
 def draw_clip(rng, seconds=2.5):
@@ -324,9 +332,11 @@ def about_clip(rng, clip):
     objects, looks, out = clip["objects"], clip["looks"], []
     ordered = sorted(objects, key=lambda o: o["path"][0])
     said = listing([motion(o) for o in ordered])
-    out.append(dict(task="video_caption", prompt=rng.choice(("Describe the video.", "What happens in this video?")),
+    out.append(dict(task="video_caption",
+                    prompt=rng.choice(("Describe the video.", "What happens in this video?")),
                     answer=said[0].upper() + said[1:] + "."))
-    way = lambda o: {"stays": "It stays.", "returns": "It leaves and comes back."}.get(o["way"], o["way"].capitalize() + ".")
+    still = {"stays": "It stays.", "returns": "It leaves and comes back."}
+    way = lambda o: still.get(o["way"], o["way"].capitalize() + ".")
     o, names, subtitles = rng.choice(objects), ("Ann", "Ben", "Eve"), []
     out.append(dict(task="video_qa", prompt=f"Which way does the {o['shape']} move?", answer=way(o)))
     if len(objects) > 1 and rng.random() < 0.5:  # who is meant is only said
@@ -348,7 +358,8 @@ def about_clip(rng, clip):
     turned = [o for o in objects if o["turns"]]
     if turned:
         o = rng.choice(turned)
-        out.append(dict(task="video_qa", prompt=f"What colour does the {o['shape']} turn?", answer=o["turns"][1].capitalize() + "."))
+        out.append(dict(task="video_qa", prompt=f"What colour does the {o['shape']} turn?",
+                        answer=o["turns"][1].capitalize() + "."))
     if len(happens) > 1 and happens[0][0] != happens[1][0]:
         k, o, event = min(happens[:2], key=lambda e: e[0])
         out.append(dict(task="video_qa", prompt="What happens first?", answer=f"The {o['shape']} {event}."))
@@ -356,8 +367,19 @@ def about_clip(rng, clip):
         shape = rng.choice(SHAPES)
         if not any(o["shape"] == shape and o["turns"] for o in objects):
             label = f"{shape} when it turns {rng.choice(list(COLOURS))}"
-            out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label, points=[], masks=[]))
+            out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label, points=[],
+                            masks=[]))
     return out, subtitles
+
+
+def lookups(rng, clip, n=4):
+    """Where something is at a given moment: a track is many of these, and one by one they are learned
+    sooner."""
+    seen = [(k, o) for k in range(clip["looks"]) for o in clip["objects"] if there(o, k)]
+    return [dict(task="video_pointing", prompt=f"Point to the {o['shape']} at {k / 2:g} seconds.",
+                 label=o["shape"],
+                 points=[dict(t=k / 2, x=o["path"][k][0] / 20, y=o["path"][k][1] / 20, id=0)])
+            for k, o in rng.sample(seen, min(n, len(seen)))]
 
 
 def tracking(rng, clip):
@@ -366,7 +388,8 @@ def tracking(rng, clip):
         seen = [(k, i, o) for k in range(clip["looks"]) for i, o in enumerate(objects) if there(o, k)]
         return dict(task="video_tracking", label=label,
                     prompt=rng.choice(("Track the {}.", "Follow the {}.", "Where does the {} go?")).format(label),
-                    points=[dict(t=k / 2, x=o["path"][k][0] / 20, y=o["path"][k][1] / 20, id=i) for k, i, o in seen],
+                    points=[dict(t=k / 2, x=o["path"][k][0] / 20, y=o["path"][k][1] / 20, id=i)
+                            for k, i, o in seen],
                     masks=[dict(t=k / 2, id=i, polygon=polygon(o, clip["size"], k)) for k, i, o in seen])
     out = [track([o], rng.choice((o["shape"], f"{o['colour']} {o['shape']}"))) for o in clip["objects"]]
     if len(out) == 2 and rng.random() < 0.3:
@@ -431,17 +454,20 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     for i in range(held_out, held_out + scenes // 2):
         rng = random.Random(f"toy {seed} pair {i}")
         two = rng.sample(drawn[held_out:], 2)
-        rows["pairs"].append(dict(id=f"pair-{i}", images=[n for n, _ in two], annotations=pair(rng, [s for _, s in two])))
+        rows["pairs"].append(dict(id=f"pair-{i}", images=[n for n, _ in two],
+                                  annotations=pair(rng, [s for _, s in two])))
     for i in range(held_out // 2):
         two = drawn[2 * i:2 * i + 2]
         rows["eval/pairs"].append(dict(id=f"held-out-pair-{i}", images=[n for n, _ in two],
-                                       annotations=pair(random.Random(f"toy {seed} pair {i}"), [s for _, s in two])))
+                                       annotations=pair(random.Random(f"toy {seed} pair {i}"),
+                                                        [s for _, s in two])))
     rng = random.Random(f"toy {seed} text")
     rows["text"] = [dict(id=f"text-{i}", annotations=[dict(task="text", messages=[
         dict(role="user", content=q), dict(role="assistant", content=a)])]) for i in range(texts)
         for q, a in [text_row(rng)]]
     for name, lines in rows.items():
-        write_lines(os.path.join(aside, name + ".jsonl"), map(without_masks, lines) if name == "pairs" else lines)
+        write_lines(os.path.join(aside, name + ".jsonl"),
+                    map(without_masks, lines) if name == "pairs" else lines)
     for name, content in (("eval/geometry.json", geometry), ("done.json", recipe)):
         with open(os.path.join(aside, name), "w") as f:
             json.dump(content, f)
@@ -452,36 +478,42 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
 
 def clip_rows(job):
     """Write one clip's file; returns its two lines, of questions and of tracks."""
-    folder, name, key, seconds = job
+    folder, name, key, seconds, trains = job
     rng = random.Random(key)
     clip = draw_clip(rng, seconds)
     write_clip(os.path.join(folder, name), clip)
     said, subtitles = about_clip(rng, clip)
+    said += lookups(rng, clip) if trains else []
     # the last frame begins at `seconds`, and is shown for a quarter of one more
-    video = dict(video=name, end=seconds, duration=seconds + 0.25) | (dict(subtitles=subtitles) if subtitles else {})
+    video = dict(video=name, end=seconds, duration=seconds + 0.25)
+    video |= dict(subtitles=subtitles) if subtitles else {}
     return [dict(id=f"{name} {what}", **video, annotations=a)
             for what, a in (("clip", said), ("track", tracking(rng, clip)))]
 
 
 def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0):
-    """Write the toy world's clips under `folder` unless they are there: clips.jsonl, tracks.jsonl and eval/ with the
-    same two, which also hold the outline of every object at every moment it is asked for."""
-    done, recipe = os.path.join(folder, "done.json"), dict(version=VERSION, clips=clips, held_out=held_out, seconds=seconds,
+    """Write the toy world's clips under `folder` unless they are there: clips.jsonl, tracks.jsonl and eval/
+    with the same two, which also hold the outline of every object at every moment it is asked for."""
+    done, recipe = os.path.join(folder, "done.json"), dict(version=VERSION, clips=clips, held_out=held_out,
+                                                           seconds=seconds,
                                                            seed=seed)
     if is_done(done, recipe):
         return folder
-    print(f"filming the toy world: {clips} clips of {seconds} s to train on, {held_out} held out -> {folder}", flush=True)
+    print(f"filming the toy world: {clips} clips of {seconds} s to train on, {held_out} held out -> {folder}",
+          flush=True)
     aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     for sub in ("video", "eval/video"):
         os.makedirs(os.path.join(aside, sub))
-    jobs = [(os.path.join(aside, "eval") if i < held_out else aside, f"video/{i:05d}.mp4", f"toy {seed} clip {seconds} {i}",
-             seconds) for i in range(held_out + clips)]
+    jobs = [(os.path.join(aside, "eval") if i < held_out else aside, f"video/{i:05d}.mp4",
+             f"toy {seed} clip {seconds} {i}",
+             seconds, i >= held_out) for i in range(held_out + clips)]
     with multiprocessing.Pool(min(os.cpu_count() or 1, 8)) as pool:
         lines = pool.map(clip_rows, jobs, chunksize=64)
     for k, name in enumerate(("clips", "tracks")):
         write_lines(os.path.join(aside, "eval", name + ".jsonl"), [rows[k] for rows in lines[:held_out]])
-        write_lines(os.path.join(aside, name + ".jsonl"), [without_masks(rows[k]) for rows in lines[held_out:]])
+        write_lines(os.path.join(aside, name + ".jsonl"),
+                    [without_masks(rows[k]) for rows in lines[held_out:]])
     with open(os.path.join(aside, "done.json"), "w") as f:
         json.dump(recipe, f)
     shutil.rmtree(folder, ignore_errors=True)
@@ -493,8 +525,13 @@ def without_masks(row):
     return dict(row, annotations=[{k: v for k, v in a.items() if k != "masks"} for a in row["annotations"]])
 
 
+# Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets most.
+FACTORS = dict(captions=0.5, points=1.0, text=0.3, pairs=1.5, clips=1.6, tracks=2.0)
+
+
 def files(folder, stage):
-    """The toy world's JSONL files for a stage, written on first use: pictures, then clips too, then longer ones."""
+    """The toy world's JSONL files for a stage, written on first use: pictures, then clips too, then longer
+    ones."""
     write_world(folder)
     names = ["captions", "points", "text"]
     if stage == "pretrain":
@@ -507,10 +544,11 @@ def files(folder, stage):
 # ---- from points to masks: the toy world's own segmenter --------------------------------------------------------
 
 def segment(frames, points):
-    """Masks of what lies under points: {id: (frames, H, W) bool}. frames: [(H, W, 3) uint8]; points: [(frame, x, y, id)].
+    """Masks of what lies under points: {id: (frames, H, W) bool}. frames: [(H, W, 3) uint8]; points: [(frame,
+    x, y, id)].
 
-    A shape is one colour inside a dark line: the region of like colour around the point, grown by the line. It stands
-    here for SAM 2 or the like, and has the signature that eval.py --segmenter asks for.
+    A shape is one colour inside a dark line: the region of like colour around the point, grown by the line.
+    It stands here for SAM 2 or the like, and has the signature that eval.py --segmenter asks for.
     """
     h, w = frames[0].shape[:2]
     masks = {p[3]: np.zeros((len(frames), h, w), bool) for p in points}

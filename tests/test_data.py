@@ -370,7 +370,8 @@ def test_a_pointing_token_pulls_twice_as_hard_as_a_caption_token(world, planner,
     """The same words about the same picture, once as a caption, once as an answer to a pointing question."""
     model, folder = tiny_model(), os.path.dirname(world)
     def gradient(planner, *tasks):
-        row = dict(image="0.png", annotations=[dict(task=t, prompt="?", answer="A red wall, 0.5.") for t in tasks])
+        row = dict(image="0.png",
+                   annotations=[dict(task=t, prompt="?", answer="A red wall, 0.5.") for t in tasks])
         (plan,), _ = planner.plan(row, folder, random.Random(0))
         batch = collate([decode([plan], planner.cfg, plan.n_tokens)])
         model.zero_grad()

@@ -1,4 +1,5 @@
-"""Metrics against their published definitions, and what an evaluation does with answers and data that are wrong."""
+"""Metrics against their published definitions, and what an evaluation does with answers and data that are
+wrong."""
 import itertools
 import json
 import os
@@ -12,8 +13,8 @@ from conftest import HERE, picture, video, write_lines
 import eval as evaluation
 import toy
 from data import BadRow, find_datasets, format_points
-from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, j_and_f, load_questions,
-                  point_f1, region_j, said_number, score, score_track, word_overlap)
+from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, j_and_f,
+                  load_questions, point_f1, region_j, said_number, score, score_track, word_overlap)
 
 JF = os.path.join(HERE, "golden", "jf-metric")
 
@@ -40,7 +41,8 @@ def test_assignment_is_the_best_of_all():
         small, large = sorted((n, m))
         assert len(pairs) == small and all(len(set(side)) == small for side in zip(*pairs))
         wide = cost if n <= m else cost.T
-        best = min(sum(wide[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(large), int(small)))
+        best = min(sum(wide[i, j] for i, j in enumerate(p))
+                   for p in itertools.permutations(range(large), int(small)))
         assert sum(cost[i, j] for i, j in pairs) == pytest.approx(best)
 
 
@@ -64,7 +66,8 @@ def test_point_f1_is_that_of_trying_every_matching():
 def test_hota_of_cases_worked_by_hand():
     yes, both = [[True]], [[True, False], [False, True]]
     assert hota([([0], [7], yes)] * 4) == (1, 1, 1)
-    # Half of the frames have no prediction: TP 2, FN 2, so DetA 1/2; the two matches share 2 of 4 frames: AssA 1/2.
+    # Half of the frames have no prediction: TP 2, FN 2, so DetA 1/2; the two matches share 2 of 4 frames:
+    # AssA 1/2.
     assert hota([([0], [7], yes)] * 2 + [([0], [], [[]])] * 2) == pytest.approx((0.5, 0.5, 0.5))
     # One object, called by another number half-way: all found, but each name holds for 2 of 4 frames.
     assert hota([([0], [1], yes)] * 2 + [([0], [2], yes)] * 2) == pytest.approx((0.5 ** 0.5, 1, 0.5))
@@ -76,15 +79,18 @@ def test_hota_of_cases_worked_by_hand():
     assert hota([]) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("text, number", [("3", 3), ("There are none.", 0), ("Counting the cups shows a total of 12.", 12),
-                                          ("<point 0.1, 0.2, 0> <point 0.3, 0.2, 1>", 2), ("I see 4 cups", 4), ("many", None),
+@pytest.mark.parametrize("text, number",
+                         [("3", 3), ("There are none.", 0), ("Counting the cups shows a total of 12.", 12),
+                                          ("<point 0.1, 0.2, 0> <point 0.3, 0.2, 1>", 2), ("I see 4 cups", 4),
+                                          ("many", None),
                                           ('<points coords="1 1 100 100 2 200 200">cups</points>', 2)])
 def test_numbers_in_answers(text, number):
     assert said_number(text) == number
 
 
 def test_counts_are_close_within_one_and_five_percent():
-    assert count_accuracy(3, 3) == (1, 1) and count_accuracy(4, 3) == (0, 1) and count_accuracy(5, 3) == (0, 0)
+    assert count_accuracy(3, 3) == (1, 1) and count_accuracy(4, 3) == (0, 1) and count_accuracy(5, 3) == (0,
+                                                                                                          0)
     assert count_accuracy(42, 40) == (0, 1) and count_accuracy(44, 40) == (0, 0) and count_accuracy(None, 0) == (0, 0)
 
 
@@ -106,7 +112,8 @@ def question(folder, task, kind="video", row=None, **a):
 
 
 def test_points_are_scored_by_mask_and_moment(tmp_path):
-    q = question(tmp_path, "video_pointing", points=[dict(t=0.5, x=0.5, y=0.5, id=0)], masks=[dict(t=0.5, id=0, polygon=SQUARE)])
+    q = question(tmp_path, "video_pointing", points=[dict(t=0.5, x=0.5, y=0.5, id=0)],
+                 masks=[dict(t=0.5, id=0, polygon=SQUARE)])
     f1 = lambda text: score(q, text)["f1"]
     assert f1("<point 0.5, 0.5, 0.5, 0>") == f1("<point 0.5, 0.3, 0.7, 4>") == 1
     assert f1("<point 1, 0.5, 0.5, 0>") == f1("<point 0.5, 0.9, 0.5, 0>") == f1("no idea") == f1("") == 0
@@ -132,7 +139,8 @@ def test_run_length_masks_and_polygons_agree(tmp_path):
     p = question(tmp_path, "image_pointing", "image", points=points, masks=[dict(id=0, polygon=SQUARE)])
     assert np.array_equal(p.mask(points[0]), mask)
     with pytest.raises(BadRow, match="rows.jsonl:1: a mask of 9x9 on media of 48x32"):
-        question(tmp_path, "image_pointing", "image", points=points, masks=[dict(id=0, rle=dict(size=[9, 9], counts=[81]))]
+        question(tmp_path, "image_pointing", "image", points=points,
+                 masks=[dict(id=0, rle=dict(size=[9, 9], counts=[81]))]
                  ).mask(points[0])
 
 
@@ -143,7 +151,8 @@ def test_tracks_are_scored_frame_by_frame(tmp_path):
     right = " ".join(f"<point {t:g}, 0.4, 0.6, 0>" for t in times)
     square = q.mask(q.points[0])
     perfect = lambda frames, points: {i: np.stack([square * (k in {p[0] for p in points if p[3] == i})
-                                                   for k in range(len(frames))]) > 0 for i in {p[3] for p in points}}
+                                                   for k in range(len(frames))]) > 0
+                                                   for i in {p[3] for p in points}}
     assert set(score_track(q, right, perfect).values()) == {1.0}
     half = score_track(q, " ".join(f"<point {t:g}, 0.4, 0.6, 3>" for t in times[:2]), perfect)
     assert half["accuracy"] == half["recall"] == half["f1"] == half["hota"] == half["j"] == half["f"] == 0.5
@@ -181,7 +190,8 @@ class Answers:
 
 
 def test_the_judge_is_asked_for_statements_and_retried(monkeypatch):
-    post = Answers(requests.ConnectionError("down"), '["a", "b"]', '["c", "d", "e", "f"]', "Sure: [true, false]",
+    post = Answers(requests.ConnectionError("down"), '["a", "b"]', '["c", "d", "e", "f"]',
+                   "Sure: [true, false]",
                    "[true, true, true, false]")
     monkeypatch.setattr(requests, "post", post)
     judge = Judge("http://localhost:1/v1/", "some", pause=0)
@@ -195,10 +205,12 @@ def test_the_judge_is_asked_for_statements_and_retried(monkeypatch):
 def test_a_judge_that_falls_silent_keeps_what_was_scored(tmp_path, monkeypatch, capsys):
     q = [question(tmp_path, "image_caption", "image", answer="A red wall.") for _ in range(3)]
     monkeypatch.setattr(evaluation, "answers", lambda *a: ["A wall."] * 3)
-    monkeypatch.setattr(requests, "post", Answers('["a"]', '["b"]', "[true]", "[true]", *[requests.Timeout()] * 5))
+    monkeypatch.setattr(requests, "post",
+                        Answers('["a"]', '["b"]', "[true]", "[true]", *[requests.Timeout()] * 5))
     table, records = evaluation.evaluate(None, None, q, Judge("http://localhost:1/v1", "some", pause=0))
     assert table["image_caption f1"] == 1 and "not judged" in capsys.readouterr().err
-    assert [set(r["scores"]) for r in records][1:] == [{"not_judged"}, {"overlap_precision", "overlap_recall", "overlap_f1"}]
+    assert [set(r["scores"]) for r in records][1:] == [{"not_judged"},
+                                                       {"overlap_precision", "overlap_recall", "overlap_f1"}]
 
 
 # ---- the toy world's clips ------------------------------------------------------------------------------------

@@ -25,12 +25,14 @@ def test_a_chat_looks_once_and_answers_as_if_it_looked_again(asked, names, monke
     monkeypatch.setattr(model.vision_backbone, "forward", lambda *a: looks.append(1) or encode(*a))
     for k, question in enumerate(("What is it?", "And where?")):
         text = "".join(chat.ask(question, max_new_tokens=6))
-        batch, _ = prompt_batch([planner.question(chat.row, chat.folder, chat.messages[:2 * k + 1])], planner.cfg)
+        batch, _ = prompt_batch([planner.question(chat.row, chat.folder, chat.messages[:2 * k + 1])],
+                                planner.cfg)
         seen = len(looks)
         ids = [int(i) for i in model.generate(**batch, max_new_tokens=6, stop=(planner.tokenizer.eos,))]
         looks[seen:] = []
         ids = ids[:ids.index(planner.tokenizer.eos)] if planner.tokenizer.eos in ids else ids
-        assert text == planner.tokenizer.decode(ids) and chat.messages[-1] == dict(role="assistant", content=text)
+        assert text == planner.tokenizer.decode(ids) and chat.messages[-1] == dict(role="assistant",
+                                                                                   content=text)
     assert len(looks) == 1
 
 
@@ -42,7 +44,8 @@ def test_a_video_is_asked_about_alone(asked):
 
 
 def test_points_move_between_the_moments_they_were_given_for():
-    track = [dict(t=0.0, x=0.0, y=0.5, id=2), dict(t=1.0, x=1.0, y=0.5, id=2), dict(t=4.0, x=0.2, y=0.2, id=2)]
+    track = [dict(t=0.0, x=0.0, y=0.5, id=2), dict(t=1.0, x=1.0, y=0.5, id=2),
+             dict(t=4.0, x=0.2, y=0.2, id=2)]
     assert [p["x"] for t in (0, 0.25, 1.0) for p in at_time(track, t)] == [0, 0.25, 1.0]
     assert at_time(track, 1.1)[0]["x"] == 1.0 and at_time(track, 2.5) == []  # three seconds apart are no path
     assert at_time(track, 4.1)[0]["x"] == 0.2

@@ -13,8 +13,9 @@ from eval import load_questions
 
 
 def stage_2(folder, *flags):
-    p = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), *flags], cwd=folder, text=True, timeout=240,
-                       env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    p = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), *flags], cwd=folder, text=True,
+                       timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
+                       stderr=subprocess.STDOUT)
     assert "Traceback" not in p.stdout, p.stdout
     return p.returncode, p.stdout
 
@@ -22,7 +23,8 @@ def stage_2(folder, *flags):
 def test_stage_2_goes_on_from_stage_1_and_learns_from_video(tmp_path, world):
     video(tmp_path / "clip.mp4")
     row = dict(video="clip.mp4", annotations=[dict(task="video_tracking", label="dot", points=[
-        dict(t=t / 2, x=0.5, y=0.5, id=0) for t in range(4)]), dict(task="video_caption", answer="It gets lighter.")])
+        dict(t=t / 2, x=0.5, y=0.5, id=0) for t in range(4)]),
+        dict(task="video_caption", answer="It gets lighter.")])
     clips = write_lines(tmp_path / "clips.jsonl", [row])
     flags = [*QUICK, "--steps", "4", "--save_every", "4"]
     code, text = stage_2(tmp_path, *flags, "--data", clips, "--out", "alone")
