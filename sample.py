@@ -100,7 +100,7 @@ def draw_points(pixels, points, trails=(), side=640):
         scale = max(side // max(image.size), 1)
     image = image.resize([max(round(n * scale), 2) for n in image.size],
                          Image.NEAREST if scale > 1 else Image.BILINEAR)
-    pen, r = ImageDraw.Draw(image), max(min(image.size) / 60, 5)
+    pen, r = ImageDraw.Draw(image), max(min(image.size) / 40, 5)
     for i, places in trails:
         line = [(x * image.width, y * image.height) for x, y in places]
         if len(line) > 1:

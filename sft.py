@@ -24,7 +24,7 @@ DEFAULTS = dataclasses.replace(
 PRESETS = {
     # Twice the tokens of stage 1: a clip is six frames of nine tokens, its tracks are the longest answers there
     # are. Few rows a step, many steps; the ViT, two thirds of the work here, stays as stage 1 left it.
-    "small": dict(pretrain.PRESETS["small"], steps=2300, global_batch=6, micro_batch=6, seq_len=512, max_crops=32,
+    "small": dict(pretrain.PRESETS["small"], steps=2600, global_batch=6, micro_batch=6, seq_len=512, max_crops=32,
                   freeze=("vit",), lr_connector=1.5e-3, lr_decoder=1e-3, residual_dropout=0.0, save_every=500,
                   eval_clips=100, eval_first=True),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
