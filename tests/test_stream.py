@@ -213,6 +213,8 @@ def poison(folder):
              "session.mp4": b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "text.mkv": b"hello",
              "picture.mp4": whole_png, "no_moov.mp4": whole_mp4[:len(whole_mp4) // 3], "html.mp4": b"<html>",
              "zip.mp4": b"PK\3\4" + bytes(99)}
+    files |= {f"short{k}.png": whole_png[:4 * k] for k in range(1, 8)}
+    files |= {f"short{k}.mp4": whole_mp4[:60 * k] for k in range(1, 8)}
     broken_later = {"half.png": whole_png[:len(whole_png) // 2], "half.jpg": whole_jpg[:len(whole_jpg) // 2],
                     "crc.png": whole_png[:200] + bytes(20) + whole_png[220:],
                     "cut.mp4": fast[:len(fast) // 2],
