@@ -20,7 +20,9 @@ Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patch
 """
 import argparse
 import base64
+import contextlib
 import csv
+import ctypes
 import glob
 import hashlib
 import html
@@ -29,6 +31,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 from dataclasses import dataclass, field
 
@@ -809,6 +812,13 @@ class Stream:
         return max(tokens / self.planner.seq_len, crops / self.max_crops, 1e-3) / sample
 
 
+def die_with_parent():
+    """Ask Linux to end this worker when its training process ends, however that ends: a worker that waits for a lock
+    the dead process held would stay for ever."""
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere the loader's own watchdog has to do
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Batches(torch.utils.data.IterableDataset):
     """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each as (row, crops,
     pools), the stream's state after it, and the events on the way: what could not be used.
@@ -824,6 +834,7 @@ class Batches(torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if info:
             torch.set_num_threads(1)
+            die_with_parent()
         events = []
         for i, (plans, state) in enumerate(self.stream.rows(self.state)):
             events += state.pop("events")

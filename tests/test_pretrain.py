@@ -35,6 +35,15 @@ def log_of(tmp_path, out="out"):
     return [json.loads(line) for line in open(os.path.join(tmp_path, out, "small", "pretrain", "log.jsonl"))]
 
 
+def alive(pid):
+    """Whether a process runs; one that is dead and not yet buried does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 # ---- flags --------------------------------------------------------------------------------------------------
 
 def test_flags_override_presets_override_defaults():
@@ -136,8 +145,13 @@ def test_log_checkpoint_and_resume(tmp_path, world):
     end = time.time() + 120
     while time.time() < end and not (log.exists() and log.read_text().count("\n") >= 5):
         time.sleep(0.01)
+    workers = open(f"/proc/{p.pid}/task/{p.pid}/children").read().split() if sys.platform == "linux" else []
     p.send_signal(signal.SIGKILL)
     p.wait()
+    end = time.time() + 10
+    while any(map(alive, workers)) and time.time() < end:
+        time.sleep(0.01)
+    assert not any(map(alive, workers)), "a worker outlived its training process"
     assert 5 <= len(losses(map(json.loads, log.read_text().splitlines()[:-1]))) + 1 < 14, "killed too late to test anything"
     run(tmp_path, *flags, "--resume")
     rows = log_of(tmp_path)
