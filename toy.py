@@ -82,28 +82,38 @@ def draw_scene(rng):
                 look=rng.getrandbits(32))
 
 
+def ground(rng, w, h, tilted):
+    """A canvas of w x h pixels to draw on, twice as large: one colour, if tilted() a gradient, and some noise."""
+    base, tilt = rng.uniform(85, 165) + rng.uniform(-10, 10, 3), rng.uniform(-15, 15, (2, 1))
+    y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
+    canvas = base + (tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)) * tilted()
+    canvas = canvas + rng.normal(0, rng.uniform(0, 3), (h, w, 1))
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).resize((2 * w, 2 * h), Image.NEAREST)
+
+
+def draw_shape(pen, polygon, w, h, colour):
+    """A filled polygon of [0, 1] with its dark outline, on a canvas twice w x h."""
+    corners = [(2 * w * x, 2 * h * y) for x, y in polygon]
+    pen.polygon(corners, colour)
+    pen.line(corners + corners[:2], (15, 15, 15), width=6, joint="curve")
+
+
 def paint(scene):
     """Draw a scene: background (plain, gradient or noise), clutter that is no answer to anything, then the
     shapes."""
-    (w, h), rng, big = scene["size"], np.random.default_rng(scene["look"]), 2
-    base, tilt = rng.uniform(85, 165) + rng.uniform(-10, 10, 3), rng.uniform(-15, 15, (2, 1))
-    y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
-    canvas = base + (tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)) * (rng.random() < 0.5)
-    canvas = canvas + rng.normal(0, rng.uniform(0, 3), (h, w, 1))
-    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).resize((w * big, h * big), Image.NEAREST)
+    (w, h), rng = scene["size"], np.random.default_rng(scene["look"])
+    image = ground(rng, w, h, lambda: rng.random() < 0.5)
     pen = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 4)):  # clutter: thin lines and specks, in muted colours
         colour = tuple(rng.integers(60, 190, 3).tolist())
-        (a, b), (c, d) = rng.uniform(0, 1, (2, 2)) * (w * big, h * big)
+        (a, b), (c, d) = rng.uniform(0, 1, (2, 2)) * image.size
         if rng.random() < 0.5:
-            pen.line([a, b, c, d], colour, width=big)
+            pen.line([a, b, c, d], colour, width=2)
         else:
             pen.ellipse([a - 2, b - 2, a + 2, b + 2], colour)
     for o in scene["objects"]:
         colour = np.array(COLOURS[o["colour"]]) + rng.uniform(-12, 12, 3)
-        corners = [(px * w * big, py * h * big) for px, py in o["polygon"]]
-        pen.polygon(corners, tuple(int(c) for c in colour.clip(0, 255)))
-        pen.line(corners + corners[:2], (15, 15, 15), width=3 * big, joint="curve")
+        draw_shape(pen, o["polygon"], w, h, tuple(int(c) for c in colour.clip(0, 255)))
     return image.resize((w, h), Image.BOX)
 
 
@@ -258,7 +268,7 @@ def draw_path(rng, looks):
     dx, dy = WAYS[way]
     if dx + dy < 0:
         along = [20 - a for a in along]
-    return (way if manner != "returns" else "returns"), list(zip(along, across) if dx else zip(across, along))
+    return "returns" if manner == "returns" else way, list(zip(along, across) if dx else zip(across, along))
 
 
 def draw_clip(rng, seconds=2.5):
@@ -297,26 +307,32 @@ def polygon(o, size, k):
     return (outline(o["shape"], o["radius"], o["angle"]) / size + centre).round(4).tolist()
 
 
+def point(o, k, i=0):
+    """Where an object is at look k, as an annotation says it."""
+    x, y = o["path"][k]
+    return dict(t=k / 2, x=x / 20, y=y / 20, id=i)
+
+
+def mask(o, size, k, i=0):
+    """What of the picture it is there, for the evaluation."""
+    return dict(t=k / 2, id=i, polygon=polygon(o, size, k))
+
+
 def write_clip(path, clip, rate=4):
     """The clip as an H.264 file of `rate` frames a second, the last one at its end."""
     (w, h), rng = clip["size"], np.random.default_rng(clip["look"])
     w, h = w // 2 * 2, h // 2 * 2  # yuv420p halves them
-    base, tilt = rng.uniform(85, 165) + rng.uniform(-10, 10, 3), rng.uniform(-15, 15, (2, 1))
-    y, x = np.mgrid[0:h, 0:w][..., None] / (h, w)[0]
-    ground = base + (tilt[0] * (x - 0.5) + tilt[1] * (y - 0.5)) + rng.normal(0, rng.uniform(0, 3), (h, w, 1))
-    ground = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((2 * w, 2 * h), Image.NEAREST)
+    empty = ground(rng, w, h, lambda: True)
     with av.open(path, "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "18"})
         stream.width, stream.height, stream.pix_fmt, stream.thread_type = w, h, "yuv420p", "NONE"
         for f in range((clip["looks"] - 1) * rate // 2 + 1):
-            image, k = ground.copy(), f * 2 / rate
+            image, k = empty.copy(), f * 2 / rate
             pen = ImageDraw.Draw(image)
             for o in clip["objects"]:
                 if k >= o["since"]:
-                    corners = [(2 * w * px, 2 * h * py) for px, py in polygon(o, clip["size"], k)]
                     colour = o["turns"][1] if o["turns"] and k >= o["turns"][0] else o["colour"]
-                    pen.polygon(corners, COLOURS[colour])
-                    pen.line(corners + corners[:2], (15, 15, 15), width=6, joint="curve")
+                    draw_shape(pen, polygon(o, clip["size"], k), w, h, COLOURS[colour])
             container.mux(stream.encode(av.VideoFrame.from_image(image.resize((w, h), Image.BOX))))
         container.mux(stream.encode())
 
@@ -350,11 +366,9 @@ def about_clip(rng, clip):
     happens += [(o["since"], o, "comes") for o in objects if o["since"]]
     for k, o, event in happens:
         if there(o, k):
-            x, y = o["path"][k]
             label = f"{o['shape']} when it {event}"
             out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label,
-                            points=[dict(t=k / 2, x=x / 20, y=y / 20, id=0)],
-                            masks=[dict(t=k / 2, id=0, polygon=polygon(o, clip["size"], k))]))
+                            points=[point(o, k)], masks=[mask(o, clip["size"], k)]))
     turned = [o for o in objects if o["turns"]]
     if turned:
         o = rng.choice(turned)
@@ -377,8 +391,7 @@ def lookups(rng, clip, n=4):
     sooner."""
     seen = [(k, o) for k in range(clip["looks"]) for o in clip["objects"] if there(o, k)]
     return [dict(task="video_pointing", prompt=f"Point to the {o['shape']} at {k / 2:g} seconds.",
-                 label=o["shape"],
-                 points=[dict(t=k / 2, x=o["path"][k][0] / 20, y=o["path"][k][1] / 20, id=0)])
+                 label=o["shape"], points=[point(o, k)])
             for k, o in rng.sample(seen, min(n, len(seen)))]
 
 
@@ -388,9 +401,8 @@ def tracking(rng, clip):
         seen = [(k, i, o) for k in range(clip["looks"]) for i, o in enumerate(objects) if there(o, k)]
         return dict(task="video_tracking", label=label,
                     prompt=rng.choice(("Track the {}.", "Follow the {}.", "Where does the {} go?")).format(label),
-                    points=[dict(t=k / 2, x=o["path"][k][0] / 20, y=o["path"][k][1] / 20, id=i)
-                            for k, i, o in seen],
-                    masks=[dict(t=k / 2, id=i, polygon=polygon(o, clip["size"], k)) for k, i, o in seen])
+                    points=[point(o, k, i) for k, i, o in seen],
+                    masks=[mask(o, clip["size"], k, i) for k, i, o in seen])
     out = [track([o], rng.choice((o["shape"], f"{o['colour']} {o['shape']}"))) for o in clip["objects"]]
     if len(out) == 2 and rng.random() < 0.3:
         out.append(track(sorted(clip["objects"], key=lambda o: o["path"][0]), "shapes"))
@@ -399,13 +411,30 @@ def tracking(rng, clip):
 
 # ---- files --------------------------------------------------------------------------------------------------
 
-def is_done(path, recipe):
-    """Whether a done-file says that this very recipe was followed to the end."""
+def is_written(folder, recipe):
+    """Whether a folder was written by this very recipe, to the end."""
     try:
-        with open(path) as f:
+        with open(os.path.join(folder, "done.json")) as f:
             return json.load(f) == recipe
     except (OSError, ValueError):
         return False
+
+
+def begin(folder, *subs):
+    """A folder to write in until `finish` gives it its name: an interrupted run leaves nothing that looks finished."""
+    aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    for sub in subs:
+        os.makedirs(os.path.join(aside, sub))
+    return aside
+
+
+def finish(aside, folder, recipe):
+    with open(os.path.join(aside, "done.json"), "w") as f:
+        json.dump(recipe, f)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(aside, folder)
+    return folder
 
 
 def write_lines(path, rows):
@@ -414,21 +443,16 @@ def write_lines(path, rows):
 
 
 def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
-    """Write the toy world under `folder` unless it is there. An interrupted run leaves nothing that looks
-    finished."""
-    done = os.path.join(folder, "done.json")
+    """Write the toy world under `folder` unless it is there."""
     recipe = dict(version=VERSION, scenes=scenes, held_out=held_out, texts=texts, seed=seed)
-    if is_done(done, recipe):
+    if is_written(folder, recipe):
         return folder
     print(f"drawing the toy world: {scenes} scenes to train on, {held_out} held out -> {folder}", flush=True)
-    aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    for sub in ("images", "eval/images"):
-        os.makedirs(os.path.join(aside, sub))
+    aside = begin(folder, "images", "eval/images")
     seen, geometry, drawn = set(), {}, []
     rows = {"captions": [], "points": [], "eval/scenes": [], "pairs": [], "eval/pairs": []}
     for i in range(held_out + scenes):  # held-out scenes are drawn first; whatever repeats one is drawn again
-        rng, retry = random.Random(f"toy {seed} scene {i}"), 0
+        rng = random.Random(f"toy {seed} scene {i}")
         while True:
             scene = draw_scene(rng)
             look = tuple((o["colour"], o["shape"], o["x"], o["y"]) for o in scene["objects"])
@@ -468,12 +492,9 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     for name, lines in rows.items():
         write_lines(os.path.join(aside, name + ".jsonl"),
                     map(without_masks, lines) if name == "pairs" else lines)
-    for name, content in (("eval/geometry.json", geometry), ("done.json", recipe)):
-        with open(os.path.join(aside, name), "w") as f:
-            json.dump(content, f)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(aside, folder)
-    return folder
+    with open(os.path.join(aside, "eval/geometry.json"), "w") as f:
+        json.dump(geometry, f)
+    return finish(aside, folder, recipe)
 
 
 def clip_rows(job):
@@ -494,38 +515,29 @@ def clip_rows(job):
 def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0):
     """Write the toy world's clips under `folder` unless they are there: clips.jsonl, tracks.jsonl and eval/
     with the same two, which also hold the outline of every object at every moment it is asked for."""
-    done, recipe = os.path.join(folder, "done.json"), dict(version=VERSION, clips=clips, held_out=held_out,
-                                                           seconds=seconds,
-                                                           seed=seed)
-    if is_done(done, recipe):
+    recipe = dict(version=VERSION, clips=clips, held_out=held_out, seconds=seconds, seed=seed)
+    if is_written(folder, recipe):
         return folder
     print(f"filming the toy world: {clips} clips of {seconds} s to train on, {held_out} held out -> {folder}",
           flush=True)
-    aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    for sub in ("video", "eval/video"):
-        os.makedirs(os.path.join(aside, sub))
+    aside = begin(folder, "video", "eval/video")
     jobs = [(os.path.join(aside, "eval") if i < held_out else aside, f"video/{i:05d}.mp4",
-             f"toy {seed} clip {seconds} {i}",
-             seconds, i >= held_out) for i in range(held_out + clips)]
+             f"toy {seed} clip {seconds} {i}", seconds, i >= held_out) for i in range(held_out + clips)]
     with multiprocessing.Pool(min(os.cpu_count() or 1, 8)) as pool:
         lines = pool.map(clip_rows, jobs, chunksize=64)
     for k, name in enumerate(("clips", "tracks")):
         write_lines(os.path.join(aside, "eval", name + ".jsonl"), [rows[k] for rows in lines[:held_out]])
         write_lines(os.path.join(aside, name + ".jsonl"),
                     [without_masks(rows[k]) for rows in lines[held_out:]])
-    with open(os.path.join(aside, "done.json"), "w") as f:
-        json.dump(recipe, f)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(aside, folder)
-    return folder
+    return finish(aside, folder, recipe)
 
 
 def without_masks(row):
     return dict(row, annotations=[{k: v for k, v in a.items() if k != "masks"} for a in row["annotations"]])
 
 
-# Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets most.
+# Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets
+# most.
 FACTORS = dict(captions=0.5, points=1.0, text=0.3, pairs=1.5, clips=1.6, tracks=2.0)
 
 
