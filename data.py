@@ -263,10 +263,9 @@ class Planner:
         tok, room = self.tokenizer, room or self.seq_len
         if "video" in row:
             return self.video_trunk(row, folder, room)
-        paths = [inside_folder(folder, name) for name in row.get("images")
-                 or [row[k] for k in ("image",) if k in row]]
-        sizes = [(row["width"], row["height"])] if "width" in row and len(paths) == 1 else [image_size(p)
-                                                                                            for p in paths]
+        names = row.get("images") or ([row["image"]] if "image" in row else [])
+        paths, known = [inside_folder(folder, name) for name in names], "width" in row and len(names) == 1
+        sizes = [(row["width"], row["height"])] if known else [image_size(path) for path in paths]
         tiles = self.tiles
         while True:
             ids, media = [tok.bos], []
@@ -296,9 +295,8 @@ class Planner:
         if not start < end:
             raise BadRow("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
         pool = frame_layout(self.n)
-        opening, closing = (tok.ids[t]
-                            for t in (("<frame_start>", "<frame_end>") if self.cfg.frame_tokens else
-                                                 ("<image_start>", "<image_end>")))
+        around = "frame" if self.cfg.frame_tokens else "image"
+        opening, closing = tok.ids[f"<{around}_start>"], tok.ids[f"<{around}_end>"]
         most = min(self.max_frames, self.max_crops)
         while True:
             times, ids = sample_times(end - start, most), [tok.bos]
@@ -522,9 +520,16 @@ def prompt_batch(plans, cfg):
     """Questions as one batch for `Molmo2.generate`, one per row, padded on the right."""
     longest = max(p.n_tokens for p in plans)
     rows = [decode([p], cfg, longest) for p in plans]
-    batch = collate(rows)
-    return {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}, [f for r in rows
-                                                                                            for f in r[3]]
+    batch, failed = collate(rows), [f for *_, failed in rows for f in failed]
+    return {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}, failed
+
+
+def answer(model, planner, plans, max_new_tokens):
+    """Greedy answers to a batch of questions: (texts, events of media that failed to decode)."""
+    batch, failed = prompt_batch(plans, planner.cfg)
+    tok, batch = planner.tokenizer, to_device(batch, model.lm_head.weight.device)
+    ids = torch.stack(list(model.generate(**batch, max_new_tokens=max_new_tokens, stop=(tok.eos,))), 1).tolist()
+    return [tok.decode(row[:row.index(tok.eos)] if tok.eos in row else row) for row in ids], failed
 
 
 # ---- datasets and mixtures ----------------------------------------------------------------------------------
@@ -717,19 +722,19 @@ class Stream:
     mixture: [(Dataset, rate)]. The state is JSON; `rows(state)` continues right after the row it came with.
     """
 
-    def __init__(self, mixture, planner, max_crops, seed):
+    def __init__(self, mixture, planner, seed):
         total = sum(rate for _, rate in mixture)
         self.sets = {d.name: d for d, _ in mixture}
         assert len(self.sets) == len(mixture), f"two datasets of one name: {[d.name for d, _ in mixture]}"
         self.rates = {d.name: rate / total for d, rate in mixture}
         self.names, self.edges = list(self.sets), np.cumsum(list(self.rates.values()))
-        self.planner, self.max_crops, self.seed = planner, max_crops, seed
+        self.planner, self.seed = planner, seed
 
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
         p = self.planner
         return dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames,
-                    max_crops=self.max_crops, point_format=p.cfg.point_format, token_weights=p.token_weights) | {
+                    max_crops=p.max_crops, point_format=p.cfg.point_format, token_weights=p.token_weights) | {
             f"dataset {name}": f"{len(d)} rows at {self.rates[name]:.6%}, contents {d.contents}"
             for name, d in self.sets.items()}
 
@@ -754,7 +759,7 @@ class Stream:
             raise BadRow(e.reason, f"{where}: {e.detail}") from None
         for part, p in enumerate(plans):
             p.ref, p.where = (name, k, part), where
-        fits = [p for p in plans if p.n_crops <= self.max_crops]
+        fits = [p for p in plans if p.n_crops <= self.planner.max_crops]
         return fits, left_out + ["too many crops for a row"] * (len(plans) - len(fits))
 
     def start(self):
@@ -763,7 +768,7 @@ class Stream:
 
     def rows(self, state=None):
         s, events = json.loads(json.dumps(state or self.start())), []
-        packer = Packer(self.planner.seq_len, self.max_crops)
+        packer = Packer(self.planner.seq_len, self.planner.max_crops)
         for name, k, part in s["waiting"]:
             packer.waiting += [p for p in self.plans(name, k)[0] if p.ref[2] == part]
         while True:
@@ -809,7 +814,7 @@ class Stream:
             plans = self.take(name, s, [])
             s["taken"][name] += 1
             tokens, crops = tokens + sum(p.n_tokens for p in plans), crops + sum(p.n_crops for p in plans)
-        return max(tokens / self.planner.seq_len, crops / self.max_crops, 1e-3) / sample
+        return max(tokens / self.planner.seq_len, crops / self.planner.max_crops, 1e-3) / sample
 
 
 def die_with_parent():
@@ -1009,7 +1014,7 @@ def main():
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     for d in datasets:
-        stream, reasons, examples, left_out = Stream([(d, 1.0)], planner, args.max_crops, 0), {}, 0, {}
+        stream, reasons, examples, left_out = Stream([(d, 1.0)], planner, 0), {}, 0, {}
         for k in range(len(d)):
             try:
                 plans, left = stream.plans(d.name, k)

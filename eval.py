@@ -20,11 +20,13 @@ shares of the sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Wi
 5 % of its place.
 """
 import argparse
+import functools
 import importlib
 import itertools
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -32,14 +34,13 @@ from collections import Counter
 
 import numpy as np
 import requests
-import torch
 from PIL import Image, ImageDraw
 
+import sample
 import toy
-from data import BadRow, Planner, find_datasets, in_clip, parse_points, parse_row, prompt_batch, to_device
+from data import MEDIA, BadRow, answer, find_datasets, in_clip, parse_points, parse_row
 from media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
-from model import Molmo2
-from points import NOTHING, Tokenizer, multiple_choice, write_prompt
+from points import NOTHING, multiple_choice, write_prompt
 from weights import BadCheckpoint
 
 # Longest answers, in tokens, by task: the published limits.
@@ -93,12 +94,17 @@ def in_mask(mask, x, y):
     return 0 <= i < mask.shape[0] and 0 <= j < mask.shape[1] and bool(mask[i, j])
 
 
+def harmonic(p, r):
+    """F1 of a precision and a recall."""
+    return 2 * p * r / (p + r) if p + r else 0.0
+
+
 def precision_recall_f1(hits, predicted, true):
     """Nothing asked for and nothing said is right."""
     if not predicted and not true:
         return 1.0, 1.0, 1.0
     p, r = hits / predicted if predicted else 0.0, hits / true if true else 0.0
-    return p, r, 2 * p * r / (p + r) if p + r else 0.0
+    return p, r, harmonic(p, r)
 
 
 def point_f1(predicted, true, hits):
@@ -167,7 +173,7 @@ def boundary_f(a, b, width=0.008):
     radius = math.ceil(width * math.hypot(*a.shape))
     p = np.count_nonzero(edge_a & dilate(edge_b, radius)) / n
     r = np.count_nonzero(edge_b & dilate(edge_a, radius)) / m
-    return 2 * p * r / (p + r) if p + r else 0.0
+    return harmonic(p, r)
 
 
 def j_and_f(pred_masks, true_masks):
@@ -244,16 +250,17 @@ class Judge:
         raise JudgeError(f"--judge_url {self.url}: no usable answer in {self.tries} tries ({trouble})")
 
     def statements(self, caption):
-        return [str(s) for s in self.ask("Split this description into short statements that can each be true or false by "
-                                         f"themselves. Answer with a JSON list of strings.\n\n{caption}")]
+        return [str(s) for s in self.ask(
+            "Split this description into short statements that can each be true or false by themselves. "
+            f"Answer with a JSON list of strings.\n\n{caption}")]
 
     def stated(self, statements, caption):
         """For each statement, whether the caption says it."""
         if not statements:
             return []
         listed = "\n".join(f"{i + 1}. {s}" for i, s in enumerate(statements))
-        yes = self.ask(f"Description:\n{caption}\n\nStatements:\n{listed}\n\nFor each statement: does the description say so? "
-                       "Answer with a JSON list of true and false, in order.")
+        yes = self.ask(f"Description:\n{caption}\n\nStatements:\n{listed}\n\nFor each statement: does the "
+                       "description say so? Answer with a JSON list of true and false, in order.")
         if len(yes) != len(statements):
             raise JudgeError(f"--judge_url {self.url}: {len(yes)} verdicts on {len(statements)} statements")
         return [v is True for v in yes]
@@ -264,32 +271,38 @@ class Judge:
         said, right = self.statements(predicted), statements or self.statements(true)
         p, r = self.stated(said, true), self.stated(right, predicted)
         p, r = sum(p) / max(len(p), 1), sum(r) / max(len(r), 1)
-        return p, r, 2 * p * r / (p + r) if p + r else 0.0
+        return p, r, harmonic(p, r)
 
 
 # ---- what is true of a row ------------------------------------------------------------------------------------
+
+def key(p):
+    """What tells the points of an annotation apart, and their masks: (time, picture, id)."""
+    return p.get("t"), p.get("image"), p.get("id")
+
 
 class Question:
     """One annotation of a row to be asked and scored."""
 
     def __init__(self, row, a, folder, where):
         self.row, self.a, self.folder, self.where, self.task = row, a, folder, where, a["task"]
-        self.kind = next((k for k in ("image", "images", "video") if k in row), None)
+        self.kind = next((k for k in MEDIA if k in row), None)
         self.path = None if self.kind in (None, "images") else inside_folder(folder, row[self.kind])
         if "messages" in a:
             self.prompt, self.truth = a["messages"][0]["content"], a["messages"][1]["content"]
         elif "options" in a:
             self.prompt, self.truth = multiple_choice(a["question"], a["options"], a["correct"])
         else:
-            self.prompt = a.get("prompt") or write_prompt(a, self.kind, toy.random.Random(where))
+            self.prompt = a.get("prompt") or write_prompt(a, self.kind, random.Random(where))
             self.truth = a.get("answer", "")
         self.points = a.get("points", [])
+        self.size, self.drawn = functools.cache(self.size), functools.cache(self.drawn)  # asked for at every point
         self.check()
 
     def check(self):
         """Points and masks that contradict each other or the media are the data's mistake, and said to be
         one."""
-        keys = [(p.get("t"), p.get("image"), p["id"]) for p in self.points]
+        keys = [key(p) for p in self.points]
         if len(set(keys)) < len(keys):
             twice = next(k for k in keys if keys.count(k) > 1)
             at = "" if twice[0] is None else f" at {twice[0]} s"
@@ -301,9 +314,9 @@ class Question:
                 raise BadRow("wrong field", f"{self.where}: a point at {late[0]} s of a clip of {end} s")
         self.masks = {}
         for m in self.a.get("masks", []):
-            if not isinstance(m, dict) or (m.get("t"), m.get("image"), m.get("id")) not in keys:
+            if not isinstance(m, dict) or key(m) not in keys:
                 raise BadRow("wrong field", f"{self.where}: mask {str(m)[:60]} belongs to no point")
-            self.masks[m.get("t"), m.get("image"), m["id"]] = m
+            self.masks[key(m)] = m
 
     def size(self, image=None):
         """(width, height) of the media, in pixels."""
@@ -315,18 +328,18 @@ class Question:
 
     def mask(self, p):
         """The mask of a true point (H, W) bool, or None."""
-        m = self.masks.get((p.get("t"), p.get("image"), p["id"]))
-        if m is None:
-            return None
-        w, h = self.size(p.get("image"))
+        return self.drawn(key(p)) if key(p) in self.masks else None
+
+    def drawn(self, which):
+        m, (w, h) = self.masks[which], self.size(which[1])
         if "polygon" in m:
             image = Image.new("1", (w, h))
             ImageDraw.Draw(image).polygon([(x * w, y * h) for x, y in m["polygon"]], 1)
             return np.array(image)
-        if list(m["rle"]["size"]) != [h, w]:
-            raise BadRow("wrong field", f"{self.where}: a mask of {m['rle']['size'][1]}x{m['rle']['size'][0]} on media of {w}x{h}")
-        values = np.arange(len(m["rle"]["counts"])) % 2 == 1
-        return np.repeat(values, m["rle"]["counts"]).reshape(w, h).T
+        (rows, columns), counts = m["rle"]["size"], m["rle"]["counts"]
+        if (rows, columns) != (h, w):
+            raise BadRow("wrong field", f"{self.where}: a mask of {columns}x{rows} on media of {w}x{h}")
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(w, h).T
 
     def hits(self, p, true):
         """Whether a predicted point lies in what a true one marks: its mask, or without one 5 % around it."""
@@ -372,8 +385,8 @@ def score_points(q, text):
         same = lambda p, t: True
     hits = lambda i, j: same(predicted[i], q.points[j]) and q.hits(predicted[i], q.points[j])
     p, r, f = point_f1([place(p) for p in predicted], [place(t) for t in q.points], hits)
-    return dict(precision=p, recall=r, f1=f, none=float(text.strip() == NOTHING)) if not q.points else dict(
-        precision=p, recall=r, f1=f)
+    none = {} if q.points else dict(none=float(text.strip() == NOTHING))
+    return dict(precision=p, recall=r, f1=f) | none
 
 
 def score_count(q, text):
@@ -399,14 +412,18 @@ def score_caption(q, text, judge=None):
     return dict(overlap_precision=p, overlap_recall=r, overlap_f1=f)
 
 
+def half(p):
+    """The half second a point is said for, counted from 0."""
+    return round(2 * p["t"], 1)
+
+
 def score_track(q, text, segmenter=None):
     """Tracking: points of every frame that has a true or a predicted one, HOTA, and J, F with a segmenter."""
     predicted = [p for p in parse_points(text, "video") if "t" in p]
-    key = lambda p: round(2 * p["t"], 1)
-    times = sorted({key(p) for p in [*predicted, *q.points]})
+    times = sorted({half(p) for p in [*predicted, *q.points]})
     frames, scores, hit_n = [], [], 0
     for t in times:
-        mine, true = [p for p in predicted if key(p) == t], [p for p in q.points if key(p) == t]
+        mine, true = [p for p in predicted if half(p) == t], [p for p in q.points if half(p) == t]
         mine = list({p["id"]: p for p in reversed(mine)}.values())  # an id said twice counts once
         hit = np.array([[q.hits(p, o) for p in mine] for o in true]).reshape(len(true), len(mine))
         scores.append(point_f1([(p["x"], p["y"]) for p in mine], [(o["x"], o["y"]) for o in true],
@@ -414,8 +431,7 @@ def score_track(q, text, segmenter=None):
         frames.append(([o["id"] for o in true], [p["id"] for p in mine], hit))
         hit_n += round(scores[-1][1] * len(true))
     p, r, f = np.mean(scores, 0).tolist() if scores else (1.0, 1.0, 1.0)
-    whole, detection, association = hota(frames)
-    out = dict(accuracy=hit_n / max(len(q.points), 1), precision=p, recall=r, f1=f, hota=whole)
+    out = dict(accuracy=hit_n / max(len(q.points), 1), precision=p, recall=r, f1=f, hota=hota(frames)[0])
     if segmenter and q.masks:
         out |= dict(zip(("j", "f", "j&f"), score_masks(q, predicted, times, segmenter)))
     return out
@@ -427,11 +443,11 @@ def score_masks(q, predicted, times, segmenter):
     # a time said beyond the end is just wrong
     frames = load_frames(q.path, [min(t / 2 + start, end) for t in times])
     h, w = frames[0].shape[:2]
-    points = [(times.index(round(2 * p["t"], 1)), p["x"], p["y"], p["id"]) for p in predicted]
+    points = [(times.index(half(p)), p["x"], p["y"], p["id"]) for p in predicted]
     segmented, ids = segmenter(frames, points), sorted({o["id"] for o in q.points})
     empty, table = np.zeros((h, w), bool), {}
     for i in ids:
-        own = {round(2 * o["t"], 1): q.mask(o) for o in q.points if o["id"] == i}
+        own = {half(o): q.mask(o) for o in q.points if o["id"] == i}
         for j, masks in segmented.items():
             both = [(masks[k], own.get(t, empty)) for k, t in enumerate(times) if t in own or masks[k].any()]
             table[i, j] = j_and_f(*zip(*both)) if both else (1.0, 1.0, 1.0)
@@ -459,7 +475,7 @@ def answers(model, planner, questions, batch=32, max_new_tokens=None):
     """Greedy answers, in order: [text]. Questions of a task go together, as their answers end at about the
     same time; media that cannot be decoded are an error."""
     order = sorted(range(len(questions)), key=lambda i: questions[i].task)
-    texts, tok, device = [None] * len(questions), planner.tokenizer, model.lm_head.weight.device
+    texts = [None] * len(questions)
     for task, group in itertools.groupby(order, key=lambda i: questions[i].task):
         group = list(group)
         for k in range(0, len(group), batch):
@@ -467,14 +483,12 @@ def answers(model, planner, questions, batch=32, max_new_tokens=None):
             plans = [planner.question(questions[i].row, questions[i].folder,
                                       [dict(role="user", content=questions[i].prompt)])
                      for i in part]
-            inputs, failed = prompt_batch(plans, planner.cfg)
+            room = planner.seq_len - max(p.n_tokens for p in plans)
+            said, failed = answer(model, planner, plans, max_new_tokens or min(LIMITS.get(task, 64), room))
             if failed:
                 raise BadMedia(f"{questions[part[0]].where}: {failed[0][3]}")
-            longest = max_new_tokens or min(LIMITS.get(task, 64),
-                                            planner.seq_len - max(p.n_tokens for p in plans))
-            new = model.generate(**to_device(inputs, device), max_new_tokens=longest, stop=(tok.eos,))
-            for i, ids in zip(part, torch.stack(list(new), 1).tolist()):
-                texts[i] = tok.decode(ids[:ids.index(tok.eos)] if tok.eos in ids else ids)
+            for i, text in zip(part, said):
+                texts[i] = text
     return texts
 
 
@@ -534,10 +548,7 @@ def main():
         questions = load_questions(find_datasets(args.data or toy_files())[0], args.limit)
         table, kept = {}, {}
         for folder in args.checkpoints:
-            model = Molmo2.from_pretrained(folder).to(args.device)
-            tiles = args.tiles if args.tiles is not None else 24 if model.cfg.crop >= 378 else 0
-            planner = Planner(Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab), model.cfg,
-                              model.cfg.max_positions, tiles, max_frames=args.max_frames)
+            model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24)
             limit = args.max_new_tokens or (256 if model.cfg.crop < 378 else None)
             table[folder], kept[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
                                                    limit)

@@ -412,7 +412,7 @@ def evaluate(cfg, model, planner, step, run, losses, device):
         datasets, _ = find_datasets(cfg.eval_data)
         total = weight = 0.0
         for d in datasets:
-            stream = Stream([(d, 1.0)], planner, cfg.max_crops, 0)
+            stream = Stream([(d, 1.0)], planner, 0)
             for k in range(min(len(d), 512)):
                 for plan in stream.plans(d.name, k)[0]:
                     batch = to_device(collate([decode([plan], planner.cfg, plan.n_tokens)]), device)
@@ -458,7 +458,7 @@ def train(cfg, defaults):
     token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
     planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames,
                       cfg.max_crops)
-    stream = Stream(mixture, planner, cfg.max_crops, cfg.seed)
+    stream = Stream(mixture, planner, cfg.seed)
     if cfg.resume:
         check_same_data(saved["fingerprint"], stream.fingerprint())
     else:

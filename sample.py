@@ -26,12 +26,13 @@ from weights import BadCheckpoint
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
 
 
-def load(folder, device="cpu", tiles=None, max_frames=128):
+def load(folder, device="cpu", tiles=None, max_frames=128, usual_tiles=8):
     """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per
-    picture; by default 8, or none for a model too small to have seen any. max_frames: of a video."""
+    picture; by default the usual ones, or none for a model too small to have seen any. max_frames: of a
+    video."""
     model = Molmo2.from_pretrained(folder).to(device)
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
-    tiles = tiles if tiles is not None else 8 if model.cfg.crop >= 378 else 0
+    tiles = tiles if tiles is not None else usual_tiles if model.cfg.crop >= 378 else 0
     return model, Planner(tokenizer, model.cfg, model.cfg.max_positions, tiles, max_frames=max_frames)
 
 
@@ -48,7 +49,8 @@ class Chat:
             self.kind = "image" if len(paths) == 1 else "images"
         except BadMedia as e:
             if len(paths) > 1 or os.path.splitext(paths[0])[1].lower() not in VIDEOS:
-                raise BadMedia(f"{e}; a video is known by its ending: {' '.join(VIDEOS)}, and asked about alone") from None
+                raise BadMedia(f"{e}; a video is known by its ending: {' '.join(VIDEOS)}, "
+                               "and asked about alone") from None
             self.kind = "video"
         self.row = {self.kind: names if self.kind == "images" else names[0], "annotations": []}
 
@@ -57,7 +59,6 @@ class Chat:
         only."""
         self.messages.append(dict(role="user", content=text))
         plan = self.planner.question(self.row, self.folder, self.messages)
-        self.times = plan.media[0][1].times
         if self.features is None or len(self.features) != sum(len(layout.pool) for _, layout in plan.media):
             batch, failed = prompt_batch([plan], self.planner.cfg)
             if failed:
@@ -95,9 +96,8 @@ def draw_points(pixels, points, trails=(), side=640):
     """A copy of a picture (H, W, 3) with its points drawn, numbered by id, and trails: [(id, [(x, y)])]. PIL
     image whose longer side is `side`, or as it is if it is larger than twice that."""
     image = Image.fromarray(pixels)
-    scale = min(side / max(image.size), 1) if max(image.size) < 2 * side else 1
-    if max(image.size) < side:  # small pictures are enlarged until a number can be read
-        scale = max(side // max(image.size), 1)
+    longest = max(image.size)  # small pictures are enlarged until a number can be read
+    scale = side // longest if longest < side else side / longest if longest < 2 * side else 1
     image = image.resize([max(round(n * scale), 2) for n in image.size],
                          Image.NEAREST if scale > 1 else Image.BILINEAR)
     pen, r = ImageDraw.Draw(image), max(min(image.size) / 40, 5)
@@ -137,13 +137,14 @@ def draw_video(path, points, out, rate=10):
     times = np.arange(0, length, 1 / rate)
     moments = sorted({min(round(p["t"] * rate), len(times) - 1) for p in points if "t" in p}) or [0]
     moments = [moments[round(k * (len(moments) - 1) / 11)] for k in range(12)] if len(moments) > 12 else moments
+    seen = [at_time(points, t) for t in times]
     sheet, ids = {}, sorted({p["id"] for p in points})
     with av.open(out, "w") as container:
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
         for k, (t, pixels) in enumerate(zip(times, load_frames(path, times))):
-            past = [at_time(points, s) for s in np.arange(max(t - 2, 0), t + 1e-6, 1 / rate)]
-            trails = [(i, [(p["x"], p["y"]) for seen in past for p in seen if p["id"] == i]) for i in ids]
-            image = draw_points(pixels, at_time(points, t), trails)
+            past = seen[max(k - 2 * rate, 0):k + 1]
+            trails = [(i, [(p["x"], p["y"]) for now in past for p in now if p["id"] == i]) for i in ids]
+            image = draw_points(pixels, seen[k], trails)
             image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
             if not k:
                 (stream.width, stream.height), stream.bit_rate, stream.pix_fmt = image.size, 4_000_000, "yuv420p"

@@ -30,10 +30,9 @@ import sys
 
 import av
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
-from data import prompt_batch, to_device
+from data import answer
 from points import NOTHING, format_points, parse_points
 
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
@@ -598,7 +597,7 @@ def evaluate(model, planner, folder, n, sheet=None, batch=64):
     for i in range(0, len(asked), batch):
         part = asked[i:i + batch]
         plans = [planner.question(s, folder, [dict(role="user", content=a["prompt"])]) for s, a in part]
-        answers += [(s, a, text) for (s, a), text in zip(part, answer(model, planner, plans))]
+        answers += [(s, a, text) for (s, a), text in zip(part, answer(model, planner, plans, 96)[0])]
     hits, truths, predicted, tally = 0, 0, 0, {"count": [], "none": [], "caption": []}
     for s, a, text in answers:
         if a["task"] == "counting":
@@ -622,14 +621,6 @@ def evaluate(model, planner, folder, n, sheet=None, batch=64):
     return dict(point_hit=hits / max(truths, 1), point_precision=hits / max(predicted, 1),
                 count_accuracy=mean(tally["count"]), none_accuracy=mean(tally["none"]),
                 caption_recall=mean(tally["caption"]), scenes=len(scenes))
-
-
-def answer(model, planner, plans, max_new_tokens=96):
-    """Greedy answers to a batch of questions, as texts."""
-    tok, device = planner.tokenizer, model.lm_head.weight.device
-    inputs = to_device(prompt_batch(plans, planner.cfg)[0], device)
-    ids = torch.stack(list(model.generate(**inputs, max_new_tokens=max_new_tokens, stop=(tok.eos,))), 1).tolist()
-    return [tok.decode(row[:row.index(tok.eos)] if tok.eos in row else row) for row in ids]
 
 
 def named(text, objects):

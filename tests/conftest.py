@@ -50,7 +50,7 @@ def tokenizer():
 
 @pytest.fixture
 def planner(tokenizer):
-    return Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), seq_len=192)
+    return Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), seq_len=192, max_crops=8)
 
 
 def picture(path, colour, size=(30, 24)):

@@ -214,7 +214,7 @@ def test_shuffle_is_a_bijection(n):
 
 
 def stream_of(world, planner, **kw):
-    return Stream([(Dataset("rows", [world]), 1.0)], planner, **dict(dict(max_crops=8, seed=3), **kw))
+    return Stream([(Dataset("rows", [world]), 1.0)], planner, **dict(dict(seed=3), **kw))
 
 
 def first_rows(stream, n, state=None):
@@ -259,7 +259,7 @@ def test_mixture_rates_are_kept(tmp_path, planner):
     line = dict(annotations=[dict(task="text", prompt="a", answer="b")])
     sets = [(Dataset(n, [write_lines(tmp_path / f"{n}.jsonl", [line] * 5)]), r)
             for n, r in (("a", 3), ("b", 1))]
-    stream = Stream(sets, planner, 8, 0)
+    stream = Stream(sets, planner, 0)
     share = Counter(stream.draw(i) for i in range(4000))["a"] / 4000
     assert abs(share - 0.75) < 0.03
 
@@ -271,7 +271,7 @@ def test_bad_rows_are_counted_and_the_rest_untouched(tmp_path, planner, world):
         dict(task="image_caption", answer="x")])), json.dumps(dict(video="v.mp4", annotations=[
             dict(task="video_caption", answer="x")]))]
     path = write_lines(tmp_path / "mixed.jsonl", [g.strip() for g in good] + bad)
-    stream = Stream([(Dataset("mixed", [path]), 1.0)], planner, 8, 0)
+    stream = Stream([(Dataset("mixed", [path]), 1.0)], planner, 0)
     rows = first_rows(stream, 60)
     state = rows[-1][1]
     epochs = state["seen"] // 8
@@ -289,7 +289,7 @@ def test_bad_rows_are_counted_and_the_rest_untouched(tmp_path, planner, world):
 def test_nothing_usable_is_an_error(tmp_path, planner):
     path = write_lines(tmp_path / "bad.jsonl", ["{"])
     with pytest.raises(ValueError, match="none of the first 200 rows"):
-        first_rows(Stream([(Dataset("bad", [path]), 1.0)], planner, 8, 0), 1)
+        first_rows(Stream([(Dataset("bad", [path]), 1.0)], planner, 0), 1)
 
 
 def test_a_picture_that_breaks_later_costs_only_its_own_example(world, planner):

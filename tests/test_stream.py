@@ -110,7 +110,7 @@ def test_draws_follow_the_table(tmp_path, planner):
     printed ones."""
     sets = [Dataset(f"set{k}", [write_lines(tmp_path / f"set{k}.jsonl", [TEXT] * (3 * k * k + 1))])
             for k in range(20)]
-    stream = Stream(mix(sets, "sft"), planner, 8, 7)
+    stream = Stream(mix(sets, "sft"), planner, 7)
     n, seen = 20_000, Counter()
     for number in range(n):
         seen[stream.draw(number)] += 1
@@ -154,7 +154,7 @@ def many(tmp_path, planner):
     texts = [dict(annotations=[dict(caption("text"), prompt="Say.")]) for _ in range(30)] + ["{"]
     sets = [Dataset(n, [write_lines(tmp_path / f"{n}.jsonl", rows)]) for n, rows in
             (("pictures", pictures), ("others", others), ("texts", texts))]
-    return lambda: Stream(mix(sets, "sft"), planner, 6, 11)
+    return lambda: Stream(mix(sets, "sft"), planner, 11)
 
 
 def test_200_batches_are_bitwise_the_same_for_any_workers_ranks_and_stops(many):
@@ -269,10 +269,10 @@ def test_a_poisoned_corpus_costs_only_itself(tmp_path, planner, monkeypatch):
     monkeypatch.setattr(media.Image, "open",
                         lambda file, *a, **kw: opened.append(str(file)) or real_image(file, *a, **kw))
     monkeypatch.setattr(socket.socket, "connect", lambda *a: connected.append(a))
-    planner.max_frames, reasons = 4, {line: reason for line, reason in bad}
+    planner.max_frames, planner.max_crops, reasons = 4, 16, {line: reason for line, reason in bad}
 
     # Planned one by one: every bad line is refused for its reason, the others are planned.
-    stream, planned = Stream([(Dataset("rows", [str(path)]), 1.0)], planner, 16, 0), {}
+    stream, planned = Stream([(Dataset("rows", [str(path)]), 1.0)], planner, 0), {}
     for i, line in enumerate(lines):
         where = f"{path}:{i + 1}"
         raw, at, told = stream.sets["rows"].line(i)

@@ -82,10 +82,10 @@ class Oracle:
     def question(self, row, folder, messages):
         return self.known[row["image"], messages[0]["content"]]
 
-    def answer(self, model, planner, plans):
+    def answer(self, model, planner, plans, max_new_tokens):
         from data import format_points
         return [self.spoil(a, format_points(a["points"], "image") if "points" in a else a["answer"])
-                for a in plans]
+                for a in plans], []
 
 
 @pytest.mark.parametrize("spoil, expected", [
