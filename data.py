@@ -205,10 +205,12 @@ def to_messages(a, kind, rng, point_format="spec"):
     return [dict(role="user", content=styled(prompt, style)), dict(role="assistant", content=answer)]
 
 
-def in_clip(a, start, end):
-    """An annotation whose times count from the start of its clip, as the model counts; points outside the
-    clip are left out."""
-    a = dict(a)
+def in_clip(a, row):
+    """An annotation of a row whose times count from the start of its clip, as the model counts; points outside
+    the clip are left out."""
+    if "start" not in row and "end" not in row:
+        return a
+    a, start, end = dict(a), row.get("start", 0), row.get("end", math.inf)
     for key in ("points", "input_points"):
         if key in a:
             a[key] = [dict(p, t=max(p["t"] - start, 0))
@@ -331,9 +333,8 @@ class Planner:
         A tree too long for a row becomes several, each with the whole trunk and some of the branches; an
         annotation too long by itself is left out. Pixels are never cut.
         """
-        kind, annotations = next((k for k in MEDIA if k in row), None), row["annotations"]
-        if "start" in row or "end" in row:
-            annotations = [in_clip(a, row.get("start", 0), row.get("end", math.inf)) for a in annotations]
+        kind = next((k for k in MEDIA if k in row), None)
+        annotations = [in_clip(a, row) for a in row["annotations"]]
         branches = [(a["task"], *self.branch(to_messages(a, kind, rng, self.cfg.point_format)))
                     for a in annotations]
         # The media leave room for the longest annotation, and for all of them if that takes no more than an

@@ -285,9 +285,11 @@ class Question:
     """One annotation of a row to be asked and scored."""
 
     def __init__(self, row, a, folder, where):
-        self.row, self.a, self.folder, self.where, self.task = row, a, folder, where, a["task"]
+        self.row, self.folder, self.where, self.task = row, folder, where, a["task"]
         self.kind = next((k for k in MEDIA if k in row), None)
         self.path = None if self.kind in (None, "images") else inside_folder(folder, row[self.kind])
+        self.check(a)
+        self.a = a = in_clip(a, row)  # from here on times count from the start of the clip, as the model counts
         if "messages" in a:
             self.prompt, self.truth = a["messages"][0]["content"], a["messages"][1]["content"]
         elif "options" in a:
@@ -295,28 +297,27 @@ class Question:
         else:
             self.prompt = a.get("prompt") or write_prompt(a, self.kind, random.Random(where))
             self.truth = a.get("answer", "")
-        self.points = a.get("points", [])
+        self.points, masks = a.get("points", []), in_clip(dict(points=a.get("masks", [])), row)["points"]
+        self.masks = {key(m): m for m in masks}
         self.size, self.drawn = functools.cache(self.size), functools.cache(self.drawn)  # asked for at every point
-        self.check()
 
-    def check(self):
+    def check(self, a):
         """Points and masks that contradict each other or the media are the data's mistake, and said to be
         one."""
-        keys = [key(p) for p in self.points]
+        points, keys = a.get("points", []), [key(p) for p in a.get("points", [])]
         if len(set(keys)) < len(keys):
             twice = next(k for k in keys if keys.count(k) > 1)
             at = "" if twice[0] is None else f" at {twice[0]} s"
             raise BadRow("wrong field", f"{self.where}: two points of id {twice[2]}{at}")
-        if self.kind == "video" and self.points:
-            end = self.row.get("end", math.inf) - self.row.get("start", 0)
-            late = [p["t"] for p in self.points if p["t"] > end + 0.01]
-            if late:
-                raise BadRow("wrong field", f"{self.where}: a point at {late[0]} s of a clip of {end} s")
-        self.masks = {}
-        for m in self.a.get("masks", []):
+        if self.kind == "video":
+            start, end = self.row.get("start", 0), self.row.get("end", math.inf)
+            outside = [p["t"] for p in points if not start - 0.01 <= p["t"] <= end + 0.01]
+            if outside:
+                clip = f"{end} s" if not start else f"{start} to {end} s"
+                raise BadRow("wrong field", f"{self.where}: a point at {outside[0]} s of a clip of {clip}")
+        for m in a.get("masks", []):
             if not isinstance(m, dict) or key(m) not in keys:
                 raise BadRow("wrong field", f"{self.where}: mask {str(m)[:60]} belongs to no point")
-            self.masks[key(m)] = m
 
     def size(self, image=None):
         """(width, height) of the media, in pixels."""
@@ -360,10 +361,7 @@ def load_questions(datasets, limit=None):
             line, folder, where = d.line(i)
             try:
                 row = parse_row(line)
-                for a in row["annotations"]:
-                    if "start" in row:
-                        a = in_clip(a, row["start"], row.get("end", math.inf))
-                    out.append(Question(row, a, folder, where))
+                out += [Question(row, a, folder, where) for a in row["annotations"]]
             except BadRow as e:
                 raise BadRow(e.reason, f"{where}: {e.detail}" if where not in e.detail else e.detail) from None
     return out

@@ -162,6 +162,19 @@ def test_tracks_are_scored_frame_by_frame(tmp_path):
     assert more["accuracy"] == 1 and more["j"] == pytest.approx(0.8) and more["precision"] == pytest.approx(0.8)
 
 
+def test_clips_that_start_later_keep_their_masks(tmp_path):
+    """In the file times count from its start; the model answers from the start of the clip."""
+    true = [dict(t=t, x=0.5, y=0.5, id=0) for t in (1.0, 1.5)]
+    masks = [dict(t=t, id=0, polygon=SQUARE) for t in (1.0, 1.5)]
+    q = question(tmp_path, "video_tracking", row=dict(start=1.0, end=1.9), points=true, masks=masks)
+    assert score_track(q, "<point 0, 0.4, 0.6, 0> <point 0.5, 0.4, 0.6, 0>", toy.segment)["accuracy"] == 1
+    assert score_track(q, "<point 1, 0.4, 0.6, 0> <point 1.5, 0.4, 0.6, 0>")["accuracy"] == 0
+    write_lines(tmp_path / "rows.jsonl", [dict(video="a.mp4", start=1.0, end=1.2, annotations=[
+        dict(task="video_tracking", prompt="?", points=true, masks=masks)])])
+    with pytest.raises(BadRow, match="rows.jsonl:1: a point at 1.5 s of a clip of 1.0 to 1.2 s"):
+        load_questions(find_datasets([str(tmp_path / "rows.jsonl")])[0])
+
+
 def test_data_that_contradicts_itself_is_named(tmp_path):
     twice = [dict(t=0.5, x=0, y=0, id=1), dict(t=0.5, x=1, y=1, id=1)]
     with pytest.raises(BadRow, match="rows.jsonl:1: two points of id 1 at 0.5 s"):
