@@ -67,7 +67,7 @@ class BadRow(Exception):
         self.reason, self.detail = reason, detail
 
 
-# ---- rows: one JSONL line, checked --------------------------------------------------------------------------
+# ---- rows: one JSONL line, checked -------------------------------------------------------------------------
 
 def parse_row(line):
     """Bytes of one line -> the row as a dict; BadRow says what is wrong with it."""
@@ -221,7 +221,7 @@ def in_clip(a, row):
     return a
 
 
-# ---- plan: a row as tokens, before any pixel is decoded -----------------------------------------------------
+# ---- plan: a row as tokens, before any pixel is decoded ----------------------------------------------------
 
 @dataclass
 class Plan:
@@ -397,7 +397,7 @@ class Planner:
         return self.assemble(trunk, media, [("text", ids + [self.tokenizer.eos], [False] * (len(ids) + 1))])
 
 
-# ---- pack: plans into rows of T tokens ----------------------------------------------------------------------
+# ---- pack: plans into rows of T tokens ---------------------------------------------------------------------
 
 class Packer:
     """Fills rows of `seq_len` tokens and `max_crops` crops from a buffer of waiting items (n_tokens,
@@ -462,7 +462,7 @@ class Packer:
         return [first] + [others[i] for i in sorted(chosen)]
 
 
-# ---- decode and collate -------------------------------------------------------------------------------------
+# ---- decode and collate ------------------------------------------------------------------------------------
 
 def decode(plans, cfg, seq_len):
     """One packed row with its pixels: (arrays of T, crops, pools, events). Events: [dataset, file:line,
@@ -533,7 +533,7 @@ def answer(model, planner, plans, max_new_tokens):
     return [tok.decode(row[:row.index(tok.eos)] if tok.eos in row else row) for row in ids], failed
 
 
-# ---- datasets and mixtures ----------------------------------------------------------------------------------
+# ---- datasets and mixtures ---------------------------------------------------------------------------------
 
 def line_index(path):
     """Where the lines of a file start that are not blank, and their numbers: (2 + n, 2) int64, memory-mapped.
@@ -714,7 +714,7 @@ def show_mixture(mixture, draws, missing=()):
         print(f"not there, and left out: {', '.join(missing)}")
 
 
-# ---- the stream ---------------------------------------------------------------------------------------------
+# ---- the stream --------------------------------------------------------------------------------------------
 
 class Stream:
     """The one global sequence of packed rows: draws, plans and packs. `rows(state)` yields (plans, state
@@ -850,7 +850,7 @@ class Batches(torch.utils.data.IterableDataset):
                 events = []
 
 
-# ---- a page to look at --------------------------------------------------------------------------------------
+# ---- a page to look at -------------------------------------------------------------------------------------
 
 def picture_tag(image, title=""):
     """An <img> that carries its picture, so that the page is one file. image: PIL, or (H, W) or (H, W, 3)

@@ -49,7 +49,7 @@ LIMITS = dict(image_caption=448, video_caption=2048, image_pointing=192, multi_i
               video_pointing=2048, video_tracking=4096)
 
 
-# ---- metrics: plain functions of predictions and truths -------------------------------------------------------
+# ---- metrics: plain functions of predictions and truths ----------------------------------------------------
 
 def assign(cost):
     """The one-to-one matching of least total cost: cost (n, m) -> [(row, column)], min(n, m) of them.
@@ -274,7 +274,7 @@ class Judge:
         return p, r, harmonic(p, r)
 
 
-# ---- what is true of a row ------------------------------------------------------------------------------------
+# ---- what is true of a row ---------------------------------------------------------------------------------
 
 def key(p):
     """What tells the points of an annotation apart, and their masks: (time, picture, id)."""
@@ -367,7 +367,7 @@ def load_questions(datasets, limit=None):
     return out
 
 
-# ---- scoring one answer ---------------------------------------------------------------------------------------
+# ---- scoring one answer ------------------------------------------------------------------------------------
 
 def score_points(q, text):
     """Pointing: matched in space, with the picture or the time as one more dimension, all on a scale of 0 to
@@ -467,7 +467,7 @@ def score(q, text, judge=None, segmenter=None):
     return score_words(q, text)
 
 
-# ---- asking and averaging -------------------------------------------------------------------------------------
+# ---- asking and averaging ----------------------------------------------------------------------------------
 
 def answers(model, planner, questions, batch=32, max_new_tokens=None):
     """Greedy answers, in order: [text]. Questions of a task go together, as their answers end at about the

@@ -2,8 +2,8 @@
 Media: a picture or a video becomes crops of patches, and a list of windows that says which patches make up
 each visual token.
 
-    size, duration (from the header alone) ─► layout: tokens, pooling windows, how many crops     planning: no pixel is decoded
-    file ─► pixels ─► resize ─► crops ─► patches                                                  decoding: in the workers
+    planning    size, duration, from the header alone ─► layout: tokens, pooling windows, how many crops
+    decoding    file ─► pixels ─► resize ─► crops ─► patches, in the workers
 
 As the released Molmo2 code does it: one low-resolution crop shows the whole picture; up to `max_crops` more
 tile an enlarged copy of it, overlapping by a margin so that no object is cut by every crop. A video is frames
@@ -53,7 +53,7 @@ class Layout:
     times: tuple = ()   # of a video: seconds at which its frames are taken, from the start of the file
 
 
-# ---- planning -----------------------------------------------------------------------------------------------
+# ---- planning ----------------------------------------------------------------------------------------------
 
 def inside_folder(folder, name):
     """The path of media `name`, which a data file in `folder` mentions, or BadMedia if it would lead
@@ -213,7 +213,7 @@ def video_duration(path):
         return max(ends)
 
 
-# ---- decoding -----------------------------------------------------------------------------------------------
+# ---- decoding ----------------------------------------------------------------------------------------------
 
 def load_image(path):
     """The pixels of a picture, upright: (H, W, 3) uint8."""

@@ -101,7 +101,7 @@ PRESETS = {
 }
 
 
-# ---- the attention mask: one rule, used by every path -------------------------------------------------------
+# ---- the attention mask: one rule, used by every path ------------------------------------------------------
 
 def is_vision(tokens, vocab):
     """Which ids are vision tokens (patches, columns, starts and ends): bool, the shape of `tokens`."""
@@ -128,7 +128,7 @@ def dense_mask(example, branch, vision):
     return torch.stack(rows)[:, None]
 
 
-# ---- small parts --------------------------------------------------------------------------------------------
+# ---- small parts -------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -175,7 +175,8 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S), or None."""
+    """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S),
+    or None."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -184,7 +185,7 @@ def random_drop(x, p):
     return x if p is None else x * (torch.rand_like(x) >= p) / (1 - p)
 
 
-# ---- vision: pixels of crops -> features of patches ---------------------------------------------------------
+# ---- vision: pixels of crops -> features of patches --------------------------------------------------------
 
 class MHA(nn.Module):
     """Attention with biases, as the ViT and the pooling use it: `dim_in` -> heads x head_dim -> heads x
@@ -295,7 +296,7 @@ def waves(n, dim):
     return torch.cat([g(c.flatten()[:, None] * f) for c in (x, y) for g in (torch.sin, torch.cos)], 1)
 
 
-# ---- decoder ------------------------------------------------------------------------------------------------
+# ---- decoder -----------------------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
     """Two tables, one index: ids below V look up the language model's table, the next EXTRA the read-only
@@ -403,7 +404,7 @@ class Decoder(nn.Module):
         return self.ln_f(x)
 
 
-# ---- the loss: only where something is to be learned, and never T x V numbers at once -----------------------
+# ---- the loss: only where something is to be learned, and never T x V numbers at once ----------------------
 
 class ChunkedNLL(torch.autograd.Function):
     """sum_i w_i · (nll_i + z_loss · logsumexp_i²) for n hidden states, `CHUNK` rows of logits at a time.
@@ -440,10 +441,11 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx, dhead = ctx.saved_tensors
-        return None if dx is None else dx * g.to(dx.dtype), None if dhead is None else (dhead * g).to(ctx.dtype), None, None, None
+        return (None if dx is None else dx * g.to(dx.dtype),
+                None if dhead is None else (dhead * g).to(ctx.dtype), None, None, None)
 
 
-# ---- the model ----------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 class Molmo2(nn.Module):
     """Molmo2(ModelConfig or preset name). Weights are random; `Molmo2.from_pretrained(folder)` reads a
@@ -466,10 +468,13 @@ class Molmo2(nn.Module):
         """Random weights from which training starts fast: N(0, 0.02) at published widths, and three aids.
         only: their names.
 
-        - 0.02 suits widths of thousands. In a narrow matrix it would shrink whatever passes: the picture would reach the
-          decoder a million times fainter than the `<image>` embedding it is added to. There, 1/sqrt(inputs) keeps its size.
-        - What a sub-layer adds starts at zero, so that pixels and their places are not drowned in random mixing at first.
-        - The ViT's places start as sines and cosines of row and column, so that it need not learn first what is next to what.
+        - 0.02 suits widths of thousands. In a narrow matrix it would shrink whatever passes: the picture would
+          reach the decoder a million times fainter than the `<image>` embedding it is added to. There,
+          1/sqrt(inputs) keeps its size.
+        - What a sub-layer adds starts at zero, so that pixels and their places are not drowned in random mixing
+          at first.
+        - The ViT's places start as sines and cosines of row and column, so that it need not learn first what is
+          next to what.
         """
         for name, p in self.named_parameters():
             if only is not None and name not in only:

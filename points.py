@@ -28,7 +28,7 @@ WRITABLE = ("<point", "<timestamp>")
 CHAT = ("<|im_start|>", "<|im_end|>")
 
 
-# ---- tokenizer ----------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------------------
 
 def byte_alphabet():
     """The printable character that stands for each byte in a tokenizer.json: {character: byte}."""
@@ -67,7 +67,8 @@ class Tokenizer:
                     raise BadCheckpoint(f"{path}: token {token!r} is not written in the byte-level alphabet") from None
         top = max([*ranks.values(), *special.values()])
         if top >= vocab:
-            raise BadCheckpoint(f"{path}: has ids up to {top}, but the model's table has {vocab} rows: not its tokenizer")
+            raise BadCheckpoint(f"{path}: has ids up to {top}, but the model's table has {vocab} rows: "
+                                "not its tokenizer")
         spare = [t for t in special if re.fullmatch(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|", t)]
         unused = iter([special.pop(t) for t in spare] + list(range(top + 1, vocab)))
         # a table without spare rows can still write points and times as released checkpoints do
@@ -144,7 +145,7 @@ def split_pattern(pre):
     return r"(?s:.+)"
 
 
-# ---- chat ---------------------------------------------------------------------------------------------------
+# ---- chat --------------------------------------------------------------------------------------------------
 
 def chat_pieces(messages):
     """Alternating user and assistant messages -> [(text, whether it is learned)], the way Molmo2 writes a
@@ -285,7 +286,7 @@ def styled(prompt, style):
     return prompt if not style or style in NO_PREFIX else f"{style}: {prompt}".rstrip()
 
 
-# ---- points -------------------------------------------------------------------------------------------------
+# ---- points ------------------------------------------------------------------------------------------------
 
 NOTHING = "There are none."
 

@@ -36,7 +36,7 @@ class UserError(Exception):
     """Something the user can put right; shown as one line, exit code 2."""
 
 
-# ---- configuration: one flat dataclass, from which the flags are made ---------------------------------------
+# ---- configuration: one flat dataclass, from which the flags are made --------------------------------------
 
 def flag(default, text):
     return field(default=default, metadata={"help": text})
@@ -48,11 +48,17 @@ class Config:
     stage: str = flag("pretrain", "name of the stage, part of the output folder")
     previous: str = flag("",
                          "stage whose last checkpoint this one starts from, unless --init_from names another")
-    data: tuple = flag((), "JSONL files, or folders with the registry's NAME.jsonl or NAME/*.jsonl; 'toy' is the embedded toy world")
-    eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
-    mixture: str = flag("pretrain", "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released or equal")
+    data: tuple = flag((),
+                       "JSONL files, or folders with the registry's NAME.jsonl or NAME/*.jsonl; "
+                       "'toy' is the embedded toy world")
+    eval_data: tuple = flag((),
+                            "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
+    mixture: str = flag("pretrain",
+                        "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released or equal")
     rebalance: tuple = flag((), "NAME=FACTOR: that dataset is drawn so much more often than its size says")
-    init_from: tuple = flag((), "checkpoint folder to start from, or a plain OLMo or Qwen3 and a SigLIP folder; none = random weights")
+    init_from: tuple = flag((),
+                            "checkpoint folder to start from, or a plain OLMo or Qwen3 and a SigLIP folder; "
+                            "none = random weights")
     resume: bool = flag(False, "continue this run from its last checkpoint")
     out: str = flag("out", "folder of all runs; this one goes to OUT/CONFIG/STAGE")
     steps: int = flag(32000, "optimiser steps")
@@ -62,9 +68,12 @@ class Config:
     seq_len: int = flag(4096, "tokens per packed row")
     tiles: int = flag(8, "high-resolution crops a picture may get on top of the low-resolution one")
     max_crops: int = flag(48, "crops per packed row")
-    max_frames: int = flag(128, "frames a video may get, at 2 per second, if the row holds them; 0 = videos are left out")
-    point_format: str = flag("auto", "how points and times are written: spec, released, or auto: as --init_from, else spec")
-    token_weights: str = flag("auto", "loss weight of an answer token: spec (by task), released (by length), or auto, likewise")
+    max_frames: int = flag(128,
+                           "frames a video may get, at 2 per second, if the row holds them; 0 = videos are left out")
+    point_format: str = flag("auto",
+                             "how points and times are written: spec, released, or auto: as --init_from, else spec")
+    token_weights: str = flag("auto",
+                              "loss weight of an answer token: spec (by task), released (by length), or auto, likewise")
     optimizer: str = flag("adamw", "adamw, or muon (on hidden matrices; the rest stays on AdamW)")
     adam_share: float = flag(0.25,
                              "with muon: learning rate of the parameters left to AdamW, as a share of Muon's")
@@ -147,8 +156,8 @@ def check_config(cfg):
         if part not in ("vit", "connector", "decoder", "embedding"):
             raise UserError(f"--freeze {part}: choose from vit, connector, decoder, embedding")
     if not cfg.data:
-        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them (README, \"Your own data\"); "
-                        "--data toy tries the machinery on the toy world")
+        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
+                        "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
 
@@ -164,7 +173,7 @@ def show_config(cfg, defaults):
         print("".join(x.ljust(width) for x in items[i:i + per_line]).rstrip())
 
 
-# ---- pieces of the loop -------------------------------------------------------------------------------------
+# ---- pieces of the loop ------------------------------------------------------------------------------------
 
 def load_model(cfg):
     """(model, tokenizer) of --init_from, or random weights of the preset."""
@@ -426,7 +435,7 @@ def evaluate(cfg, model, planner, step, run, losses, device):
     return {k: round(v, 4) for k, v in scores.items()}
 
 
-# ---- the loop -----------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------------------
 
 def train(cfg, defaults):
     """Run one stage from the first step, or from the last checkpoint, to the end. Returns the run's
@@ -527,7 +536,8 @@ def train(cfg, defaults):
             skipped += 1
             nan_rows.append(sorted({w for _, s, _ in rows for w in s["row"]})[:4])
             if len(nan_rows) == 10:
-                raise UserError(f"10 steps in a row had a loss or gradient that is not finite; the last rows: {nan_rows}")
+                raise UserError("10 steps in a row had a loss or gradient that is not finite; "
+                                f"the last rows: {nan_rows}")
         for o in optimizers:
             o.zero_grad(set_to_none=True)
         step += 1

@@ -5,7 +5,7 @@ are drawn.
     python sample.py out/small/pretrain/latest data/toy/eval/images/00003.png "Point to all shapes."
     python sample.py out/small/sft/latest data/toy/clips/eval/video/00003.mp4 "Track the star." --out answer.mp4
     python sample.py weights/Molmo2-8B kitchen.jpg hall.jpg "Point to the mugs in all images." --device cuda
-    python sample.py weights/Molmo2-8B clip.mp4 "What happens?" --chat      # and go on asking; the video is encoded once
+    python sample.py weights/Molmo2-8B clip.mp4 "What happens?" --chat     # and go on; the video is encoded once
 """
 import argparse
 import colorsys
@@ -85,7 +85,7 @@ class Chat:
         yield text[len(said):]
 
 
-# ---- drawing --------------------------------------------------------------------------------------------------
+# ---- drawing -----------------------------------------------------------------------------------------------
 
 def colour_of(i):
     """A colour per id, neighbours far apart."""

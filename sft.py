@@ -1,10 +1,9 @@
 """
 Stage 2: the same model meets video, several pictures, moments and tracks, and keeps what it knew.
 
-    python sft.py                                                  # a laptop: the toy world's clips, from out/small/pretrain/latest
-    python sft.py --data clips/my.jsonl                            # your own videos (README)
+    python sft.py                           # a laptop: the toy world's clips, from out/small/pretrain/latest
+    python sft.py --data clips/my.jsonl     # your own videos (README)
     python sft.py --config 8b --init_from weights/Molmo2-8B --data data/
-    torchrun --nproc_per_node=8 sft.py --config 7b --data data/    # several GPUs
 
 The loop is stage 1's. What differs is here: where it starts, what it reads, how much of each, and how fast it
 learns.

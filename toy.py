@@ -13,10 +13,10 @@ Nothing can be answered without looking: colour, shape, size, angle, place, numb
 all drawn at random, and queries for what is not there name a colour or a shape that is. What makes it
 learnable in minutes was measured:
 
-- every shape has a dark outline. A model that starts from nothing knows no edges; without the line a circle differs from a
-  star by the product of a colour and a contrast, and in 400 steps the shape was never learned at all;
-- centres lie on a grid of 0.05, three pixels of what the model sees. Finer digits are noise to it, and noise in most of the
-  tokens of an answer drowns the one that says "circle".
+- every shape has a dark outline. A model that starts from nothing knows no edges; without the line a circle
+  differs from a star by the product of a colour and a contrast, and in 400 steps the shape was never learned;
+- centres lie on a grid of 0.05, three pixels of what the model sees. Finer digits are noise to it, and noise in
+  most of the tokens of an answer drowns the one that says "circle".
 """
 import itertools
 import json
@@ -41,7 +41,7 @@ SHAPES = ("circle", "star", "bar")
 VERSION = 21  # part of the done-file: a toy world drawn by older code is drawn again
 
 
-# ---- scenes -------------------------------------------------------------------------------------------------
+# ---- scenes ------------------------------------------------------------------------------------------------
 
 def outline(shape, radius, angle):
     """Corner points of a shape around (0, 0), in the units of `radius`: (n, 2)."""
@@ -125,7 +125,7 @@ def inside(polygon, x, y):
     return hit
 
 
-# ---- what is asked about them -------------------------------------------------------------------------------
+# ---- what is asked about them ------------------------------------------------------------------------------
 
 CAPTION_PROMPTS = ("Describe the image.", "What is in this picture?", "Write a caption.", "What do you see?",
                    "Tell me about this image.", "List the shapes from left to right.")
@@ -227,12 +227,13 @@ def text_row(rng):
         return f"What is {a} plus {b}?", str(a + b)
     if kind == 1:
         k, after = rng.randrange(7), rng.random() < 0.5
-        return f"Which day comes {'after' if after else 'before'} {DAYS[k]}?", DAYS[(k + (1 if after else -1)) % 7] + "."
+        answer_day = DAYS[(k + (1 if after else -1)) % 7]
+        return f"Which day comes {'after' if after else 'before'} {DAYS[k]}?", answer_day + "."
     shape = rng.choice(list(SIDES))
     return f"How many sides has a {shape}?", SIDES[shape] + "."
 
 
-# ---- clips: the same shapes, moving -------------------------------------------------------------------------
+# ---- clips: the same shapes, moving ------------------------------------------------------------------------
 #
 # Positions are known every half second, when the model looks, and lie on the grid there; between them shapes
 # glide. A clip of 2.5 seconds is six looks. A shape may leave the picture, come back, turn another colour, or
@@ -408,7 +409,7 @@ def tracking(rng, clip):
     return out
 
 
-# ---- files --------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def is_written(folder, recipe):
     """Whether a folder was written by this very recipe, to the end."""
@@ -420,7 +421,8 @@ def is_written(folder, recipe):
 
 
 def begin(folder, *subs):
-    """A folder to write in until `finish` gives it its name: an interrupted run leaves nothing that looks finished."""
+    """A folder to write in until `finish` gives it its name: an interrupted run leaves nothing that looks
+    finished."""
     aside = folder.rstrip("/") + f".{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     for sub in subs:
@@ -552,7 +554,7 @@ def files(folder, stage):
         os.path.join(clips, n + ".jsonl") for n in ("clips", "tracks")]
 
 
-# ---- from points to masks: the toy world's own segmenter --------------------------------------------------------
+# ---- from points to masks: the toy world's own segmenter ---------------------------------------------------
 
 def segment(frames, points):
     """Masks of what lies under points: {id: (frames, H, W) bool}. frames: [(H, W, 3) uint8]; points: [(frame,
@@ -577,7 +579,7 @@ def segment(frames, points):
     return masks
 
 
-# ---- evaluation: ask about held-out scenes, compare with their geometry -------------------------------------
+# ---- evaluation: ask about held-out scenes, compare with their geometry ------------------------------------
 
 def evaluate(model, planner, folder, n, sheet=None, batch=64):
     """Scores of generated answers about the first n held-out scenes, {name: share}; a contact sheet goes to

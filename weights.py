@@ -27,7 +27,7 @@ class BadCheckpoint(ValueError):
     """A checkpoint that cannot be used: the message is one line that names the file and the tensor or key."""
 
 
-# ---- safetensors --------------------------------------------------------------------------------------------
+# ---- safetensors -------------------------------------------------------------------------------------------
 
 def no_duplicates(pairs):
     out = dict(pairs)
@@ -107,7 +107,7 @@ def write_safetensors(path, tensors):
         os.fsync(f.fileno())
 
 
-# ---- config.json --------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 
 def hub_config(cfg):
     """ModelConfig -> the published config.json, with every key its other readers need."""
@@ -298,11 +298,11 @@ def parse_config(config, path, vision=None):
         raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
 
 
-# ---- names: four schemes, one of them ours ------------------------------------------------------------------
+# ---- names: four schemes, one of them ours -----------------------------------------------------------------
 #
 #   released (hub)        model.transformer.blocks.0.self_attn.att_proj.weight    ours, with "model." in front
 #   official training     transformer.blocks.0.att_proj.weight                    no level self_attn or mlp
-#   transformers          model.language_model.layers.0.self_attn.q_proj.weight   q, k, v and up, gate in tensors of their own
+#   transformers          model.language_model.layers.0.self_attn.q_proj.weight   q, k, v, up, gate each alone
 #   plain OLMo and Qwen3  model.layers.0.self_attn.q_proj.weight
 #   SigLIP                vision_model.encoder.layers.0.self_attn.q_proj.weight
 
@@ -384,7 +384,7 @@ def read_shards(folder):
     return found
 
 
-# ---- models -------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 def load(folder, vision=None):
     """The model of a checkpoint folder, in fp32 on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs a SigLIP
@@ -396,7 +396,8 @@ def load(folder, vision=None):
             raise BadCheckpoint(f"{path}: a plain language model sees nothing; name a SigLIP folder after it")
         plain, vision_config = True, read_json(os.path.join(vision, "config.json"))
     elif vision:
-        raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only before {', '.join(LANGUAGE_MODELS)} "
+        raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only before "
+                            f"{', '.join(LANGUAGE_MODELS)} "
                             "does a second folder make sense")
     cfg = parse_config(config, path, vision_config if plain else None)
     found = read_shards(folder)
@@ -433,8 +434,8 @@ def fill(model, found, folder, new=()):
     missing, unknown = sorted(wanted.keys() - found.keys() - set(new)), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         some = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        raise BadCheckpoint(f"{folder}: " + "; ".join(
-            text for text in (missing and f"no tensor for {some(missing)}", unknown and f"unknown tensor {some(unknown)}") if text))
+        told = (missing and f"no tensor for {some(missing)}", unknown and f"unknown tensor {some(unknown)}")
+        raise BadCheckpoint(f"{folder}: " + "; ".join(text for text in told if text))
     for name, parts in found.items():
         shapes = [tuple(t.shape) for _, t in sorted(parts.items())]
         got = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()

@@ -98,6 +98,7 @@ def world(tmp_path):
             dict(task="image_pointing", prompt="Point to the speck.", points=[dict(x=0.1, y=0.17, id=0)]),
             dict(task="image_qa",
                  messages=[dict(role="user", content="What colour?"), dict(role="assistant", content=colour),
-                                            dict(role="user", content="Sure?"), dict(role="assistant", content="Yes.")])]))
+                                            dict(role="user", content="Sure?"),
+                                            dict(role="assistant", content="Yes.")])]))
     rows.append(dict(id="text", annotations=[dict(task="text", prompt="2 plus 2?", answer="4")]))
     return write_lines(tmp_path / "rows.jsonl", rows)

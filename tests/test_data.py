@@ -18,7 +18,8 @@ from media import BadMedia, image_size, inside_folder, load_image
 
 
 def row_of(**kw):
-    return json.dumps(dict(dict(image="a.png", annotations=[dict(task="image_caption", answer="A cat.")]), **kw)).encode()
+    row = dict(image="a.png", annotations=[dict(task="image_caption", answer="A cat.")])
+    return json.dumps(dict(row, **kw)).encode()
 
 
 def test_good_rows_of_every_kind_pass():
@@ -330,7 +331,7 @@ def test_data_that_is_not_there_is_named(tmp_path):
         find_datasets([str(tmp_path / "empty.jsonl")])
 
 
-# ---- the released format, video -----------------------------------------------------------------------------
+# ---- the released format, video ----------------------------------------------------------------------------
 
 def test_video_rows_in_both_formats(tmp_path, planner, tokenizer):
     video(tmp_path / "a.mp4", n=15)

@@ -28,7 +28,8 @@ def test_j_and_f_are_those_of_davis():
         size = p["height"], p["width"]
         a, b = (np.unpackbits(packed[f"{p['index']:02d}_{k}"])[:size[0] * size[1]].reshape(size).astype(bool)
                 for k in ("annotation", "segmentation"))
-        assert region_j(b, a) == pytest.approx(p["J"], abs=1e-6) and boundary_f(b, a) == pytest.approx(p["F"], abs=1e-6), p
+        assert region_j(b, a) == pytest.approx(p["J"], abs=1e-6), p
+        assert boundary_f(b, a) == pytest.approx(p["F"], abs=1e-6), p
     assert j_and_f([a, a], [a, ~a])[0] == pytest.approx(0.5, abs=1e-6)
 
 
@@ -99,7 +100,7 @@ def test_word_overlap_is_a_proxy():
     assert word_overlap("a red circle", "a red star moves") == pytest.approx((2 / 3, 1 / 2, 4 / 7))
 
 
-# ---- answers --------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 SQUARE = [[0.25, 0.25], [0.75, 0.25], [0.75, 0.75], [0.25, 0.75]]
 
@@ -226,7 +227,7 @@ def test_a_judge_that_falls_silent_keeps_what_was_scored(tmp_path, monkeypatch, 
                                                        {"overlap_precision", "overlap_recall", "overlap_f1"}]
 
 
-# ---- the toy world's clips ------------------------------------------------------------------------------------
+# ---- the toy world's clips ---------------------------------------------------------------------------------
 
 def test_toy_segmenter_finds_the_shape_under_a_point(tmp_path):
     """With perfect points J&F is what the segmenter leaves to be had; with none it is nothing."""

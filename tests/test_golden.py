@@ -78,7 +78,7 @@ def test_saving_gives_the_original_file(name, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---- other layouts of the same weights ----------------------------------------------------------------------
+# ---- other layouts of the same weights ---------------------------------------------------------------------
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
@@ -151,7 +151,7 @@ def test_a_language_model_alone_or_the_wrong_partner():
         Molmo2.from_pretrained(os.path.join(GOLDEN, "siglip-tiny"), os.path.join(GOLDEN, "siglip-tiny"))
 
 
-# ---- pictures and videos ------------------------------------------------------------------------------------
+# ---- pictures and videos -----------------------------------------------------------------------------------
 
 def lines(*names):
     with open(os.path.join(GOLDEN, *names)) as f:
@@ -227,7 +227,7 @@ def test_layout_of_videos(monkeypatch):
     assert checked >= 5
 
 
-# ---- text ---------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
 MODES = {None: "point", "point": "point", "pointing": "point", "point_then_count": "point_count",
          "point_count": "point_count", "count_then_point": "count_point", "count_point": "count_point",
@@ -237,7 +237,8 @@ MODES = {None: "point", "point": "point", "pointing": "point", "point_then_count
 def test_points_as_released():
     unit = lambda p, s: (p[0] / (s[0] if isinstance(s, list) else s),
                          p[1] / (s[1] if isinstance(s, list) else s))
-    seconds = lambda t: sum(60 ** k * float(x) for k, x in enumerate(reversed(t.split(":")))) if isinstance(t, str) else t
+    clock = lambda t: sum(60 ** k * float(x) for k, x in enumerate(reversed(t.split(":"))))
+    seconds = lambda t: clock(t) if isinstance(t, str) else t
     for r in lines("point-format", "format.jsonl"):
         a, scale = r["args"], r["args"]["scale"]
         if r["fn"] == "format_video_tracks":
@@ -353,7 +354,7 @@ def test_the_tokenizer_of_olmo():
         assert tok.decode(tok.encode(text, special=())) == text
 
 
-# ---- hostile files ------------------------------------------------------------------------------------------
+# ---- hostile files -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("part", ["header", "config", "index"])
 def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
@@ -455,7 +456,8 @@ def test_fine_tuning_a_released_checkpoint_keeps_its_ways(tmp_path, monkeypatch,
     pretrain.main(pretrain.Config(), pretrain.PRESETS, [*flags, str(start)])
     assert seen[0].released and seen[0].token_weights == "released"
     saved = Molmo2.from_pretrained("out/small/pretrain/latest")
-    assert saved.cfg.point_format == "released" and Tokenizer("out/small/pretrain/latest/tokenizer.json", 264).eos == 258
+    assert saved.cfg.point_format == "released"
+    assert Tokenizer("out/small/pretrain/latest/tokenizer.json", 264).eos == 258
     plan = seen[0].plan(json.loads(open(rows).read()), str(tmp_path), np.random.default_rng(0))[0][0]
     assert '<points coords="1 1 500 250">dot</points>' in seen[0].tokenizer.decode(plan.tokens.tolist())
     with pytest.raises(SystemExit):  # another shape than --config says

@@ -81,7 +81,7 @@ def test_any_picture_mode_becomes_rgb(tmp_path):
         assert load_image(str(path)).shape == (5, 7, 3)
 
 
-# ---- video --------------------------------------------------------------------------------------------------
+# ---- video -------------------------------------------------------------------------------------------------
 
 def test_frames_are_those_shown_at_their_times(tmp_path):
     path = video(tmp_path / "a.mp4")

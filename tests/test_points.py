@@ -123,7 +123,8 @@ def test_every_wording_fills_from_the_fields():
     for style in PROMPTS:
         seen = {write_prompt(dict(a, style=style), "video", random.Random(i)) for i in range(40)}
         assert not any(re.search(r"[{}]", s) for s in seen)
-    said = lambda style, grammar="spec": " ".join(write_prompt(dict(a, style=style), "video", random.Random(i), grammar) for i in range(20))
+    said = lambda style, grammar="spec": " ".join(
+        write_prompt(dict(a, style=style), "video", random.Random(i), grammar) for i in range(20))
     assert "01:01:01.5" in said("video_clip_caption_start_end") and "3661.5" in said("video_clip_caption_start_end")
     assert "image 0 and image 2" in said("multi_image_pointing")
     assert "image_1 and image_3" in said("multi_image_pointing", "released")
@@ -135,7 +136,8 @@ def test_every_wording_fills_from_the_fields():
 def test_styles_ask_for_ends_continuations_and_numbers():
     track = [dict(t=t, x=0.1 * t, y=0.5, id=i) for t in (0, 1, 2) for i in (0, 1)]
     a = dict(task="video_tracking", label="ball", points=track)
-    assert [p["t"] for p in parse_points(write_points(dict(a, style="video_point_ground_start_end"), "video"))] == [0, 0, 2, 2]
+    ends = parse_points(write_points(dict(a, style="video_point_ground_start_end"), "video"))
+    assert [p["t"] for p in ends] == [0, 0, 2, 2]
     assert [p["t"] for p in parse_points(write_points(dict(a, input_points=track[:1]), "video"))] == [1, 1, 2,
                                                                                                       2]
     b = dict(task="video_pointing", label="ball", points=track[:2])

@@ -21,7 +21,7 @@ from data import (MIXTURES, Batches, Dataset, Planner, Stream, collate, decode, 
 TEXT = dict(annotations=[dict(task="text", prompt="a", answer="b")])
 
 
-# ---- index --------------------------------------------------------------------------------------------------
+# ---- index -------------------------------------------------------------------------------------------------
 
 def test_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     path = tmp_path / "a.jsonl"
@@ -46,7 +46,7 @@ def test_index_of_a_file_that_ends_in_one_letter(tmp_path):
     assert len(Dataset("b", [str(tmp_path / "b.jsonl")])) == 0
 
 
-# ---- mixtures -----------------------------------------------------------------------------------------------
+# ---- mixtures ----------------------------------------------------------------------------------------------
 
 def test_registry_folder_shards_and_files_of_ones_own(tmp_path):
     for name in ("pixmo-cap.jsonl", "pixmo-points.jsonl", "mine.jsonl", "tgif.jsonl"):
@@ -118,7 +118,7 @@ def test_draws_follow_the_table(tmp_path, planner):
     assert chi < 43.8  # 0.1 % of right tables give more, with 19 degrees of freedom
 
 
-# ---- one stream ---------------------------------------------------------------------------------------------
+# ---- one stream --------------------------------------------------------------------------------------------
 
 def batches(stream, n, workers=0, state=None, rank=0, world=1):
     loader = torch.utils.data.DataLoader(Batches(stream, state, rank, world), batch_size=None,
@@ -171,7 +171,7 @@ def test_200_batches_are_bitwise_the_same_for_any_workers_ranks_and_stops(many):
         assert all(same(straight[i], parts[i % world][i // world]) for i in range(200))
 
 
-# ---- everything broken --------------------------------------------------------------------------------------
+# ---- everything broken -------------------------------------------------------------------------------------
 
 def fast_start(path, n=120):
     """An H.264 file whose table of contents comes first, so that half of it still opens."""
