@@ -27,6 +27,7 @@ import glob
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -294,7 +295,7 @@ class Planner:
         tok, path = self.tokenizer, inside_folder(folder, row["video"])
         length, start = row.get("duration") or video_duration(path), row.get("start", 0.0)
         end = min(row.get("end", length), length)
-        if not start < end:
+        if not start <= end:  # a clip of no length is one frame
             raise BadRow("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
         pool = frame_layout(self.n)
         around = "frame" if self.cfg.frame_tokens else "image"
@@ -531,6 +532,25 @@ def answer(model, planner, plans, max_new_tokens):
     tok, batch = planner.tokenizer, to_device(batch, model.lm_head.weight.device)
     ids = torch.stack(list(model.generate(**batch, max_new_tokens=max_new_tokens, stop=(tok.eos,))), 1).tolist()
     return [tok.decode(row[:row.index(tok.eos)] if tok.eos in row else row) for row in ids], failed
+
+
+def answers(model, planner, asked, limit, batch=32, world=None):
+    """Greedy answers to [(task, file:line, row, folder, prompt)], in order; limit(task): tokens. Questions of a task go
+    together, as their answers end at about the same time; the ranks of a `world` share them. Media that cannot be
+    decoded are an error."""
+    order, texts = sorted(range(len(asked)), key=lambda i: asked[i][0]), [None] * len(asked)
+    parts = [group[k:k + batch] for _, g in itertools.groupby(order, key=lambda i: asked[i][0])
+             for group in [list(g)] for k in range(0, len(group), batch)]
+    for part in parts[world.rank::world.size] if world else parts:
+        plans = [planner.question(row, folder, [dict(role="user", content=prompt)])
+                 for _, _, row, folder, prompt in (asked[i] for i in part)]
+        room = planner.seq_len - max(p.n_tokens for p in plans)
+        said, failed = answer(model, planner, plans, min(limit(asked[part[0]][0]), room))
+        if failed:
+            raise BadMedia(f"{asked[part[0]][1]}: {failed[0][3]}")
+        for i, text in zip(part, said):
+            texts[i] = text
+    return [next(t for t in of if t is not None) for of in zip(*world.gather(texts))] if world else texts
 
 
 # ---- datasets and mixtures ---------------------------------------------------------------------------------
@@ -832,8 +852,8 @@ class Batches(torch.utils.data.IterableDataset):
     Every worker walks the whole stream of plans, which is cheap, and decodes every W-th row of its rank's.
     """
 
-    def __init__(self, stream, state=None, rank=0, world=1):
-        self.stream, self.state, self.rank, self.world = stream, state, rank, world
+    def __init__(self, stream, state=None, rank=0, world=1, step=None):
+        self.stream, self.state, self.rank, self.world, self.step = stream, state, rank, world, step or world
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
@@ -841,10 +861,12 @@ class Batches(torch.utils.data.IterableDataset):
         if info:
             torch.set_num_threads(1)
             die_with_parent()
-        events = []
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the training process decides
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        events, mine = [], itertools.count()
         for i, (plans, state) in enumerate(self.stream.rows(self.state)):
             events += state.pop("events")
-            if i % self.world == self.rank and i // self.world % workers == worker:
+            if i % self.step % self.world == self.rank and next(mine) % workers == worker:
                 *row, failed = decode(plans, self.stream.planner.cfg, self.stream.planner.seq_len)
                 yield tuple(row), state, events + failed
                 events = []

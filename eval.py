@@ -38,7 +38,7 @@ from PIL import Image, ImageDraw
 
 import sample
 import toy
-from data import MEDIA, BadRow, answer, find_datasets, in_clip, parse_points, parse_row
+from data import MEDIA, BadRow, answers, find_datasets, in_clip, parse_points, parse_row
 from media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
 from points import NOTHING, multiple_choice, write_prompt
 from weights import BadCheckpoint
@@ -469,30 +469,11 @@ def score(q, text, judge=None, segmenter=None):
 
 # ---- asking and averaging ----------------------------------------------------------------------------------
 
-def answers(model, planner, questions, batch=32, max_new_tokens=None):
-    """Greedy answers, in order: [text]. Questions of a task go together, as their answers end at about the
-    same time; media that cannot be decoded are an error."""
-    order = sorted(range(len(questions)), key=lambda i: questions[i].task)
-    texts = [None] * len(questions)
-    for task, group in itertools.groupby(order, key=lambda i: questions[i].task):
-        group = list(group)
-        for k in range(0, len(group), batch):
-            part = group[k:k + batch]
-            plans = [planner.question(questions[i].row, questions[i].folder,
-                                      [dict(role="user", content=questions[i].prompt)])
-                     for i in part]
-            room = planner.seq_len - max(p.n_tokens for p in plans)
-            said, failed = answer(model, planner, plans, max_new_tokens or min(LIMITS.get(task, 64), room))
-            if failed:
-                raise BadMedia(f"{questions[part[0]].where}: {failed[0][3]}")
-            for i, text in zip(part, said):
-                texts[i] = text
-    return texts
-
-
-def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, max_new_tokens=None):
+def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, max_new_tokens=None, world=None):
     """({"task metric": mean}, [one record per question: where, task, prompt, answer, truth, scores])."""
-    texts, sums, records = answers(model, planner, questions, batch, max_new_tokens), {}, []
+    texts = answers(model, planner, [(q.task, q.where, q.row, q.folder, q.prompt) for q in questions],
+                    lambda task: max_new_tokens or LIMITS.get(task, 64), batch, world)
+    sums, records = {}, []
     for q, text in zip(questions, texts):
         try:
             scores = score(q, text, judge, segmenter)
@@ -510,13 +491,6 @@ def load_function(name):
     """module:function of --segmenter."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
-
-
-def toy_files(folder=os.path.join("data", "toy")):
-    """The toy world's held-out lines, with masks."""
-    toy.files(folder, "sft")
-    return [os.path.join(folder, *n) for n in (("eval", "pairs.jsonl"), ("clips", "eval", "clips.jsonl"),
-                                               ("clips", "eval", "tracks.jsonl"))]
 
 
 def main():
@@ -543,7 +517,7 @@ def main():
     try:
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
         segmenter = load_function(args.segmenter) if args.segmenter else None if args.data else toy.segment
-        questions = load_questions(find_datasets(args.data or toy_files())[0], args.limit)
+        questions = load_questions(find_datasets(args.data or toy.held_out(os.path.join("data", "toy"), "sft"))[0], args.limit)
         table, kept = {}, {}
         for folder in args.checkpoints:
             model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24)

@@ -17,6 +17,7 @@ translation (weights.py).
 Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one visual token,
          D width, H heads, G key/value heads, hd head width, V vocabulary
 """
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -89,7 +90,7 @@ OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0,
                   attention_factor=1.2079441541679836)
 QWEN3 = dict(norm_after=False, qk_norm="head", vocab=151936, layers=36, heads=32, kv_heads=8)
 PRESETS = {
-    "small": ModelConfig(layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=256, vocab=1024,
+    "small": ModelConfig(layers=3, width=128, heads=8, kv_heads=8, head_dim=16, mlp=256, vocab=1024,
                          rope_theta=1e4, norm_after=False, qk_norm="head", max_positions=4608, crop=64,
                          patch=8, vit_width=128, vit_heads=8, vit_head_dim=16, vit_mlp=256,
                          vit_features=(2, 1)),
@@ -126,6 +127,59 @@ def dense_mask(example, branch, vision):
     t = torch.arange(example.shape[1], device=example.device)
     rows = [may_attend(t[:, None], t[None], *ids) for ids in zip(example, branch, vision)]
     return torch.stack(rows)[:, None]
+
+
+def example_masks(example, branch, vision):
+    """The rule for whole rows, example by example: for each row [(where an example stands, (1, 1, n, n) bool)],
+    and None for padding. Ten packed examples attended to one after the other are a tenth of the work of T x T."""
+    rows = []
+    for ids in zip(example, branch, vision):
+        parts, begin = [], 0
+        for e, n in zip(*(x.tolist() for x in ids[0].unique_consecutive(return_counts=True))):
+            part, t = slice(begin, begin + n), torch.arange(n, device=example.device)
+            parts.append((part, may_attend(t[:, None], t[None], *(x[part] for x in ids))[None, None] if e else None))
+            begin += n
+        rows.append(parts)
+    return rows
+
+
+def block_mask(example, branch, vision, block=128):
+    """The rule for whole rows as a FlexAttention BlockMask: which blocks of 128 x 128 pairs hold any that may attend,
+    and which hold no other. Never T x T: a packed row is in order, so the ends of its blocks tell.
+
+    A row is examples one after the other, each its trunk (branch 0, where all vision tokens are) and its branches one
+    after the other, then padding (0). So of two blocks, only the last example of the earlier can also be in the
+    later one, where it is the first; and of its branches, only the last.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+    B, T = example.shape
+    ids = [F.pad(x, (0, -T % block)) for x in (example, branch, vision)]
+    e, b, v = (x.unflatten(1, (-1, block)) for x in ids)  # (B, n, 128)
+    none, n = e.new_tensor(1 << 60), e.shape[1]
+    first, last = torch.where(e > 0, e, none).amin(2), e.amax(2)  # examples of a block, (B, n)
+    one = (first == last) & (e > 0).all(2)                        # there is but one, and no padding
+    of_last = (e == last[..., None]) & (e > 0)
+    lowest, highest = torch.where(of_last, b, none).amin(2), torch.where(of_last, b, 0).amax(2)  # its branches
+    lowest_own = torch.where(of_last & (b > 0), b, none).amin(2)                                 # without the trunk
+    sees, shown = torch.where(v, e, 0).amax(2), torch.where(v, e, none).amin(2)  # last and first example with vision
+    q, k = (slice(None), slice(None), None), (slice(None), None)  # x[q]: of the queries' block, x[k]: of the keys'
+    before = torch.ones(n, n, dtype=torch.bool, device=e.device).tril(-1)
+    some = before & (last[k] == first[q]) & ((lowest[k] == 0) | (highest[k] == b[..., 0][q]))
+    some |= before.T & (sees[q] == shown[k])
+    some |= torch.diag_embed(last > 0)
+    own = (lowest_own[k] == highest[k]) & (lowest[q] == highest[k]) & (highest[q] == highest[k])
+    full = before & (last[k] == last[q]) & ((highest[k] == 0) | own)
+    full |= (v.all(2)[q] & v.all(2)[k]) & (last[k] == last[q])
+    full &= one[q] & one[k]
+    listed = []
+    for kind in (some & ~full, full):
+        count = kind.sum(-1, dtype=torch.int32)[:, None]  # (B, 1, n): the same for all heads
+        listed += [count, kind.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]]
+    e, b, v = ids
+
+    def rule(row, head, i, j):
+        return may_attend(i, j, e[row], b[row], v[row])
+    return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=block, mask_mod=rule, seq_lengths=(T, T))
 
 
 # ---- small parts -------------------------------------------------------------------------------------------
@@ -174,9 +228,28 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
 
 
+@functools.cache
+def compiled_flex():
+    """FlexAttention, compiled once for all layers and masks. Uncompiled it would quietly make T x T scores; a length
+    too many, and it is an error instead."""
+    from torch.nn.attention.flex_attention import flex_attention
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def attend(q, k, v, mask=None):
     """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S),
-    or None."""
+    `example_masks`, a `block_mask`, or None."""
+    if isinstance(mask, list):
+        def one(row, part, m):
+            q1, k1, v1 = (x[row:row + 1, :, part] for x in (q, k, v))
+            if m is not None:
+                return attend(q1, k1, v1, m)
+            # Nothing, and yet q, k and v have a gradient: under FSDP a weight has one on all ranks or on none.
+            return 0 * (q1 + (k1 + v1).repeat_interleave(q.shape[1] // k.shape[1], 1))
+        return torch.cat([torch.cat([one(row, *part) for part in parts], 2) for row, parts in enumerate(mask)])
+    if hasattr(mask, "kv_indices"):
+        return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -530,11 +603,19 @@ class Molmo2(nn.Module):
         features: (M, D) of the <image> tokens in row-major order, if the vision backbone has made them before.
         """
         x = self.transformer.wte(tokens)
-        if pool is not None and len(pool):
+        # Crops are encoded even if none of their windows is wanted here: under FSDP and context parallelism all
+        # ranks run the same modules.
+        if crops is not None or features is not None:
             features = self.vision_backbone(crops, pool) if features is None else features
             at = (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0]
             x = x.flatten(0, 1).index_add(0, at, features.to(x.dtype))
         return x.view(*tokens.shape, -1)
+
+    def mask(self, tokens, example, branch):
+        """Who may attend to whom in these rows, as `attend` takes it: in blocks on CUDA, example by example where
+        FlexAttention cannot train."""
+        kind = dense_mask if self.cfg.window else block_mask if tokens.is_cuda else example_masks
+        return kind(example, branch, is_vision(tokens, self.cfg.vocab))
 
     def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None,
                 weights=None, z_loss=0.0):
@@ -546,8 +627,7 @@ class Molmo2(nn.Module):
         self.check(tokens, crops, pool,
                    dict(pos=pos, example=example, branch=branch, targets=targets, weights=weights))
         pos, example, branch = self.plain(tokens, pos, example, branch)
-        mask = dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))
-        drop = None
+        mask, drop = self.mask(tokens, example, branch), None
         if self.training and (self.residual_dropout or self.response_dropout):
             drop = self.residual_dropout + self.response_dropout * (weights > 0).float()[..., None]
         x = self.transformer(self.embed(tokens, crops, pool), pos, mask, drop)
@@ -615,6 +695,35 @@ class Molmo2(nn.Module):
         too."""
         import weights
         weights.save(self, folder)
+
+
+# ---- what it costs -----------------------------------------------------------------------------------------
+
+def allowed_pairs(example, branch, vision):
+    """How many (query, key) pairs the rule allows in rows (B, T), counted from the lengths of trunks and branches."""
+    rows = torch.arange(len(example), device=example.device)[:, None].expand_as(example)
+    here = example > 0
+    ids = torch.stack([rows[here], example[here], branch[here]], 1)
+    pieces, length = ids.unique(dim=0, return_counts=True)  # a trunk or a branch each
+    trees, tree = pieces[:, :2].unique(dim=0, return_inverse=True)
+    trunk = length.new_zeros(len(trees)).index_add(0, tree, length * (pieces[:, 2] == 0))
+    seen = rows[vision & here] * (1 << 32) + example[vision & here]
+    v = seen.unique(return_counts=True)[1]
+    return int((length * (length + 1) // 2 + length * trunk[tree] * (pieces[:, 2] > 0)).sum() + (v * (v - 1) // 2).sum())
+
+
+def flops(cfg, crops, windows, tokens, pairs, learned):
+    """Floating-point operations of one forward pass, {part: n}; a training step takes three times as many.
+    windows: (M, K); pairs: what the mask allows; learned: positions where the head runs."""
+    p, d, a = cfg.patches, cfg.vit_width, cfg.vit_heads * cfg.vit_head_dim
+    blocks = max(cfg.vit_features) + 1
+    vit = 2 * p * cfg.patch ** 2 * 3 * d + blocks * (8 * p * d * a + 4 * p * d * cfg.vit_mlp + 4 * p * p * a)
+    f, (m, k) = len(cfg.vit_features) * d, windows
+    window = 2 * f * a + k * (4 * f * a + 4 * a) + 2 * a * a + 4 * a * cfg.projector_mlp + 2 * cfg.projector_mlp * cfg.width
+    heads, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    linears = cfg.layers * 2 * cfg.width * (2 * heads + 2 * kv + 3 * cfg.mlp)
+    return dict(vit=crops * vit, connector=m * window, decoder=tokens * linears,
+                attention=cfg.layers * 4 * heads * pairs, head=2 * cfg.width * cfg.vocab * learned)
 
 
 if __name__ == "__main__":

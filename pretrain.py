@@ -13,6 +13,7 @@ other numbers.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,17 +24,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+import distributed
 import eval as evaluation
 import toy
+import ulysses
 import weights
 from data import MIXTURES, Batches, Planner, Stream, collate, decode, find_datasets, mix, show_mixture, to_device
+from distributed import UserError
 from model import PRESETS as MODELS
-from model import Molmo2
+from model import Molmo2, allowed_pairs, flops, is_vision
 from points import SMALL_TOKENIZER, Tokenizer
-
-
-class UserError(Exception):
-    """Something the user can put right; shown as one line, exit code 2."""
 
 
 # ---- configuration: one flat dataclass, from which the flags are made --------------------------------------
@@ -97,6 +97,9 @@ class Config:
     eval_clips: int = flag(0,
                            "lines of the toy world's held-out clips, tracks and pairs asked about, likewise")
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
+    cp: int = flag(1, "ranks that share each row (context parallelism, ulysses.py); divides the ranks and the heads")
+    recompute: bool = flag(False, "keep only the blocks' inputs and compute each block again going back: a third more "
+                                  "work, a fraction of the memory")
     workers: int = flag(2, "processes that decode pictures; 0 = the training process itself")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
@@ -142,9 +145,8 @@ def check_config(cfg):
     for name in ("steps", "global_batch", "micro_batch", "seq_len", "max_crops", "save_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    if cfg.global_batch % cfg.micro_batch:
-        raise UserError(f"--global_batch {cfg.global_batch} is not a multiple of --micro_batch {cfg.micro_batch}: "
-                        f"try --micro_batch {math.gcd(cfg.global_batch, cfg.micro_batch)}")
+    if cfg.cp < 1 or cfg.seq_len % cfg.cp:
+        raise UserError(f"--cp {cfg.cp}: must be at least 1 and divide --seq_len {cfg.seq_len}")
     formats = ("auto", "spec", "released")
     choices = dict(mixture=tuple(MIXTURES), token_weights=formats, point_format=formats,
                    optimizer=("adamw", "muon"), device=("auto", "cpu", "cuda", "mps"),
@@ -155,6 +157,10 @@ def check_config(cfg):
     for part in cfg.freeze:
         if part not in ("vit", "connector", "decoder", "embedding"):
             raise UserError(f"--freeze {part}: choose from vit, connector, decoder, embedding")
+    try:
+        ulysses.check_heads(MODELS[cfg.config].heads, MODELS[cfg.config].kv_heads, cfg.cp)
+    except ValueError as e:
+        raise UserError(str(e)) from None
     if not cfg.data:
         raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
                         "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
@@ -267,10 +273,13 @@ def schedule(step, steps, warmup):
 
 class Log:
     """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears
-    twice."""
+    twice. Ranks other than the first write into the void."""
 
-    def __init__(self, path, keep):
-        self.kept = kept = []
+    def __init__(self, path, keep, first=True):
+        self.path, self.kept, self.file = path, [], open(os.devnull, "w")
+        if not first:
+            return
+        kept = self.kept
         if keep and os.path.exists(path):
             with open(path) as f:
                 for line in f:
@@ -279,41 +288,26 @@ class Log:
         with open(path + ".tmp", "w") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)
-        self.path, self.file = path, open(path, "a")
+        self.file = open(path, "a")
 
     def write(self, **row):
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
 
-def save_checkpoint(run, step, model, tokenizer, optimizers, names, state, cfg):
-    """run/step_0000500: weights for others, train_state/ for --resume. Written aside, synced, renamed;
-    `latest` comes last."""
-    name = f"step_{step:07d}"
-    aside = os.path.join(run, f".{name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(os.path.join(aside, "train_state"))
-    model.save_pretrained(aside)
-    tokenizer.save(aside)
-    tensors = {f"{i}/{key}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items()
-               for key, t in s.items()}
-    weights.write_safetensors(os.path.join(aside, "train_state", "optimizer.safetensors"), tensors)
-    weights.write_json(os.path.join(aside, "train_state", "state.json"),
-                       dict(step=step, config=dataclasses.asdict(cfg), **state))
-    final = os.path.join(run, name)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(aside, final)
-    link = os.path.join(run, "latest")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(link + ".tmp")
-    os.symlink(name, link + ".tmp")
-    os.replace(link + ".tmp", link)
-    return final
+def write_files(tokenizer, about, model, folder):
+    """What a checkpoint holds besides the optimiser: weights, tokenizer and what --resume needs to know."""
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    weights.write_json(os.path.join(folder, "train_state", "state.json"), about)
 
 
-def load_checkpoint(run, cfg):
-    """(model, tokenizer, optimisers, names, saved) of the run's `latest`; saved: step, config, stream,
-    fingerprint."""
+MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
+              "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
+
+
+def check_resume(run, cfg):
+    """(folder of the run's last checkpoint, what it says: step, config, stream, fingerprint, failed)."""
     folder = os.path.join(run, "latest")
     if not os.path.isdir(folder):
         raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start")
@@ -321,17 +315,9 @@ def load_checkpoint(run, cfg):
     for key, was in saved["config"].items():
         now = getattr(cfg, key, None)
         now = list(now) if isinstance(now, tuple) else now
-        if now != was and key not in ("resume", "out", "workers", "save_every", "eval_every", "max_bad",
-                                      "eval_scenes"):
+        if now != was and key not in MAY_CHANGE:
             raise UserError(f"--resume: --{key} is {now} now, but the run was started with {was}")
-    model = Molmo2.from_pretrained(folder)
-    optimizers, names = make_optimizers(model, cfg)
-    tensors = weights.read_safetensors(os.path.join(folder, "train_state", "optimizer.safetensors"))
-    by_name = {n: p for p, n in names.items()}
-    for key, t in tensors.items():
-        i, what, name = key.split("/")
-        optimizers[int(i)].state[by_name[name]][what] = t.clone()
-    return model, Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab), optimizers, names, saved
+    return folder, saved
 
 
 def check_same_data(was, now):
@@ -369,8 +355,8 @@ def next_rows(loader, n):
 class BadRows:
     """What could not be used: counted by dataset and reason, and listed once each in bad_rows.jsonl."""
 
-    def __init__(self, run, step, failed):
-        self.log = Log(os.path.join(run, "bad_rows.jsonl"), step)
+    def __init__(self, run, step, failed, first):
+        self.log = Log(os.path.join(run, "bad_rows.jsonl"), step, first)
         self.listed = {(r["where"], r["reason"]) for r in map(json.loads, self.log.kept)}
         self.last = []
         self.failed = failed  # {dataset: {reason: n}} of what was planned and then could not be decoded
@@ -400,34 +386,59 @@ class BadRows:
                             + "\n".join(self.last) + f"\n{self.log.path} lists them all")
 
 
-def evaluate(cfg, model, planner, step, run, losses, device):
+def ready(rows, cfg):
+    """Decoded rows as a batch in which every part of the model takes part: where there is no picture it gets a blank
+    crop of which nothing is used. A rank that left a module out would leave the others waiting."""
+    batch = collate(rows)
+    if batch["crops"] is None:
+        batch["crops"] = torch.zeros(1, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
+        batch["pool"] = torch.zeros(0, 4, dtype=torch.long)
+    return batch
+
+
+def cut(batch, cfg, world):
+    """This rank's part of rows that it shares with others."""
+    return batch if world.cp == 1 else ulysses.shard_batch(batch, cfg.image_token, world.cp_rank, world.cp)
+
+
+def step_flops(batch, cfg, freeze):
+    """Operations of a forward and a backward pass; a frozen ViT is passed once, the rest three times."""
+    ids = batch["example"], batch["branch"], is_vision(batch["tokens"], cfg.vocab)
+    of = flops(cfg, len(batch["crops"]), tuple(batch["pool"].shape), int((batch["example"] > 0).sum()),
+               allowed_pairs(*ids), int((batch["weights"] > 0).sum()))
+    return sum(n * (1 if part == "vit" and part in freeze else 3) for part, n in of.items())
+
+
+def evaluate(cfg, model, planner, step, run, losses, world):
     """{name: value} on held-out data: answers about toy scenes, a loss on --eval_data, else the recent
-    training loss."""
+    training loss. The ranks share the questions."""
     model.eval()
     scores = {}
     if "toy" in cfg.data:
+        plain = distributed.whole(model, lambda: Molmo2(model.cfg))
         part = 1 if step in (0, cfg.steps) else 4
-        scores = toy.evaluate(model, planner, os.path.join("data", "toy", "eval"), cfg.eval_scenes // part,
-                              os.path.join(run, "samples", f"step_{step:07d}.png"))
+        scores = toy.evaluate(plain, planner, os.path.join("data", "toy", "eval"), cfg.eval_scenes // part,
+                              world.rank == 0 and os.path.join(run, "samples", f"step_{step:07d}.png"), world)
         if cfg.eval_clips:
-            questions = evaluation.load_questions(find_datasets(evaluation.toy_files())[0],
-                                                  cfg.eval_clips // part)
-            table, records = evaluation.evaluate(model, planner, questions, segmenter=toy.segment,
-                                                 max_new_tokens=256)
+            questions = evaluation.load_questions(
+                find_datasets(toy.held_out(os.path.join("data", "toy"), cfg.stage))[0], cfg.eval_clips // part)
+            table, records = evaluation.evaluate(plain, planner, questions, segmenter=toy.segment,
+                                                 max_new_tokens=256, world=world)
             scores |= table
-            with open(os.path.join(run, "samples", f"step_{step:07d}.json"), "w") as f:
-                json.dump(records, f, indent=1)
+            if world.rank == 0:
+                weights.write_json(os.path.join(run, "samples", f"step_{step:07d}.json"), records)
     elif cfg.eval_data:
-        datasets, _ = find_datasets(cfg.eval_data)
-        total = weight = 0.0
-        for d in datasets:
-            stream = Stream([(d, 1.0)], planner, 0)
-            for k in range(min(len(d), 512)):
-                for plan in stream.plans(d.name, k)[0]:
-                    batch = to_device(collate([decode([plan], planner.cfg, plan.n_tokens)]), device)
-                    with torch.no_grad():
-                        total += float(model(**batch))
-                    weight += float(batch["weights"].sum())
+        plans = [plan for d in find_datasets(cfg.eval_data)[0] for stream in [Stream([(d, 1.0)], planner, 0)]
+                 for k in range(min(len(d), 512)) for plan in stream.plans(d.name, k)[0]]
+        sums = torch.zeros(2)
+        for i in range(0, len(plans), world.dp):  # all ranks run the model equally often
+            plan = plans[i + world.dp_rank:i + world.dp_rank + 1]
+            length = max([1 << (p.n_tokens - 1).bit_length() for p in plan], default=128)
+            batch = cut(ready([decode(plan, planner.cfg, min(length, cfg.seq_len))], planner.cfg), planner.cfg, world)
+            with torch.no_grad():
+                total = model(**to_device(batch, world.device))
+            sums += torch.tensor([float(total), float(batch["weights"].sum())])
+        total, weight = world.add(sums).tolist()
         scores = {"loss": total / max(weight, 1e-9)}
     elif losses:
         scores = {"train_loss": sum(losses[-20:]) / len(losses[-20:])}
@@ -437,96 +448,123 @@ def evaluate(cfg, model, planner, step, run, losses, device):
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
-def train(cfg, defaults):
-    """Run one stage from the first step, or from the last checkpoint, to the end. Returns the run's
-    folder."""
+def train(cfg, defaults, stop):
+    """Run one stage from the first step, or from the last checkpoint, to the end or until `stop` is set. Returns the
+    run's folder. Under torchrun every rank is here; what they do differently is what `world` says."""
     run, earlier = (os.path.join(cfg.out, cfg.config, s) for s in (cfg.stage, cfg.previous))
     if cfg.previous and not cfg.init_from and os.path.isdir(os.path.join(earlier, "latest")):
         cfg = dataclasses.replace(cfg, init_from=(os.path.join(earlier, "latest"),))
-    show_config(cfg, defaults)
 
-    # 1. Device and precision. Weights, gradients and optimiser are fp32; bf16 is for the matrix products
-    # alone.
+    # 1. Device, precision, ranks. Weights, gradients and optimiser are fp32; bf16 is for the matrix products.
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    world = distributed.start(device, cfg.cp)
+    first = world.rank == 0
+    if not first:  # all ranks do all of the following, the first one tells
+        sys.stdout = open(os.devnull, "w")
+    lock = distributed.lock(f"{run}.lock", world)
+    show_config(cfg, defaults)
 
-    # 2. Model and optimiser: fresh, from --init_from, or as the run left them.
+    # 2. Data and model: fresh, from --init_from, or as the run left them.
+    if first:  # draws the toy world and indexes files; the others wait, and find both
+        open_data(cfg)
+    world.gather(None)
     mixture, missing = open_data(cfg)
     step, state, skipped, failed = 0, None, 0, {}
     if cfg.resume:
-        model, tokenizer, optimizers, names, saved = load_checkpoint(run, cfg)
+        folder, saved = check_resume(run, cfg)
+        model, tokenizer = Molmo2.from_pretrained(folder), None
+        tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
         step, state, failed = saved["step"], saved["stream"], saved["failed"]
         print(f"resuming after step {step}")
     else:
         model, tokenizer = load_model(cfg)
-        optimizers, names = make_optimizers(model, cfg)
+    model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
     model.to(device)
+    n_params = model.num_params()
+    if world.cp > 1:
+        ulysses.install(model, world.cp_group)
+    blocks = [*model.transformer.blocks, *model.vision_backbone.image_vit.transformer["resblocks"]]
+    distributed.share_work(model, blocks, world, cfg.compile, cfg.recompute, bf16)
+    optimizers, names = make_optimizers(model, cfg)
+    if cfg.resume:
+        distributed.load_optimizers(folder, optimizers, names, world)
 
-    # 3. Data. The stream is a function of files, mixture and seed alone; `state` says where in it we are.
+    # 3. The stream is a function of files, mixture and seed alone; `state` says where in it we are. A step has
+    # global_batch rows; of these each rank takes every dp-th one, a few at a time.
     token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
     planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames,
                       cfg.max_crops)
     stream = Stream(mixture, planner, cfg.seed)
     if cfg.resume:
         check_same_data(saved["fingerprint"], stream.fingerprint())
-    else:
+    elif first:
         start_over(run)
-    for o in optimizers:  # the state follows its parameters to the device
-        for p, s in o.state.items():
-            s.update({k: t.to(p.device) if t.ndim else t for k, t in s.items()})
-    model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
-    if cfg.compile:
-        for block in [*model.transformer.blocks, *model.vision_backbone.image_vit.transformer["resblocks"]]:
-            block.compile()
+    world.gather(None)
+    mine = len(range(world.dp_rank, cfg.global_batch, world.dp))
+    most = -(-cfg.global_batch // world.dp)
+    micro = min(cfg.micro_batch, most)
     parts = {part: [p for _, p in ps if p.requires_grad] for part, ps in model.parts().items()}
-    print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} rows of {cfg.seq_len} tokens, "
-          f"{cfg.micro_batch} at a time")
+    print(f"{n_params:,} parameters on {device}{f' x {world.size}' * (world.size > 1)}; a step is {cfg.global_batch} "
+          f"rows of {cfg.seq_len} tokens, {micro} at a time{f' on each of {world.dp} ranks' * (world.dp > 1)}"
+          f"{f', each row on {world.cp} ranks' * (world.cp > 1)}")
     show_mixture(mixture, cfg.steps * cfg.global_batch / stream.rows_per_draw(), missing)
-    log, bad = Log(os.path.join(run, "log.jsonl"), step), BadRows(run, step, failed)
+    log, saver = Log(os.path.join(run, "log.jsonl"), step, first), distributed.Saver(run, world)
+    bad = BadRows(run, step, failed, first)
     # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file
     # of its own.
-    loader = iter(torch.utils.data.DataLoader(Batches(stream, state), batch_size=None,
-                                              num_workers=cfg.workers, collate_fn=tuple,
-                                              prefetch_factor=cfg.global_batch if cfg.workers else None))
+    rows_of_rank = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch)
+    loader = iter(torch.utils.data.DataLoader(rows_of_rank, batch_size=None, num_workers=cfg.workers, collate_fn=tuple,
+                                              prefetch_factor=most if cfg.workers else None))
+    peak = distributed.peak_flops(device, bf16)
     bar, losses, nan_rows, started = Progress(cfg.steps, step), [], [], time.time()
-    before = evaluate(cfg, model, planner, 0, run, losses, device) if cfg.eval_first and not step else {}
+    before = evaluate(cfg, model, planner, 0, run, losses, world) if cfg.eval_first and not step else {}
     if before:
         log.write(step=0, eval=before)
     model.train()
 
     while step < cfg.steps:
         tick = time.time()
-        # dropout depends on the step alone, so a resumed run repeats it
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        # dropout depends on the step and the rank alone, so a resumed run repeats it
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
 
-        # 4. The rows of this step, and W: what the sum of losses is divided by, once, whatever the
-        # micro-batches are.
-        rows = next_rows(loader, cfg.global_batch)
-        state = rows[-1][1]
-        batches = [collate([r[0] for r in rows[i:i + cfg.micro_batch]])
-                   for i in range(0, len(rows), cfg.micro_batch)]
-        W = max(sum(float(b["weights"].sum()) for b in batches), 1e-9)
-        bad.note(step + 1, [e for *_, events in rows for e in events])
+        # 4. The rows of this step. What all ranks must know of each other goes round once: W, the weight by
+        # which the sum of all losses is divided; where the stream stands; who could not go on.
+        rows = next_rows(loader, mine)
+        batches = [ready([r[0] for r in rows[i:i + micro]] or [decode([], model.cfg, cfg.seq_len)], model.cfg)
+                   for i in range(0, most, micro)]
+        wait, work = time.time() - tick, sum(step_flops(b, model.cfg, cfg.freeze) for b in batches)
+        batches = [cut(b, model.cfg, world) for b in batches]
+        all_ranks = world.gather(dict(
+            weight=sum(float(b["weights"].sum()) for b in batches),
+            tokens=sum(int((b["example"] > 0).sum()) for b in batches), crops=sum(len(b["crops"]) for b in batches),
+            wait=wait, work=work, events=[e for *_, events in rows for e in events], state=rows[-1][1] if rows else None,
+            stop=stop.is_set(), error=saver.error))
+        readers = all_ranks[::world.cp]  # the ranks that share rows read the same, and decode the same pictures
+        state = readers[(cfg.global_batch - 1) % world.dp]["state"]
+        W = max(sum(r["weight"] for r in all_ranks), 1e-9)
+        stopping, wait = any(r["stop"] for r in all_ranks), max(r["wait"] for r in all_ranks)
+        saver.check([r["error"] for r in all_ranks])
+        bad.note(step + 1, [e for r in readers for e in r["events"]])
         bad.check(state, cfg.max_bad)
-        wait = time.time() - tick
 
         # 5. Learning rates of this step.
         for o in optimizers:
             for group in o.param_groups:
                 group["lr"] = group["peak"] * schedule(step, cfg.steps, group["warmup"])
 
-        # 6. Gradients of all micro-batches add up.
-        loss = 0.0
+        # 6. Gradients of all micro-batches add up; over ranks FSDP takes their mean.
+        loss = torch.zeros((), device=device)
         for b in batches:
             with autocast():
-                total = model(**to_device(b, device), z_loss=cfg.z_loss) / W
+                total = model(**to_device(b, device), z_loss=cfg.z_loss) / (W / world.size)
             total.backward()
             loss += total.detach()
-        loss = float(loss)
+        loss = float(world.add(loss)) / world.size
 
-        # 7. Clip each part by itself; a step with a loss or gradient that is not finite is left out.
-        norms = {part: float(torch.nn.utils.clip_grad_norm_(ps, cfg.clip))
+        # 7. Clip each part by itself; a step with a loss or gradient that is not finite is left out, by all ranks.
+        norms = {part: distributed.number(torch.nn.utils.clip_grad_norm_(ps, cfg.clip))
                  for part, ps in parts.items() if ps}
         if math.isfinite(loss) and all(map(math.isfinite, norms.values())):
             for o in optimizers:
@@ -542,36 +580,48 @@ def train(cfg, defaults):
             o.zero_grad(set_to_none=True)
         step += 1
 
-        # 8. Log what was optimised: every micro-batch, divided by the global weight.
+        # 8. Log what was optimised: every micro-batch of every rank, divided by the global weight.
         losses.append(loss)
-        took = time.time() - tick
-        real = sum(int((b["example"] > 0).sum()) for b in batches)
+        took, real = time.time() - tick, sum(r["tokens"] for r in all_ranks)
+        work = sum(r["work"] for r in readers)
         log.write(step=step, loss=loss, lr=optimizers[0].param_groups[-1]["lr"],
                   grad_norm=math.hypot(*norms.values()), tokens_per_s=round(real / took, 1),
+                  padded_tokens_per_s=round(cfg.global_batch * cfg.seq_len / took, 1),
+                  crops_per_s=round(sum(r["crops"] for r in readers) / took, 1),
                   fill=round(real / (cfg.global_batch * cfg.seq_len), 4), wait=round(wait / took, 4),
-                  skipped=skipped, bad=bad.counts(state))
+                  tflops_per_s=round(work / took / 1e12, 3), **({"mfu": round(work / took / world.size / peak, 4)} if peak else {}),
+                  memory_gb=round(distributed.peak_memory(device) / 2 ** 30, 3), skipped=skipped, bad=bad.counts(state))
         bar.show(step, loss, real / took, took)
+        world.pulse.step = step
 
         # 9. Evaluate by answering, then save: a resumed run has the evaluations of its past.
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
-            scores = evaluate(cfg, model, planner, step, run, losses, device)
+            scores = evaluate(cfg, model, planner, step, run, losses, world)
             log.write(step=step, eval=scores)
             bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
                      if not before else
                      "\n".join([f"{'':34}{'before':>8}{f'step {step}':>12}"]
                                + [f"{k:34}{before.get(k, math.nan):8.3f}{v:12.3f}"
                                   for k, v in scores.items()]))
-        if last or step % cfg.save_every == 0:
-            folder = save_checkpoint(run, step, model, tokenizer, optimizers, names,
-                                     dict(stream=state, fingerprint=stream.fingerprint(), failed=bad.failed),
-                                     cfg)
+        if last or stopping or step % cfg.save_every == 0:
+            about = dict(step=step, stream=state, fingerprint=stream.fingerprint(), failed=bad.failed,
+                         config=dataclasses.asdict(cfg))
+            saver.save(step, model, lambda: Molmo2(model.cfg), optimizers, names,
+                       functools.partial(write_files, tokenizer, json.loads(json.dumps(about))))
+        if stopping and not last:
+            break
 
     # 10. Say what was left out and what to do next.
+    saver.finish()
+    world.close()
     bar.close()
     if state and (state["bad"] or state["skipped"] or bad.failed):
         print(f"not used, by dataset: {bad.counts(state)}, {bad.log.path} lists them; left out: {state['skipped']}")
     print(f"{(time.time() - started) / 60:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}")
+    if step < cfg.steps:
+        print(f"stopped by a signal after step {step}; --resume goes on")
+        sys.exit(0)
     return run
 
 
@@ -603,10 +653,15 @@ class Progress:
 def main(defaults, presets, argv=None):
     try:
         cfg = parse(defaults, presets, argv)
-        return cfg, train(cfg, defaults)
+        with distributed.stop_signals() as stop:
+            return cfg, train(cfg, defaults, stop)
     except (UserError, weights.BadCheckpoint) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as e:
+        if not distributed.lost_a_rank(e):
+            raise
+        sys.exit(1)
 
 
 if __name__ == "__main__":

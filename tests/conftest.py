@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 import zlib
 
 import av
@@ -102,3 +103,17 @@ def world(tmp_path):
                                             dict(role="assistant", content="Yes.")])]))
     rows.append(dict(id="text", annotations=[dict(task="text", prompt="2 plus 2?", answer="4")]))
     return write_lines(tmp_path / "rows.jsonl", rows)
+
+
+def _rank(rank, ranks, meeting, fn, args):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    fn(rank, ranks, *args)
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(fn, ranks, *args):
+    """fn(rank, ranks, *args) in as many processes, joined by gloo. What one raises fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(_rank, (ranks, os.path.join(folder, "meeting"), fn, args), ranks,
+                                              start_method="spawn")

@@ -7,7 +7,7 @@ from conftest import SIZES, tiny_model
 
 import model as M
 from data import Dataset, collate, decode, parse_row
-from model import ChunkedNLL, Molmo2, dense_mask, is_vision
+from model import ChunkedNLL, Molmo2, allowed_pairs, block_mask, dense_mask, flops, is_vision
 
 # Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two
 # image tokens, two of text. Rows are queries. Written by hand from the rule; the published code agrees but
@@ -181,3 +181,64 @@ def test_sizes_that_do_not_match_are_named():
     with pytest.raises(AssertionError, match="token id 5000"):
         model(torch.tensor([[5000]]))
     assert SIZES["vocab"] == 1024
+
+
+def random_tree(rng, T):
+    """Ids of a packed row: (example, branch, vision), with media of all lengths, text between them, padding."""
+    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=rng))
+    example, branch = torch.zeros(2, T, dtype=torch.long)
+    vision, t, longest = torch.zeros(T, dtype=torch.bool), 0, draw(2, T // 2)
+    for e in range(1, T + 1):
+        if t >= T or not draw(0, 12):
+            break
+        trunk = min(draw(1, longest), T - t)
+        example[t:t + trunk], k, kind = e, t, draw(0, 2)
+        while k < t + trunk and kind:
+            n = draw(1, T // 8 if kind == 2 else 9)
+            vision[k:min(k + n, t + trunk)] = True
+            k += n + draw(1, T // 8 if not draw(0, 5) else 2)
+        t += trunk
+        for i in range(draw(0, 5)):
+            n = min(draw(1, longest // 2), T - t)
+            example[t:t + n], branch[t:t + n] = e, i + 1
+            t += n
+    return example, branch, vision
+
+
+def test_block_mask_is_the_rule():
+    """The closed form names exactly the blocks that hold a pair which may attend, and those that hold no other."""
+    rng, block = torch.Generator().manual_seed(0), 16
+    for seed in range(200):
+        T = int(torch.randint(20, 500, (1,), generator=rng))
+        rows = [torch.stack(x) for x in zip(random_tree(rng, T), random_tree(rng, T))]
+        got, dense = block_mask(*rows, block), dense_mask(*rows)[:, 0]
+        n = -(-T // block)
+        pairs = torch.nn.functional.pad(dense, (0, n * block - T) * 2).view(2, n, block, n, block)
+        full, some = pairs.all(4).all(2), pairs.any(4).any(2)
+
+        def listed(count, indices):
+            out = torch.zeros(2, n, n, dtype=torch.bool)
+            for b in range(2):
+                for i in range(n):
+                    out[b, i, indices[b, 0, i, :count[b, 0, i]].long()] = True
+            return out
+        assert torch.equal(listed(got.full_kv_num_blocks, got.full_kv_indices), full), seed
+        assert torch.equal(listed(got.kv_num_blocks, got.kv_indices), some & ~full), seed
+        assert allowed_pairs(*rows) == int(dense.sum())
+        t = torch.arange(T)
+        assert torch.equal(got.mask_mod(1, 0, t[:, None], t[None]), dense[1])
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """Counted by PyTorch while the model runs; attention as if all pairs were allowed, which is what it counts."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny_model("qwen")
+    cfg, T, M = model.cfg, 12, 6
+    tokens = torch.randint(0, cfg.vocab, (2, T))
+    tokens[:, 1:4] = cfg.image_token
+    # written out as products, attention is counted too
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(tokens, torch.randint(0, 256, (3, 25, 48), dtype=torch.uint8), torch.randint(0, 75, (M, 4)))
+    want = flops(cfg, 3, (M, 4), 2 * T, 2 * T * T, 2 * T)
+    assert counter.get_total_flops() == sum(want.values())

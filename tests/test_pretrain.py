@@ -62,7 +62,8 @@ def test_wrong_flags_exit_2(flags, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--global_batch", "10", "--micro_batch", "4"], "try --micro_batch 2"), (["--steps", "0"], "--steps 0"),
+    (["--cp", "3"], "--cp 3: .* divide --seq_len 256"), (["--steps", "0"], "--steps 0"),
+    (["--cp", "16"], "8 heads cannot be shared by 16 ranks"),
     (["--config", "1b"], "--config 1b needs --data"), (["--optimizer", "sgd"], "choose from adamw, muon"),
     (["--freeze", "tail"], "--freeze tail")])
 def test_values_that_cannot_work_say_how_to_fix_them(flags, message):
@@ -162,7 +163,7 @@ def test_log_checkpoint_and_resume(tmp_path, world):
     assert rows[-1].keys() == {"step", "eval"} and {"lr", "grad_norm", "tokens_per_s", "wait"} <= rows[0].keys()
     folder = tmp_path / "out" / "small" / "pretrain"
     assert os.readlink(folder / "latest") == "step_0000014"
-    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    files = {"COMPLETE", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "train_state", "processor_config.json", "preprocessor_config.json",
              "video_preprocessor_config.json"}
     assert files == set(os.listdir(folder / "latest"))

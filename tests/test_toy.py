@@ -79,13 +79,10 @@ class Oracle:
                 self.known[r["image"], a["prompt"]] = a
         self.spoil = spoil
 
-    def question(self, row, folder, messages):
-        return self.known[row["image"], messages[0]["content"]]
-
-    def answer(self, model, planner, plans, max_new_tokens):
+    def answers(self, model, planner, asked, limit, batch, world):
         from data import format_points
-        return [self.spoil(a, format_points(a["points"], "image") if "points" in a else a["answer"])
-                for a in plans], []
+        known = [self.known[row["image"], prompt] for _, _, row, _, prompt in asked]
+        return [self.spoil(a, format_points(a["points"], "image") if "points" in a else a["answer"]) for a in known]
 
 
 @pytest.mark.parametrize("spoil, expected", [
@@ -97,7 +94,7 @@ class Oracle:
     (lambda a, text: "", dict(point_hit=0, point_precision=0, count_accuracy=0, none_accuracy=0, caption_recall=0))])
 def test_scores(folder, monkeypatch, spoil, expected):
     oracle = Oracle(folder, spoil)
-    monkeypatch.setattr(toy, "answer", oracle.answer)
+    monkeypatch.setattr(toy, "answers", oracle.answers)
     scores = toy.evaluate(None, oracle, os.path.join(folder, "eval"), 20)
     for name, value in expected.items():
         assert scores[name] == value, name

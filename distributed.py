@@ -1,0 +1,364 @@
+"""
+What pretrain.py needs to run on more than one device, and to survive: the mesh, sharding, checkpoints of the
+training state, signals, and a pulse that tells which rank has died. Alone, each of these is a few plain lines.
+
+    python pretrain.py                               1 process, plain modules
+    torchrun --nproc_per_node=8 pretrain.py          8 ranks: every rank reads its own rows (data parallel, dp)
+    torchrun --nproc_per_node=8 longctx.py --cp 4    2 x 4 ranks: 4 share each row (context parallel, ulysses.py)
+
+        rank      0    1    2    3  |  4    5    6    7
+        row       a    a    a    a  |  b    b    b    b       dp 2
+        tokens   0-¼  ¼-½  ½-¾  ¾-1 | 0-¼  ¼-½  ½-¾  ¾-1      cp 4
+        weights   ⅛    ⅛    ⅛    ⅛  |  ⅛    ⅛    ⅛    ⅛       FSDP2: sharded over all ranks of a node, and copied
+                                                              from node to node
+
+Every rank divides its loss by the same number, the step's weight over all ranks, so gradients are those of one
+process with all rows. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
+"""
+import contextlib
+import fcntl
+import functools
+import itertools
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line, exit code 2."""
+
+
+# ---- who is there ------------------------------------------------------------------------------------------
+
+@dataclass
+class World:
+    """This process among all: `size` ranks in all, cp of them share a row."""
+    device: str
+    rank: int = 0
+    size: int = 1
+    cp: int = 1
+    mesh: object = None        # (copies, shards), for FSDP2
+    cp_group: object = None
+    control: object = None     # CPU group for small messages
+    saving: object = None      # CPU group of the thread that writes checkpoints
+    pulse: object = None       # its `step` is told when a rank dies
+
+    @property
+    def dp(self):
+        """How many rows are read at a time."""
+        return self.size // self.cp
+
+    @property
+    def dp_rank(self):
+        return self.rank // self.cp
+
+    @property
+    def cp_rank(self):
+        return self.rank % self.cp
+
+    def gather(self, value):
+        """Every rank's value, in the order of ranks. For small Python objects."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def add(self, x):
+        """The sum of a tensor over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def close(self):
+        """Part from the other ranks in peace."""
+        if self.size > 1:
+            self.gather(None)
+            self.pulse.over.set()
+            self.pulse.thread.join()
+            dist.destroy_process_group()
+
+
+def start(device, cp=1):
+    """Join the other ranks, if torchrun started some: NCCL between GPUs, gloo between CPUs."""
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if size % cp:
+        raise UserError(f"--cp {cp}: {size} process{'es' * (size > 1)} cannot be parted into groups of {cp}"
+                        + (f"; start them with torchrun --nproc_per_node={cp}" if size == 1 else ""))
+    if size == 1:
+        return World(device, pulse=SimpleNamespace(step=0))
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.PrefixStore("ours", store),
+                            rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    node = node if size % node == 0 and node % cp == 0 else size
+    mesh = dist.init_device_mesh(device, (size // node, node), mesh_dim_names=("copies", "shards"))
+    cp_mesh = dist.init_device_mesh(device, (size // cp, cp), mesh_dim_names=("dp", "cp"))
+    world = World(device, rank, size, cp, mesh if size > node else mesh["shards"], cp_mesh["cp"].get_group(),
+                  *(dist.new_group(backend="gloo") for _ in range(2)))
+    world.pulse = Pulse(world, store)
+    return world
+
+
+def share_work(model, blocks, world, compile_blocks, recompute, bf16):
+    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and FSDP2, block
+    by block and in this order, so that what is computed again is compiled too."""
+    if world.size > 1:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        # Weights are kept and gradients are added up in fp32; inputs stay as they are (loss weights, angles).
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+        shard = functools.partial(fully_shard, mesh=world.mesh, mp_policy=policy)
+    else:
+        shard = lambda module: module
+    for block in blocks:
+        if recompute:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if compile_blocks:
+            block.compile()
+        shard(block)
+    shard(model)
+
+
+def whole(model, make, device=None, keep=True):
+    """A plain model with all weights, built by make(): `model` itself if it was not shared and no other `device` is
+    asked for. All ranks call it; those that do not `keep` get None."""
+    if not dist.is_initialized() and device is None:
+        return model
+    state = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        full = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        if keep:  # a copy of its own: training goes on
+            state[name] = full.to(device or full.device, copy=True)
+    if not keep:
+        return None
+    with torch.device("meta"):
+        plain = make()
+    plain.load_state_dict(state, assign=True)
+    return plain.eval()
+
+
+def number(x):
+    """A float, of a tensor that may be spread over ranks."""
+    return float(x.full_tensor() if hasattr(x, "full_tensor") else x)
+
+
+# Dense bf16 products per second, as the makers state them. Another card gets no MFU rather than a wrong one.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak_flops(device, bf16):
+    """What this card could do at most, or None."""
+    name = torch.cuda.get_device_name() if device == "cuda" and bf16 else ""
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name and "PCIe" not in name), None)
+
+
+def peak_memory(device):
+    """The most memory this process had so far, bytes: of the card, or of the computer."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+#
+# run/step_0000500/  config.json model.safetensors tokenizer.json ...   weights, for the next stage and for others
+#                    train_state/  the optimiser, in pieces as it was sharded (torch.distributed.checkpoint), and
+#                                  state.json; only --resume of this very run reads it: its index is a pickle
+#                    COMPLETE      written last
+# run/latest         -> the last complete one
+#
+# Everything is written under another name and synced before it gets its own: after a power cut or a kill -9 a name
+# never stands for half a checkpoint.
+
+def optimizer_state(optimizers, names):
+    """{"optimiser/what/parameter": tensor}"""
+    return {f"{i}/{what}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items()
+            for what, t in s.items()}
+
+
+def sync_folder(folder):
+    """Have the disk keep every file under a folder, and their names."""
+    for path, _, files in os.walk(folder):
+        for name in [*files, "."]:
+            handle = os.open(os.path.join(path, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+class Saver:
+    """Writes checkpoints while training goes on: what is to be saved is copied, and a thread writes the copy."""
+
+    def __init__(self, run, world):
+        self.run, self.world, self.thread, self.error = run, world, None, None
+
+    def save(self, step, model, make, optimizers, names, write_files):
+        """Begin to write run/step_N. make(): an empty model; write_files(model, folder): everything but the
+        optimiser. All ranks call it."""
+        self.finish()
+        first, name = self.world.rank == 0, f"step_{step:07d}"
+        aside = os.path.join(self.run, f".{name}.tmp")
+        copy = whole(model, make, "cpu", keep=first)
+        tensors = {key: t.detach().clone() for key, t in optimizer_state(optimizers, names).items()}
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(os.path.join(aside, "train_state"))
+        self.world.gather(None)  # nobody writes before the folder is there
+
+        def write():
+            try:
+                with warnings.catch_warnings():  # that there is one process alone is no surprise
+                    warnings.simplefilter("ignore")
+                    dcp.save(tensors, checkpoint_id=os.path.join(aside, "train_state"),
+                             process_group=self.world.saving, no_dist=self.world.size == 1)
+                if first:
+                    write_files(copy, aside)
+                    publish(aside, os.path.join(self.run, name))
+            except BaseException as e:  # DCP's own is one; it is told at the next step, by all ranks
+                free = shutil.disk_usage(self.run).free / 2 ** 30
+                self.error = f"{aside}: {str(e).strip().splitlines()[-1]} (that disk has {free:.1f} GB free)"
+                if first:
+                    shutil.rmtree(aside, ignore_errors=True)
+        self.thread = threading.Thread(target=write)
+        self.thread.start()
+
+    def finish(self):
+        """Wait until what was begun is on disk, on all ranks. UserError where it could not be written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+            self.check(self.world.gather(self.error))
+
+    @staticmethod
+    def check(errors):
+        """Stop where a rank could not write; what it had written before is whole."""
+        errors = [e for e in errors if e]
+        if errors:
+            raise UserError(f"the checkpoint could not be written, the one before it is whole: {errors[0]}")
+
+
+def publish(aside, final):
+    """Give a finished checkpoint its name, and make it the latest."""
+    sync_folder(aside)
+    with open(os.path.join(aside, "COMPLETE"), "w") as f:
+        os.fsync(f.fileno())
+    sync_folder(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    run, name = os.path.split(final)
+    link = os.path.join(run, "latest")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(link + ".tmp")
+    os.symlink(name, link + ".tmp")
+    os.replace(link + ".tmp", link)
+    handle = os.open(run, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def load_optimizers(folder, optimizers, names, world):
+    """Fill the optimisers with the state saved in `folder`, by however many ranks."""
+    reader = dcp.FileSystemReader(os.path.join(folder, "train_state"))
+    by_name, tensors = {n: p for p, n in names.items()}, {}
+    for key, saved in reader.read_metadata().state_dict_metadata.items():
+        p = by_name[key.split("/", 2)[2]]
+        tensors[key] = torch.zeros_like(p) if saved.size == p.shape else torch.zeros(saved.size)
+    dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
+    for key, t in tensors.items():
+        i, what, name = key.split("/", 2)
+        optimizers[int(i)].state[by_name[name]][what] = t
+
+
+# ---- survival ----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def stop_signals():
+    """An Event that SIGTERM and Ctrl-C set, so that a step can be finished first. A second one ends at once."""
+    stop = threading.Event()
+
+    def note(number, frame):
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def lock(path, world):
+    """Hold a file for as long as this process lives, so that two runs cannot write into one folder."""
+    held = None
+    if world.rank == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        held = open(path, "w")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held = None
+    if world.gather(held is not None)[0]:
+        return held
+    raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or choose another --out")
+
+
+def lost_a_rank(error):
+    """Whether an error is a collective's, because another rank is gone; then says so. The one that is gone is named
+    by torchrun on its machine, and by its pulse."""
+    if not dist.is_initialized() or not re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
+        return False
+    Pulse.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
+
+
+class Pulse:
+    """Each rank says every few seconds that it lives and listens to the next one. A rank that died, or whose
+    machine did, would otherwise leave the others waiting in a collective for half an hour."""
+
+    EVERY, PATIENCE = 3, 30  # seconds
+
+    def __init__(self, world, store):
+        self.rank, self.next, self.store, self.step = world.rank, (world.rank + 1) % world.size, store, 0
+        self.over, Pulse.ours = threading.Event(), self
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.thread.start()
+
+    def beat(self):
+        heard, since = None, time.time()
+        for beat in itertools.count():
+            over = self.over.wait(self.EVERY)
+            try:
+                self.store.set(f"pulse {self.rank}", "over" if over else f"{beat} {self.step}")
+                if over:
+                    return
+                known = self.store.check([f"pulse {self.next}"])
+                said = self.store.get(f"pulse {self.next}").decode() if known else None
+            except Exception as e:  # the store lives with rank 0, or with torchrun on its machine
+                self.end(f"the store is gone ({e}): rank 0 or its machine has died")
+            if said != heard or said == "over":
+                heard, since = said, time.time()
+            elif time.time() - since > self.PATIENCE:
+                self.end(f"rank {self.next} has not been heard of for {self.PATIENCE} s, "
+                         f"the last time in step {heard.split()[1] if heard else 0}")
+
+    def end(self, what):
+        print(f"error: step {self.step}, rank {self.rank}: {what}. --resume goes on from the last checkpoint",
+              file=sys.stderr, flush=True)
+        os._exit(1)

@@ -1,0 +1,27 @@
+"""
+Stage 3: the same mixture in rows nine times as long, so that a video may have three times as many frames.
+
+    torchrun --nproc_per_node=2 longctx.py --cp 2         # a laptop: from out/small/sft/latest
+    torchrun --nproc_per_node=8 longctx.py --config 7b --cp 8 --init_from out/7b/sft/latest --data data/
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 longctx.py ...   # on each
+
+384 frames of 81 tokens and their timestamps are some 33,000 tokens; with a question and an answer 36,864 hold them.
+No new parameter, no new loss: what changes is how much memory a row takes, and that is what ulysses.py is for.
+"""
+import dataclasses
+
+import pretrain
+import sft
+
+DEFAULTS = dataclasses.replace(sft.DEFAULTS, stage="longctx", previous="sft", steps=2000, global_batch=32, micro_batch=1,
+                               seq_len=36864, max_frames=384, max_crops=384, recompute=True, save_every=500)
+
+PRESETS = {
+    "small": dict(sft.PRESETS["small"], steps=150, global_batch=2, micro_batch=1, seq_len=9 * 512, max_frames=48,
+                  max_crops=9 * 32, warmup_vit=10, warmup_connector=10, warmup_decoder=10, eval_clips=60),
+    "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
+}
+
+if __name__ == "__main__":
+    cfg, run = pretrain.main(DEFAULTS, PRESETS)
+    print(f'next: python sample.py {run}/latest data/toy/long/eval/video/00003.mp4 "Track the shapes."')

@@ -1,0 +1,142 @@
+"""Context parallelism is the same computation: attention, loss and gradients, on any tree of messages and media."""
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import run_ranks, tiny_model
+
+import ulysses
+from model import IMAGE, READ_ONLY, attend
+
+V = 1024
+
+
+def random_batch(rng, B, T, windows_of=(4, 9)):
+    """Packed rows of random message trees: some examples with crops, vision tokens before text, branches."""
+    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=rng))
+    tokens = torch.randint(0, V, (B, T), generator=rng)
+    example, branch, pos = (torch.zeros(B, T, dtype=torch.long) for _ in range(3))
+    n_crops, patches, K = draw(0, 5), 25, windows_of[draw(0, len(windows_of) - 1)]
+    for b in range(B):
+        t, e = 0, 0
+        while t < T - draw(0, 6) and t < T:
+            e += 1
+            trunk = min(draw(1, T), T - t)
+            example[b, t:t + trunk], pos[b, t:t + trunk] = e, torch.arange(trunk)
+            if n_crops and draw(0, 2):  # frames or crops: start, patches, end
+                for k in range(draw(1, trunk)):
+                    tokens[b, t + k] = V + (IMAGE if draw(0, 3) else READ_ONLY.index("<frame_start>"))
+            t += trunk
+            for i in range(draw(0, 3)):
+                n = min(draw(1, 8), T - t)
+                example[b, t:t + n], branch[b, t:t + n] = e, i + 1
+                pos[b, t:t + n] = trunk + torch.arange(n)
+                t += n
+    weights = torch.rand(B, T, generator=rng) * (torch.rand(B, T, generator=rng) < 0.4) * (example > 0)
+    batch = dict(tokens=tokens, example=example, branch=branch, pos=pos, weights=weights,
+                 targets=torch.randint(0, V, (B, T), generator=rng), crops=None, pool=None)
+    m = int((tokens == V + IMAGE).sum())
+    if n_crops:
+        # windows lie in one crop, and now and then over the border to the next
+        crop = torch.randint(0, n_crops, (m, 1), generator=rng) * patches
+        pool = crop + torch.randint(0, patches + (patches if draw(0, 1) else 0), (m, K), generator=rng)
+        pool = torch.where(torch.rand(m, K, generator=rng) < 0.2, -1, pool % (n_crops * patches))
+        batch |= dict(pool=pool, crops=torch.randint(0, 256, (n_crops, patches, 48), generator=rng).byte())
+    return batch
+
+
+def check_attention(rank, ranks):
+    """(must show 1) bitwise the same where there are key/value heads for all, else to rounding."""
+    for seed in range(60):
+        rng = torch.Generator().manual_seed(seed)
+        pick = lambda *xs: xs[int(torch.randint(0, len(xs), (1,), generator=rng))]
+        H, B, T, hd = pick(4, 8), pick(1, 2), ranks * pick(1, 3, 8, 16), pick(4, 8)
+        G = pick(*[g for g in (1, 2, 4, 8) if H % g == 0])
+        q, k, v = (torch.randn(B, n, T, hd, generator=rng, requires_grad=True) for n in (H, G, G))
+        mask = (torch.rand(B, 1, T, T, generator=rng) < 0.5) | torch.eye(T, dtype=torch.bool)
+        out = attend(q, k, v, mask)
+        seed_grad = torch.randn(out.shape, generator=rng)
+        out.backward(seed_grad)
+        here = slice(rank * T // ranks, (rank + 1) * T // ranks)
+        mine = [x.detach()[:, :, here].requires_grad_() for x in (q, k, v)]
+        sent = []
+        send = dist.all_to_all_single
+        dist.all_to_all_single = lambda out, x, *a, **k: (sent.append(x.numel() * (ranks - 1) // ranks),
+                                                          send(out, x, *a, **k))
+        got = ulysses.ulysses_attend(*mine, mask, attend, None)
+        dist.all_to_all_single = send
+        # (must show 3) the docstring's formula
+        assert sum(sent) == B * (T // ranks) * (2 * H + 2 * max(G, ranks)) * hd * (ranks - 1) // ranks
+        assert len(sent) == 2
+        got.backward(seed_grad[:, :, here])
+        pairs = [(got, out[:, :, here])] + [(a.grad, b.grad[:, :, here]) for a, b in zip(mine, (q, k, v))]
+        for i, (a, b) in enumerate(pairs):
+            if G >= ranks or i < 2:  # the output, and the gradient of q
+                assert torch.equal(a, b), (seed, i)
+            else:
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+def check_model(rank, ranks, style):
+    """(must show 1) the ranks' losses and gradients add up to those of one process."""
+    torch.use_deterministic_algorithms(True)
+    plain = tiny_model(style).train()
+    parallel = copy.deepcopy(plain)
+    ulysses.install(parallel, dist.group.WORLD)
+    for seed in range(50):
+        rng = torch.Generator().manual_seed(seed)
+        draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=rng))
+        batch = random_batch(rng, draw(1, 3), ranks * draw(1, 40 // ranks))
+        for m in (plain, parallel):
+            m.zero_grad(set_to_none=False)
+        loss = plain(**batch, z_loss=1e-3)
+        loss.backward()
+        part = parallel(**ulysses.shard_batch(batch, V + IMAGE, rank, ranks), z_loss=1e-3)
+        part.backward()
+        total = part.detach().clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, loss.detach(), rtol=1e-6, atol=1e-6)
+        norm = max(float(p.grad.norm()) for p in plain.parameters() if p.grad is not None)
+        for (name, a), b in zip(plain.named_parameters(), parallel.parameters()):
+            want, got = (p.grad if p.grad is not None else torch.zeros_like(p) for p in (a, b))
+            got = got.clone()
+            dist.all_reduce(got)
+            assert float((want - got).abs().max()) <= 1e-6 * norm, (seed, name, float((want - got).abs().max()), norm)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_attention_is_the_same(ranks):
+    run_ranks(check_attention, ranks)
+
+
+@pytest.mark.parametrize("style,ranks", [("olmo", 2), ("qwen", 4)])
+def test_loss_and_gradients_add_up(style, ranks):
+    run_ranks(check_model, ranks, style)
+
+
+def test_every_window_lies_with_its_crops():
+    """The published code loses this where pictures differ in size (FACTS 9.1, 15): 9, 1, 1, 16 and 1 crops."""
+    patches, sizes = 4, [9, 1, 1, 16, 1]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    pool = torch.tensor([[patches * s, patches * (s + n) - 1, -1] for s, n in zip(starts, sizes)])
+    bounds, encoder = ulysses.share_out(sum(sizes), pool, patches, 4)
+    assert bounds == [0, 9, 11, 27, 28] and encoder.tolist() == [0, 1, 1, 2, 3]
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        n, ranks = int(torch.randint(1, 12, (1,), generator=rng)), int(torch.randint(1, 9, (1,), generator=rng))
+        first = torch.randint(0, n, (7, 1), generator=rng)
+        span = (first + torch.randint(0, 3, (7, 1), generator=rng)).clamp(max=n - 1)
+        pool = torch.cat([first * patches, torch.full((7, 1), -1), span * patches + 1], 1)
+        bounds, encoder = ulysses.share_out(n, pool, patches, ranks)
+        assert len(bounds) == ranks + 1 and bounds[0] == 0 and bounds[-1] == n and bounds == sorted(bounds)
+        for (a, _, b), r in zip(pool.tolist(), encoder.tolist()):
+            assert bounds[r] <= a // patches and b // patches < bounds[r + 1]
+
+
+def test_heads_that_cannot_be_shared_are_refused():
+    ulysses.check_heads(32, 8, 8), ulysses.check_heads(32, 8, 16), ulysses.check_heads(8, 8, 1)
+    with pytest.raises(ValueError, match="4 heads .* 3 ranks"):
+        ulysses.check_heads(4, 4, 3)
+    with pytest.raises(ValueError, match="6 key/value heads and 4 ranks"):
+        ulysses.check_heads(12, 6, 4)
