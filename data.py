@@ -860,6 +860,7 @@ class Batches(torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if info:
             torch.set_num_threads(1)
+            os.nice(10)  # where cores are few, training goes first
             die_with_parent()
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the training process decides
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

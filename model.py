@@ -480,21 +480,21 @@ class Decoder(nn.Module):
 # ---- the loss: only where something is to be learned, and never T x V numbers at once ----------------------
 
 class ChunkedNLL(torch.autograd.Function):
-    """sum_i w_i · (nll_i + z_loss · logsumexp_i²) for n hidden states, `CHUNK` rows of logits at a time.
+    """sum_i w_i · (nll_i + z_loss · logsumexp_i²) for n hidden states, `LOGITS` numbers of logits at a time.
 
     A large vocabulary makes the logits the biggest tensor of the whole step. As the loss is a plain sum, the
     gradient of a chunk is known as soon as its logits are: it is taken in the forward pass and nothing of
     size V is kept.
     """
-    CHUNK = 1024
+    LOGITS = 1 << 23  # 32 MB
 
     @staticmethod
     def forward(ctx, x, head, targets, weights, z_loss):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        total = x.new_zeros((), dtype=torch.float32)
-        for i in range(0, len(x), ChunkedNLL.CHUNK):
-            part = slice(i, i + ChunkedNLL.CHUNK)
+        total, rows = x.new_zeros((), dtype=torch.float32), max(ChunkedNLL.LOGITS // len(head), 1)
+        for i in range(0, len(x), rows):
+            part = slice(i, i + rows)
             h, t, w = x[part], targets[part, None], weights[part, None]
             logits = (h @ head.T).float()  # (n, V)
             lse = logits.logsumexp(1, keepdim=True)
@@ -507,6 +507,7 @@ class ChunkedNLL(torch.autograd.Function):
                 dx[part] = grad @ head
             if dhead is not None:
                 dhead += grad.T @ h
+            del logits, grad  # or they would be there while the next ones are made
         ctx.save_for_backward(dx, dhead)
         ctx.dtype = head.dtype
         return total

@@ -423,7 +423,7 @@ def evaluate(cfg, model, planner, step, run, losses, world):
             questions = evaluation.load_questions(
                 find_datasets(toy.held_out(os.path.join("data", "toy"), cfg.stage))[0], cfg.eval_clips // part)
             table, records = evaluation.evaluate(plain, planner, questions, segmenter=toy.segment,
-                                                 max_new_tokens=256, world=world)
+                                                 max_new_tokens=min(cfg.seq_len // 3, 512), world=world)
             scores |= table
             if world.rank == 0:
                 weights.write_json(os.path.join(run, "samples", f"step_{step:07d}.json"), records)
@@ -534,7 +534,8 @@ def train(cfg, defaults, stop):
         rows = next_rows(loader, mine)
         batches = [ready([r[0] for r in rows[i:i + micro]] or [decode([], model.cfg, cfg.seq_len)], model.cfg)
                    for i in range(0, most, micro)]
-        wait, work = time.time() - tick, sum(step_flops(b, model.cfg, cfg.freeze) for b in batches)
+        wait = time.time() - tick
+        work = sum(step_flops(b, model.cfg, cfg.freeze) for b in batches) if device != "cpu" else 0
         batches = [cut(b, model.cfg, world) for b in batches]
         all_ranks = world.gather(dict(
             weight=sum(float(b["weights"].sum()) for b in batches),
@@ -589,7 +590,8 @@ def train(cfg, defaults, stop):
                   padded_tokens_per_s=round(cfg.global_batch * cfg.seq_len / took, 1),
                   crops_per_s=round(sum(r["crops"] for r in readers) / took, 1),
                   fill=round(real / (cfg.global_batch * cfg.seq_len), 4), wait=round(wait / took, 4),
-                  tflops_per_s=round(work / took / 1e12, 3), **({"mfu": round(work / took / world.size / peak, 4)} if peak else {}),
+                  **({"tflops_per_s": round(work / took / 1e12, 1)} if work else {}),
+                  **({"mfu": round(work / took / world.size / peak, 4)} if peak else {}),
                   memory_gb=round(distributed.peak_memory(device) / 2 ** 30, 3), skipped=skipped, bad=bad.counts(state))
         bar.show(step, loss, real / took, took)
         world.pulse.step = step

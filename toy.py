@@ -38,7 +38,7 @@ from points import NOTHING, format_points, parse_points
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
-VERSION = 25  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 26  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -197,16 +197,16 @@ def counting(rng, scene):
 def pair(rng, scenes):
     """Questions about two pictures: which one shows something, where it is in each, where in one of them."""
     out = []
+    find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
     for _ in range(2):
-        some = rng.choice(scenes[rng.randrange(2)]["objects"])
-        find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
-        name = f"{some['colour']} {some['shape']}"
-        where = sorted({k for k, _ in find(some["colour"], some["shape"])})
-        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {name}?",
+        some, other = (rng.choice(scenes[rng.randrange(2)]["objects"]) for _ in range(2))
+        shape = rng.choice((some["shape"], None))
+        where = sorted({k for k, _ in find(some["colour"], shape)})
+        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {some['colour']} {shape or 'shape'}?",
                         answer="Both." if len(where) == 2 else f"Image {where[0]}."))
-        colour = some["colour"] if rng.random() < 0.7 else None
-        label, found = plural(f"{colour or ''} {some['shape']}".strip()), find(colour, some["shape"])
-        one = rng.choice(where) if rng.random() < 0.3 else None
+        shape = rng.choice((other["shape"], None))
+        label, found = plural(f"{other['colour']} {shape or 'shape'}"), find(other["colour"], shape)
+        one = rng.choice(sorted({k for k, _ in found})) if rng.random() < 0.3 else None
         found = [(k, o) for k, o in found if one in (None, k)]
         out.append(dict(task="multi_image_pointing", label=label,
                         prompt=f"Point to the {label} in {'all images' if one is None else f'image {one}'}.",
@@ -274,7 +274,7 @@ def draw_path(rng, looks):
 def draw_clip(rng, seconds=2.5):
     """One clip: its size, its objects, each with a name, a path, when it is there, and what becomes of it."""
     w, h, looks = rng.randint(80, 128), rng.randint(80, 128), round(2 * seconds) + 1
-    # no two share a shape or a colour, even after one has turned: "the star" and "the red shape" are names
+    # no two share a colour, even after one has turned: "the red shape" is a name
     n = rng.choice((1, 1, 1, 1, 2, 2, 2, 2, 3))
     colours, shapes, covered = rng.sample(list(COLOURS), 2 * n), rng.sample(SHAPES, n), looks
     while covered > looks // 6:  # shapes may cross, not travel on top of each other
@@ -305,8 +305,8 @@ def colour_at(o, k):
 
 
 def name_of(rng, o, k=0):
-    """What an object is called at look k; the shape alone is enough."""
-    return rng.choice((o["shape"], f"{colour_at(o, k)} {o['shape']}", f"{colour_at(o, k)} {o['shape']}"))
+    """What an object is called at look k; its colour alone tells it from the others."""
+    return f"{colour_at(o, k)} {rng.choice((o['shape'], o['shape'], 'shape'))}"
 
 
 def polygon(o, size, k):
@@ -383,9 +383,9 @@ def about_clip(rng, clip):
         k, o, event = min(happens[:2], key=lambda e: e[0])
         ask("What happens first?", f"The {o['colour']} {o['shape']} {event}.")
     if rng.random() < 0.3:
-        shape = rng.choice(SHAPES)
-        if not any(o["shape"] == shape and o["turns"] for o in objects):
-            label = f"{shape} when it turns {rng.choice(list(COLOURS))}"
+        o, colour = rng.choice(objects), rng.choice(list(COLOURS))
+        if colour != colour_at(o, looks):
+            label = f"{name_of(rng, o)} when it turns {colour}"
             out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label, points=[],
                             masks=[]))
     return out, subtitles
@@ -401,13 +401,12 @@ def lookups(rng, clip, n=4):
 
 
 def still(rng, clip):
-    """One look of a clip, asked about as a picture is: (look, annotations). To find a thing by its name among others
-    has to be learned anew in a frame, where one visual token holds nine patches and not four."""
+    """One look of a clip, and where everything in it is: (look, annotations). To find a thing by its name among
+    others has to be learned anew in a frame, where one visual token holds nine patches and not four."""
     k = rng.choice([k for k in range(clip["looks"]) if any(there(o, k) for o in clip["objects"])])
-    seen = sorted((o for o in clip["objects"] if there(o, k)), key=lambda o: o["path"][k])
-    scene = dict(objects=[dict(colour=colour_at(o, k), shape=o["shape"], **point(o, k)) for o in seen])
-    return k, [dict(a, task="video_pointing", points=[dict(p, t=k / 2) for p in a["points"]])
-               for a in pointing_tree(rng, scene)]
+    asked = [(name_of(rng, o, k), o) for o in clip["objects"] if there(o, k)]
+    return k, [dict(task="video_pointing", prompt=f"Point to the {name}.", label=name, points=[point(o, k)])
+               for name, o in asked]
 
 
 def tracking(rng, clip):

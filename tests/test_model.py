@@ -1,9 +1,12 @@
 """What the network computes: the mask, packing, branches, generation, the loss, the sizes."""
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SIZES, tiny_model
+from conftest import HERE, SIZES, tiny_model
 
 import model as M
 from data import Dataset, collate, decode, parse_row
@@ -121,7 +124,7 @@ def test_generation_stops_and_is_seeded(model, planner, world):
 
 def test_loss_is_the_weighted_cross_entropy(monkeypatch):
     """Chunked, with gradients taken in the forward pass, against the plain formula."""
-    monkeypatch.setattr(ChunkedNLL, "CHUNK", 7)
+    monkeypatch.setattr(ChunkedNLL, "LOGITS", 7 * 50)
     torch.manual_seed(0)
     x, head = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(50,
                                                                                        8, dtype=torch.float64,
@@ -134,6 +137,40 @@ def test_loss_is_the_weighted_cross_entropy(monkeypatch):
     plain = (w * (nll + 0.1 * logits.logsumexp(1) ** 2)).sum()
     for a, b in zip(ours, torch.autograd.grad(plain * 3, [x, head])):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+LOSS = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import ChunkedNLL
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.randn(4096, 32, requires_grad=True)
+head = (torch.randn(100278, 32) / 6).requires_grad_()
+learn = torch.rand(4096) < 0.2
+x, t, w = x[learn].detach().requires_grad_(), torch.randint(0, 100278, (int(learn.sum()),)), torch.rand(int(learn.sum()))
+ChunkedNLL.apply(x[:2], head, t[:2], w[:2], 1e-4).backward()  # what is loaded on first use
+x.grad = head.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ChunkedNLL.apply(x, head, t, w, 1e-4).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+got = x.grad.clone(), head.grad.clone()
+x.grad = head.grad = None
+for i in range(0, len(x), 200):  # the plain formula, in parts that fit
+    logits = x[i:i + 200] @ head.T
+    nll = torch.nn.functional.cross_entropy(logits, t[i:i + 200], reduction="none")
+    (w[i:i + 200] * (nll + 1e-4 * logits.logsumexp(1) ** 2)).sum().backward()
+print(max(float((a - b.grad).norm() / b.grad.norm()) for a, b in zip(got, (x, head))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in other units elsewhere")
+def test_memory_of_the_loss():
+    """(issue 6, must show 4) 4,096 positions x 100,278 words, a fifth of them weighted: a tenth of the logits."""
+    p = subprocess.run([sys.executable, "-c", LOSS, os.path.dirname(HERE)], text=True, capture_output=True, timeout=200)
+    assert p.returncode == 0, p.stderr
+    peak, off = p.stdout.split()
+    assert int(peak) <= 4096 * 100278 * 4 / 10 and float(off) <= 1e-6, p.stdout
 
 
 def test_image_features_are_added_to_the_embedding(model, planner, world):
