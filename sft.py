@@ -23,7 +23,7 @@ DEFAULTS = dataclasses.replace(
 PRESETS = {
     # Twice the tokens of stage 1: a clip is six frames of nine tokens, its tracks are the longest answers there
     # are. Few rows a step, many steps; the ViT, two thirds of the work here, stays as stage 1 left it.
-    "small": dict(pretrain.PRESETS["small"], steps=2300, global_batch=6, micro_batch=6, seq_len=512, max_crops=32,
+    "small": dict(pretrain.PRESETS["small"], steps=2600, global_batch=6, micro_batch=6, seq_len=512, max_crops=32,
                   freeze=("vit",), lr_connector=1.5e-3, lr_decoder=1e-3, residual_dropout=0.0, save_every=500,
                   eval_clips=100, eval_first=True),
     "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
@@ -31,4 +31,4 @@ PRESETS = {
 
 if __name__ == "__main__":
     cfg, run = pretrain.main(DEFAULTS, PRESETS)
-    print(f'next: python sample.py {run}/latest data/toy/clips/eval/video/00009.mp4 "Follow the red shape."')
+    print(f'next: python sample.py {run}/latest data/toy/clips/eval/video/00003.mp4 "Track the shapes."')
