@@ -492,7 +492,7 @@ class ChunkedNLL(torch.autograd.Function):
     def forward(ctx, x, head, targets, weights, z_loss):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        total, rows = x.new_zeros((), dtype=torch.float32), max(ChunkedNLL.LOGITS // len(head), 1)
+        total, rows = x.new_zeros((), dtype=torch.float32), min(max(ChunkedNLL.LOGITS // len(head), 1), 1024)
         for i in range(0, len(x), rows):
             part = slice(i, i + rows)
             h, t, w = x[part], targets[part, None], weights[part, None]
@@ -613,9 +613,10 @@ class Molmo2(nn.Module):
         return x.view(*tokens.shape, -1)
 
     def mask(self, tokens, example, branch):
-        """Who may attend to whom in these rows, as `attend` takes it: in blocks on CUDA, example by example where
-        FlexAttention cannot train."""
-        kind = dense_mask if self.cfg.window else block_mask if tokens.is_cuda else example_masks
+        """Who may attend to whom in these rows, as `attend` takes it: in blocks on CUDA; where FlexAttention cannot
+        train, example by example if rows are long. In short ones many small calls would cost more than they save."""
+        long = example_masks if example.shape[1] > 1024 else dense_mask
+        kind = dense_mask if self.cfg.window else block_mask if tokens.is_cuda else long
         return kind(example, branch, is_vision(tokens, self.cfg.vocab))
 
     def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None,

@@ -10,7 +10,7 @@ from conftest import HERE, SIZES, tiny_model
 
 import model as M
 from data import Dataset, collate, decode, parse_row
-from model import ChunkedNLL, Molmo2, allowed_pairs, block_mask, dense_mask, flops, is_vision
+from model import ChunkedNLL, Molmo2, allowed_pairs, attend, block_mask, dense_mask, example_masks, flops, is_vision
 
 # Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two
 # image tokens, two of text. Rows are queries. Written by hand from the rule; the published code agrees but
@@ -279,3 +279,17 @@ def test_flops_are_those_of_the_matrix_products():
         model(tokens, torch.randint(0, 256, (3, 25, 48), dtype=torch.uint8), torch.randint(0, 75, (M, 4)))
     want = flops(cfg, 3, (M, 4), 2 * T, 2 * T * T, 2 * T)
     assert counter.get_total_flops() == sum(want.values())
+
+
+def test_attention_example_by_example_is_attention():
+    """Values and gradients of packed rows, with fewer key/value heads; padding gives nothing, and gets a gradient."""
+    rng = torch.Generator().manual_seed(0)
+    for seed in range(20):
+        rows = [torch.stack(x) for x in zip(random_tree(rng, 90), random_tree(rng, 90))]
+        q, k, v = (torch.randn(2, n, 90, 8, generator=rng, requires_grad=True) for n in (4, 2, 2))
+        here = (rows[0] > 0)[:, None, :, None]
+        want = torch.autograd.grad((attend(q, k, v, dense_mask(*rows)) * here).square().sum(), (q, k, v))
+        out = attend(q, k, v, example_masks(*rows))
+        assert not out.masked_select(~here).any()
+        for a, b in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), want):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
