@@ -116,7 +116,7 @@ def start(device, cp=1):
     return world
 
 
-def share_work(model, blocks, world, compile_blocks, recompute, bf16):
+def share_work(model, world, compile_blocks, recompute, bf16):
     """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and FSDP2, block
     by block and in this order, so that what is computed again is compiled too."""
     if world.size > 1:
@@ -126,7 +126,7 @@ def share_work(model, blocks, world, compile_blocks, recompute, bf16):
         shard = functools.partial(fully_shard, mesh=world.mesh, mp_policy=policy)
     else:
         shard = lambda module: module
-    for block in blocks:
+    for block in model.blocks():
         if recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compile_blocks:
@@ -192,15 +192,13 @@ def optimizer_state(optimizers, names):
             for what, t in s.items()}
 
 
-def sync_folder(folder):
-    """Have the disk keep every file under a folder, and their names."""
-    for path, _, files in os.walk(folder):
-        for name in [*files, "."]:
-            handle = os.open(os.path.join(path, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+def sync(path):
+    """Have the disk keep a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Saver:
@@ -256,10 +254,12 @@ class Saver:
 
 def publish(aside, final):
     """Give a finished checkpoint its name, and make it the latest."""
-    sync_folder(aside)
+    for path, _, files in os.walk(aside):
+        for name in [*files, "."]:
+            sync(os.path.join(path, name))
     with open(os.path.join(aside, "COMPLETE"), "w") as f:
         os.fsync(f.fileno())
-    sync_folder(aside)
+    sync(aside)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     run, name = os.path.split(final)
@@ -268,9 +268,7 @@ def publish(aside, final):
         os.remove(link + ".tmp")
     os.symlink(name, link + ".tmp")
     os.replace(link + ".tmp", link)
-    handle = os.open(run, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    sync(run)
 
 
 def load_optimizers(folder, optimizers, names, world):
@@ -320,12 +318,11 @@ def lock(path, world):
     raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or choose another --out")
 
 
-def lost_a_rank(error):
-    """Whether an error is a collective's, because another rank is gone; then says so. The one that is gone is named
+def end_if_a_rank_is_lost(error):
+    """Say so and end this process where an error is a collective's, because another rank is gone. Which one is named
     by torchrun on its machine, and by its pulse."""
-    if not dist.is_initialized() or not re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
-        return False
-    Pulse.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
+    if dist.is_initialized() and re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
+        Pulse.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
 
 
 class Pulse:

@@ -22,7 +22,6 @@ shares of the sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Wi
 import argparse
 import functools
 import importlib
-import itertools
 import json
 import math
 import os
@@ -517,7 +516,8 @@ def main():
     try:
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
         segmenter = load_function(args.segmenter) if args.segmenter else None if args.data else toy.segment
-        questions = load_questions(find_datasets(args.data or toy.held_out(os.path.join("data", "toy"), "sft"))[0], args.limit)
+        paths = args.data or toy.held_out(toy.FOLDER, "sft")
+        questions = load_questions(find_datasets(paths)[0], args.limit)
         table, kept = {}, {}
         for folder in args.checkpoints:
             model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24)

@@ -13,8 +13,9 @@ import dataclasses
 import pretrain
 import sft
 
-DEFAULTS = dataclasses.replace(sft.DEFAULTS, stage="longctx", previous="sft", steps=2000, global_batch=32, micro_batch=1,
-                               seq_len=36864, max_frames=384, max_crops=384, recompute=True, save_every=500)
+DEFAULTS = dataclasses.replace(
+    sft.DEFAULTS, stage="longctx", previous="sft", steps=2000, global_batch=32, micro_batch=1, seq_len=36864,
+    max_frames=384, max_crops=384, recompute=True, save_every=500)
 
 PRESETS = {
     "small": dict(sft.PRESETS["small"], steps=150, global_batch=2, micro_batch=1, seq_len=9 * 512, max_frames=48,

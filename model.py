@@ -583,6 +583,10 @@ class Molmo2(nn.Module):
             parts["vit" if ".image_vit." in name else "connector" if new else "decoder"].append((name, p))
         return parts
 
+    def blocks(self):
+        """Decoder and ViT blocks: what is sharded, compiled and computed again one by one."""
+        return [*self.transformer.blocks, *self.vision_backbone.image_vit.transformer["resblocks"]]
+
     def check(self, tokens, crops, pool, others, features=None):
         """Fail with the numbers in hand before a shape error fails without them."""
         for name, x in others.items():
@@ -711,7 +715,8 @@ def allowed_pairs(example, branch, vision):
     trunk = length.new_zeros(len(trees)).index_add(0, tree, length * (pieces[:, 2] == 0))
     seen = rows[vision & here] * (1 << 32) + example[vision & here]
     v = seen.unique(return_counts=True)[1]
-    return int((length * (length + 1) // 2 + length * trunk[tree] * (pieces[:, 2] > 0)).sum() + (v * (v - 1) // 2).sum())
+    behind = length * (length + 1) // 2 + length * trunk[tree] * (pieces[:, 2] > 0)
+    return int(behind.sum() + (v * (v - 1) // 2).sum())
 
 
 def flops(cfg, crops, windows, tokens, pairs, learned):
@@ -721,7 +726,8 @@ def flops(cfg, crops, windows, tokens, pairs, learned):
     blocks = max(cfg.vit_features) + 1
     vit = 2 * p * cfg.patch ** 2 * 3 * d + blocks * (8 * p * d * a + 4 * p * d * cfg.vit_mlp + 4 * p * p * a)
     f, (m, k) = len(cfg.vit_features) * d, windows
-    window = 2 * f * a + k * (4 * f * a + 4 * a) + 2 * a * a + 4 * a * cfg.projector_mlp + 2 * cfg.projector_mlp * cfg.width
+    pooling, inner = 2 * f * a + k * (4 * f * a + 4 * a) + 2 * a * a, cfg.projector_mlp
+    window = pooling + 4 * a * inner + 2 * inner * cfg.width
     heads, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     linears = cfg.layers * 2 * cfg.width * (2 * heads + 2 * kv + 3 * cfg.mlp)
     return dict(vit=crops * vit, connector=m * window, decoder=tokens * linears,

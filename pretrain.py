@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -211,7 +210,7 @@ def load_model(cfg):
 def open_data(cfg):
     """The training mixture [(Dataset, rate)], and which sets of the registry are not there."""
     paths = [p for d in cfg.data
-             for p in (toy.files(os.path.join("data", "toy"), cfg.stage) if d == "toy" else [d])]
+             for p in (toy.files(toy.FOLDER, cfg.stage) if d == "toy" else [d])]
     try:
         datasets, missing = find_datasets(paths, cfg.stage)
     except (OSError, ValueError) as e:
@@ -417,11 +416,11 @@ def evaluate(cfg, model, planner, step, run, losses, world):
     if "toy" in cfg.data:
         plain = distributed.whole(model, lambda: Molmo2(model.cfg))
         part = 1 if step in (0, cfg.steps) else 4
-        scores = toy.evaluate(plain, planner, os.path.join("data", "toy", "eval"), cfg.eval_scenes // part,
+        scores = toy.evaluate(plain, planner, os.path.join(toy.FOLDER, "eval"), cfg.eval_scenes // part,
                               world.rank == 0 and os.path.join(run, "samples", f"step_{step:07d}.png"), world)
         if cfg.eval_clips:
             questions = evaluation.load_questions(
-                find_datasets(toy.held_out(os.path.join("data", "toy"), cfg.stage))[0], cfg.eval_clips // part)
+                find_datasets(toy.held_out(toy.FOLDER, cfg.stage))[0], cfg.eval_clips // part)
             table, records = evaluation.evaluate(plain, planner, questions, segmenter=toy.segment,
                                                  max_new_tokens=min(cfg.seq_len // 3, 512), world=world)
             scores |= table
@@ -467,14 +466,14 @@ def train(cfg, defaults, stop):
     show_config(cfg, defaults)
 
     # 2. Data and model: fresh, from --init_from, or as the run left them.
-    if first:  # draws the toy world and indexes files; the others wait, and find both
-        open_data(cfg)
-    world.gather(None)
-    mixture, missing = open_data(cfg)
+    for turn in (True, False):  # the first rank draws the toy world and indexes files; then the others find both
+        if first == turn:
+            mixture, missing = open_data(cfg)
+        world.gather(None)
     step, state, skipped, failed = 0, None, 0, {}
     if cfg.resume:
         folder, saved = check_resume(run, cfg)
-        model, tokenizer = Molmo2.from_pretrained(folder), None
+        model = Molmo2.from_pretrained(folder)
         tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
         step, state, failed = saved["step"], saved["stream"], saved["failed"]
         print(f"resuming after step {step}")
@@ -485,8 +484,7 @@ def train(cfg, defaults, stop):
     n_params = model.num_params()
     if world.cp > 1:
         ulysses.install(model, world.cp_group)
-    blocks = [*model.transformer.blocks, *model.vision_backbone.image_vit.transformer["resblocks"]]
-    distributed.share_work(model, blocks, world, cfg.compile, cfg.recompute, bf16)
+    distributed.share_work(model, world, cfg.compile, cfg.recompute, bf16)
     optimizers, names = make_optimizers(model, cfg)
     if cfg.resume:
         distributed.load_optimizers(folder, optimizers, names, world)
@@ -540,8 +538,8 @@ def train(cfg, defaults, stop):
         all_ranks = world.gather(dict(
             weight=sum(float(b["weights"].sum()) for b in batches),
             tokens=sum(int((b["example"] > 0).sum()) for b in batches), crops=sum(len(b["crops"]) for b in batches),
-            wait=wait, work=work, events=[e for *_, events in rows for e in events], state=rows[-1][1] if rows else None,
-            stop=stop.is_set(), error=saver.error))
+            wait=wait, work=work, events=[e for *_, events in rows for e in events],
+            state=rows[-1][1] if rows else None, stop=stop.is_set(), error=saver.error))
         readers = all_ranks[::world.cp]  # the ranks that share rows read the same, and decode the same pictures
         state = readers[(cfg.global_batch - 1) % world.dp]["state"]
         W = max(sum(r["weight"] for r in all_ranks), 1e-9)
@@ -661,9 +659,8 @@ def main(defaults, presets, argv=None):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
-        if not distributed.lost_a_rank(e):
-            raise
-        sys.exit(1)
+        distributed.end_if_a_rank_is_lost(e)
+        raise
 
 
 if __name__ == "__main__":

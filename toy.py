@@ -33,11 +33,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import answers
-from points import NOTHING, format_points, parse_points
+from points import NOTHING, parse_points
 
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
+FOLDER = os.path.join("data", "toy")  # where every stage looks for it
 VERSION = 21  # part of the done-file: a toy world drawn by older code is drawn again
 
 
@@ -676,4 +677,4 @@ def contact_sheet(folder, answers, geometry, path, columns=6, cells=24, side=150
 
 
 if __name__ == "__main__":
-    write_world(sys.argv[1] if len(sys.argv) > 1 else "data/toy")
+    write_world(sys.argv[1] if len(sys.argv) > 1 else FOLDER)

@@ -67,7 +67,8 @@ def trade(x, group, back=False):
 
 
 def ulysses_attend(q, k, v, mask, attend, group):
-    """`attend`, the attention of one device, over a group. q: (B, H, T/P, hd); k, v: (B, G, T/P, hd); mask: of the whole row."""
+    """`attend`, the attention of one device, over a group. q: (B, H, T/P, hd); k, v: (B, G, T/P, hd); mask: of the
+    whole row."""
     P, (H, G) = dist.get_world_size(group), (q.shape[1], k.shape[1])
     if G < P:  # rank p needs the key/value head of its own query heads, and several ranks the same one
         k, v = (x.repeat_interleave(P // G, 1) for x in (k, v))

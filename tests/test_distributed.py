@@ -28,13 +28,13 @@ def check_gradients(rank, ranks, cp, style):
     """(must show 1) uneven loss weights, ranks without pictures and ranks without a row."""
     os.environ |= dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     mesh = torch.distributed.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shards",))
-    cp_group = torch.distributed.init_device_mesh("cpu", (ranks // cp, cp), mesh_dim_names=("dp", "cp"))["cp"].get_group()
+    cp_mesh = torch.distributed.init_device_mesh("cpu", (ranks // cp, cp), mesh_dim_names=("dp", "cp"))
+    cp_group = cp_mesh["cp"].get_group()
     world = World("cpu", rank, ranks, cp, mesh, cp_group)
     plain, shared = tiny_model(style).train(), tiny_model(style).train()
     if cp > 1:
         ulysses.install(shared, cp_group)
-    distributed.share_work(shared, [*shared.transformer.blocks, *shared.vision_backbone.image_vit.transformer["resblocks"]],
-                           world, False, True, False)
+    distributed.share_work(shared, world, False, True, False)
     for seed in range(6):
         rng = torch.Generator().manual_seed(seed)
         batches = []

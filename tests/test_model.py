@@ -148,7 +148,8 @@ torch.manual_seed(0)
 x = torch.randn(4096, 32, requires_grad=True)
 head = (torch.randn(100278, 32) / 6).requires_grad_()
 learn = torch.rand(4096) < 0.2
-x, t, w = x[learn].detach().requires_grad_(), torch.randint(0, 100278, (int(learn.sum()),)), torch.rand(int(learn.sum()))
+x = x[learn].detach().requires_grad_()
+t, w = torch.randint(0, 100278, (len(x),)), torch.rand(len(x))
 ChunkedNLL.apply(x[:2], head, t[:2], w[:2], 1e-4).backward()  # what is loaded on first use
 x.grad = head.grad = None
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
