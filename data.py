@@ -40,9 +40,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from media import (MAX_PIXELS, BadMedia, Layout, frame_layout, image_layout, image_size, inside_folder,
-                   load_crops, sample_times,
-                   video_duration)
+from media import (MAX_PIXELS, BadMedia, Kept, Layout, frame_layout, image_layout, image_size, inside_folder,
+                   load_crops, sample_times, video_duration)
 from points import (CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, is_unit,
                     multiple_choice, number, styled,
                     write_points, write_prompt)
@@ -465,7 +464,7 @@ class Packer:
 
 # ---- decode and collate ------------------------------------------------------------------------------------
 
-def decode(plans, cfg, seq_len):
+def decode(plans, cfg, seq_len, load=load_crops):
     """One packed row with its pixels: (arrays of T, crops, pools, events). Events: [dataset, file:line,
     reason, detail].
 
@@ -483,7 +482,7 @@ def decode(plans, cfg, seq_len):
         start += plan.n_tokens
         for path, layout in plan.media:
             try:
-                pixels = load_crops(path, layout, n, cfg.patch)
+                pixels = load(path, layout, n, cfg.patch)
             except (BadMedia, OSError, MemoryError) as error:
                 failed.append([plan.ref[0] if plan.ref else "", plan.where, "failed to decode", str(error)])
                 row["weights"][part] = 0
@@ -852,7 +851,8 @@ class Batches(torch.utils.data.IterableDataset):
     Every worker walks the whole stream of plans, which is cheap, and decodes every W-th row of its rank's.
     """
 
-    def __init__(self, stream, state=None, rank=0, world=1, step=None):
+    def __init__(self, stream, state=None, rank=0, world=1, step=None, keep=0):
+        self.load = Kept(keep) if keep else load_crops
         self.stream, self.state, self.rank, self.world, self.step = stream, state, rank, world, step or world
 
     def __iter__(self):
@@ -868,7 +868,7 @@ class Batches(torch.utils.data.IterableDataset):
         for i, (plans, state) in enumerate(self.stream.rows(self.state)):
             events += state.pop("events")
             if i % self.step % self.world == self.rank and next(mine) % workers == worker:
-                *row, failed = decode(plans, self.stream.planner.cfg, self.stream.planner.seq_len)
+                *row, failed = decode(plans, self.stream.planner.cfg, self.stream.planner.seq_len, self.load)
                 yield tuple(row), state, events + failed
                 events = []
 

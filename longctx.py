@@ -20,7 +20,7 @@ DEFAULTS = dataclasses.replace(
 PRESETS = {
     "small": dict(sft.PRESETS["small"], steps=150, global_batch=2, micro_batch=1, seq_len=9 * 512, max_frames=48,
                   max_crops=9 * 32, warmup_vit=10, warmup_connector=10, warmup_decoder=10, eval_clips=60),
-    "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
+    **{name: preset for name, preset in pretrain.PRESETS.items() if name != "small"},
 }
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled i
 import bisect
 import os
 import struct
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import av
@@ -369,3 +370,22 @@ def load_crops(path, layout, n, patch):
     if layout.times:
         return np.concatenate(load_frames(path, layout.times, lambda rgb: image_crops(rgb, n, patch, (0, 0))))
     return image_crops(load_image(path), n, patch, layout.tiling)
+
+
+class Kept:
+    """load_crops that keeps what it loaded, up to a number of bytes; what has gone unused the longest goes first. Worth
+    it where all media together are small and come often."""
+
+    def __init__(self, room):
+        self.room, self.crops = room, OrderedDict()
+
+    def __call__(self, path, layout, n, patch):
+        key = path, layout.tiling, tuple(layout.times), n, patch
+        if key not in self.crops:
+            self.crops[key] = load_crops(path, layout, n, patch)
+            self.room -= self.crops[key].nbytes
+        self.crops.move_to_end(key)
+        crops = self.crops[key]
+        while self.room < 0:
+            self.room += self.crops.popitem(last=False)[1].nbytes
+        return crops

@@ -90,7 +90,7 @@ OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0,
                   attention_factor=1.2079441541679836)
 QWEN3 = dict(norm_after=False, qk_norm="head", vocab=151936, layers=36, heads=32, kv_heads=8)
 PRESETS = {
-    "small": ModelConfig(layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=256, vocab=1024,
+    "small": ModelConfig(layers=3, width=128, heads=8, kv_heads=8, head_dim=16, mlp=256, vocab=1024,
                          rope_theta=1e4, norm_after=False, qk_norm="head", max_positions=4608, crop=64,
                          patch=8, vit_width=128, vit_heads=8, vit_head_dim=16, vit_mlp=256,
                          vit_features=(2, 1)),
@@ -619,7 +619,7 @@ class Molmo2(nn.Module):
     def mask(self, tokens, example, branch):
         """Who may attend to whom in these rows, as `attend` takes it: in blocks on CUDA; where FlexAttention cannot
         train, example by example if rows are long. In short ones many small calls would cost more than they save."""
-        long = example_masks if example.shape[1] > 1024 else dense_mask
+        long = example_masks if example.shape[1] > 256 else dense_mask
         kind = dense_mask if self.cfg.window else block_mask if tokens.is_cuda else long
         return kind(example, branch, is_vision(tokens, self.cfg.vocab))
 

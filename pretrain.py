@@ -14,15 +14,19 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+import budget
 import distributed
 import eval as evaluation
 import toy
@@ -102,7 +106,12 @@ class Config:
     workers: int = flag(2, "processes that decode pictures; 0 = the training process itself")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
+    cache: float = flag(0.0, "gigabytes in which each worker keeps decoded crops, and the training process what a "
+                             "frozen vision encoder says of them")
     compile: bool = flag(False, "torch.compile each block (worth it on CUDA)")
+    dry_run: bool = flag(False, "print parameters, memory and operations of a step, and stop")
+    world: int = flag(0, "with --dry_run: ranks to reckon with, eight a node; 0 = as many as run")
+    gpu_memory: float = flag(80.0, "with --dry_run: gigabytes of a card")
     max_bad: float = flag(0.05, "share of unusable rows above which the run stops")
 
 
@@ -110,8 +119,9 @@ PRESETS = {
     "small": dict(data=("toy",), steps=1000, global_batch=24, micro_batch=12, seq_len=256, tiles=0,
                   max_crops=16, max_frames=16, optimizer="muon", lr_vit=4e-3, lr_connector=2e-3,
                   lr_decoder=1e-3, warmup_vit=30, warmup_connector=30, warmup_decoder=30,
-                  response_dropout=0.0, save_every=200, eval_every=10**6, workers=1),
-    "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
+                  response_dropout=0.0, save_every=200, eval_every=10**6, workers=1, cache=1.0),
+    # without --recompute a row of 46 frames alone takes 41 GB of an 80 GB card (--dry_run shows it)
+    **{name: dict(recompute=True) for name in ("1b", "4b", "7b", "8b")},
 }
 
 
@@ -160,7 +170,7 @@ def check_config(cfg):
         ulysses.check_heads(MODELS[cfg.config].heads, MODELS[cfg.config].kv_heads, cfg.cp)
     except ValueError as e:
         raise UserError(str(e)) from None
-    if not cfg.data:
+    if not cfg.data and not cfg.dry_run:
         raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
                         "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -205,6 +215,28 @@ def load_model(cfg):
     if cfg.point_format != "auto":
         model.cfg.point_format = cfg.point_format
     return model, Tokenizer(path, model.cfg.vocab)
+
+
+def remember(vit, cfg, gigabytes, group=32):
+    """A frozen encoder says the same of a crop each time: what it said is kept, in bf16, under the crop's hash, until the
+    room is full. Worth it where crops are small and come often, as in the toy world: a dozen times each. New crops are
+    encoded in groups of one size, so that a resumed run, which begins with nothing kept, gets the very same numbers."""
+    shape = cfg.patches, len(cfg.vit_features) * cfg.vit_width
+    plain, places = vit.forward, {}
+    kept = torch.empty(int(gigabytes * 2 ** 29 / math.prod(shape)), *shape, dtype=torch.bfloat16)
+
+    def forward(crops):
+        keys = [hashlib.blake2b(c.tobytes(), digest_size=16).digest() for c in crops.cpu().numpy()]
+        known, new = [i for i, k in enumerate(keys) if k in places], [i for i, k in enumerate(keys) if k not in places]
+        out = torch.empty(len(crops), *shape, dtype=torch.bfloat16)
+        out[known] = kept[[places[keys[i]] for i in known]]
+        for some in (new[i:i + group] for i in range(0, len(new), group)):
+            out[some] = plain(crops[some + some[:1] * (group - len(some))])[:len(some)].bfloat16().cpu()
+            for i in some:
+                if len(places) < len(kept):
+                    kept[places.setdefault(keys[i], len(places))] = out[i]
+        return out.to(crops.device, torch.float32)
+    vit.forward = forward
 
 
 def open_data(cfg):
@@ -447,6 +479,62 @@ def evaluate(cfg, model, planner, step, run, losses, world):
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 
+def rows_to_reckon_with(cfg, planner, n):
+    """n rows of plans of --data, or without it of a video that leaves room for an answer of an eighth of the row."""
+    if cfg.data:
+        rows = Stream(open_data(cfg)[0], planner, cfg.seed).rows()
+        return [next(rows)[0] for _ in range(n)]
+    video = dict(id="v", video="v.mp4", duration=planner.max_frames / 2, annotations=[
+        dict(task="video_caption", prompt="Describe.", answer="x" * (cfg.seq_len // 8))])
+    return [planner.plan(video, ".", random.Random(0))[0]] * n
+
+
+def empty_step(cfg):
+    """A step of the loop on a row without content."""
+    model = Molmo2(cfg.config)
+    optimizers, _ = make_optimizers(model, cfg)
+    model(**ready([decode([], model.cfg, 16)], model.cfg)).backward()
+    for o in optimizers:
+        o.step()
+
+
+def dry_run(cfg):
+    """Print what a run will need, from shapes alone: budget.py."""
+    cuda = cfg.dtype == "bf16" or cfg.config != "small" and cfg.dtype == "auto" and cfg.device in ("auto", "cuda")
+    ranks = cfg.world or int(os.environ.get("WORLD_SIZE", 1))
+    if ranks % cfg.cp:
+        raise UserError(f"--cp {cfg.cp}: --world {ranks} cannot be parted into groups of {cfg.cp}")
+    with torch.device("meta"):
+        model = Molmo2(cfg.config)
+    optimizers, _ = make_optimizers(model, cfg)
+    dp = ranks // cfg.cp
+    micro, most = min(cfg.micro_batch, -(-cfg.global_batch // dp)), -(-cfg.global_batch // dp)
+    planner = Planner(Tokenizer(SMALL_TOKENIZER, model.cfg.vocab), model.cfg, cfg.seq_len, cfg.tiles, "spec",
+                      cfg.max_frames, cfg.max_crops)
+    blank = lambda path, layout, n, patch: np.zeros((layout.n_crops, n * n, patch ** 2 * 3), np.uint8)
+    plans = rows_to_reckon_with(cfg, planner, micro * (50 if cfg.data else 1))
+    batches = [ready([decode(p, model.cfg, cfg.seq_len, blank) for p in plans[i:i + micro]], model.cfg)
+               for i in range(0, len(plans), micro)]
+    work = sum(step_flops(b, model.cfg, cfg.freeze) for b in batches) / len(batches) / micro * cfg.global_batch
+    b = max(batches, key=lambda b: len(b["crops"]))
+    shape = dict(rows=micro, tokens=cfg.seq_len, crops=len(b["crops"]), windows=tuple(b["pool"].shape),
+                 learned=int((b["weights"] > 0).sum()))
+    sizes = {part: sum(p.numel() for _, p in ps) for part, ps in model.parts().items()}
+    print(f"{model.num_params():,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in sizes.items()))
+    print(f"a step: {cfg.global_batch} rows of {cfg.seq_len:,} tokens; {micro} at a time on each of {dp} x {cfg.cp} ranks, "
+          f"{-(-most // micro)} times; {work:.3g} operations, {work / ranks:.3g} a rank")
+    print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, {shape['learned']:,} learned")
+    use = budget.memory(model, optimizers, shape, cuda, cfg.recompute, ranks, cfg.cp)
+    if not cuda:
+        use = {"python and torch": budget.resident(lambda: empty_step(cfg))} | use
+        use["held by malloc"] = use["activations"] // 3  # as seen in stages 1 and 2 of small: glibc, 40 to 1,000 steps
+    total = sum(use.values()) / 2 ** 30
+    for what, n in use.items():
+        print(f"  {what:<20}{n / 2 ** 30:8.3f} GB")
+    print(f"  {'together':<20}{total:8.3f} GB a rank"
+          + (f": {'fits' if total < 0.95 * cfg.gpu_memory else 'does not fit'} in {cfg.gpu_memory:g} GB" if cuda else ""))
+
+
 def train(cfg, defaults, stop):
     """Run one stage from the first step, or from the last checkpoint, to the end or until `stop` is set. Returns the
     run's folder. Under torchrun every rank is here; what they do differently is what `world` says."""
@@ -486,6 +574,8 @@ def train(cfg, defaults, stop):
         ulysses.install(model, world.cp_group)
     distributed.share_work(model, world, cfg.compile, cfg.recompute, bf16)
     optimizers, names = make_optimizers(model, cfg)
+    if cfg.cache and "vit" in cfg.freeze and world.size == 1:  # sharded, ranks must call it together
+        remember(model.vision_backbone.image_vit, model.cfg, cfg.cache)
     if cfg.resume:
         distributed.load_optimizers(folder, optimizers, names, world)
 
@@ -512,7 +602,8 @@ def train(cfg, defaults, stop):
     bad = BadRows(run, step, failed, first)
     # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file
     # of its own.
-    rows_of_rank = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch)
+    rows_of_rank = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch,
+                           round(cfg.cache * 2 ** 30))
     loader = iter(torch.utils.data.DataLoader(rows_of_rank, batch_size=None, num_workers=cfg.workers, collate_fn=tuple,
                                               prefetch_factor=most if cfg.workers else None))
     peak = distributed.peak_flops(device, bf16)
@@ -653,6 +744,9 @@ class Progress:
 def main(defaults, presets, argv=None):
     try:
         cfg = parse(defaults, presets, argv)
+        if cfg.dry_run:
+            dry_run(cfg)
+            sys.exit(0)
         with distributed.stop_signals() as stop:
             return cfg, train(cfg, defaults, stop)
     except (UserError, weights.BadCheckpoint) as e:

@@ -26,7 +26,7 @@ PRESETS = {
     "small": dict(pretrain.PRESETS["small"], steps=2600, global_batch=6, micro_batch=6, seq_len=512, max_crops=32,
                   freeze=("vit",), lr_connector=1.5e-3, lr_decoder=1e-3, residual_dropout=0.0, save_every=500,
                   eval_clips=100, eval_first=True),
-    "1b": dict(), "4b": dict(), "7b": dict(), "8b": dict(),
+    **{name: preset for name, preset in pretrain.PRESETS.items() if name != "small"},
 }
 
 if __name__ == "__main__":

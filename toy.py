@@ -39,7 +39,7 @@ COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), 
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
 FOLDER = os.path.join("data", "toy")  # where every stage looks for it
-VERSION = 21  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 29  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -198,16 +198,16 @@ def counting(rng, scene):
 def pair(rng, scenes):
     """Questions about two pictures: which one shows something, where it is in each, where in one of them."""
     out = []
+    find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
     for _ in range(2):
-        some = rng.choice(scenes[rng.randrange(2)]["objects"])
-        find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
-        name = f"{some['colour']} {some['shape']}"
-        where = sorted({k for k, _ in find(some["colour"], some["shape"])})
-        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {name}?",
+        some, other = (rng.choice(scenes[rng.randrange(2)]["objects"]) for _ in range(2))
+        shape = rng.choice((some["shape"], None))
+        where = sorted({k for k, _ in find(some["colour"], shape)})
+        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {some['colour']} {shape or 'shape'}?",
                         answer="Both." if len(where) == 2 else f"Image {where[0]}."))
-        colour = some["colour"] if rng.random() < 0.7 else None
-        label, found = plural(f"{colour or ''} {some['shape']}".strip()), find(colour, some["shape"])
-        one = rng.choice(where) if rng.random() < 0.3 else None
+        shape = rng.choice((other["shape"], None))
+        label, found = plural(f"{other['colour']} {shape or 'shape'}"), find(other["colour"], shape)
+        one = rng.choice(sorted({k for k, _ in found})) if rng.random() < 0.3 else None
         found = [(k, o) for k, o in found if one in (None, k)]
         out.append(dict(task="multi_image_pointing", label=label,
                         prompt=f"Point to the {label} in {'all images' if one is None else f'image {one}'}.",
@@ -253,7 +253,7 @@ def draw_path(rng, looks):
     if manner == "stays":
         return "stays", [(x, y)] * looks
     way, top = rng.choice(list(WAYS)), 4 if looks < 9 else 2
-    steps = [rng.randint(1, top) for _ in range(looks - 1)]
+    steps = [rng.randint(top // 2, top) for _ in range(looks - 1)]
     if manner == "returns":  # past the edge at 20 and back
         turn = looks // 2 - rng.randint(0, 1)
         steps = [rng.randint(2, 4) * (1 if k < turn else -1) for k in range(looks - 1)]
@@ -275,30 +275,39 @@ def draw_path(rng, looks):
 def draw_clip(rng, seconds=2.5):
     """One clip: its size, its objects, each with a name, a path, when it is there, and what becomes of it."""
     w, h, looks = rng.randint(80, 128), rng.randint(80, 128), round(2 * seconds) + 1
-    objects, used = [], set()
-    for _ in range(rng.choice((1, 1, 2, 2, 2, 3))):
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        if shape in used:  # one of a shape: "the star" is a name even after it has turned green
-            continue
-        used.add(shape)
-        way, path = draw_path(rng, looks)
-        objects.append(dict(colour=colour, shape=shape, way=way, path=path, since=0, turns=None,
-                            radius=rng.uniform(0.19, 0.25) * min(w, h), angle=rng.uniform(-0.15, 0.15)))
-    near = lambda a, b, k: all(abs(p - q) < 4 for p, q in zip(a["path"][k], b["path"][k]))
-    if sum(near(a, b, k) for a, b in itertools.combinations(objects, 2) for k in range(looks)) > looks // 6:
-        return draw_clip(rng, seconds)  # shapes may cross, not travel on top of each other
-    for o in objects:  # at most one thing happens to each besides its way
+    # no two share a colour, even after one has turned: "the red shape" is a name
+    n = rng.choice((1, 1, 1, 1, 2, 2, 2, 2, 3))
+    colours, shapes, covered = rng.sample(list(COLOURS), 2 * n), rng.sample(SHAPES, n), looks
+    while covered > looks // 6:  # shapes may cross, not travel on top of each other
+        objects = []
+        for colour, shape in zip(colours, shapes):
+            way, path = draw_path(rng, looks)
+            objects.append(dict(colour=colour, shape=shape, way=way, path=path, since=0, turns=None,
+                                radius=rng.uniform(0.19, 0.25) * min(w, h), angle=rng.uniform(-0.15, 0.15)))
+        covered = sum(math.hypot((p - u) / 20 * w, (q - v) / 20 * h) < a["radius"] + b["radius"]
+                      for a, b in itertools.combinations(objects, 2)
+                      for (p, q), (u, v) in zip(a["path"], b["path"]))
+    for o, colour in zip(objects, colours[n:]):  # at most one thing happens to each besides its way
         fate = rng.random()
-        if fate < 0.4:
-            o["turns"] = (rng.randint(1, looks - 2), rng.choice([c for c in COLOURS if c != o["colour"]]))
-        elif fate < 0.6 and o["way"] != "returns":
-            o["since"] = rng.randint(1, looks - 3)
+        if fate < 0.3:
+            o["turns"] = (rng.randint(1, looks - 2), colour)
+        elif fate < 0.5 and o["way"] != "returns":
+            o["since"] = rng.choice([k for k in range(looks - 2) if there(o, k)] or [0])
     return dict(size=(w, h), looks=looks, objects=objects, look=rng.getrandbits(32))
 
 
 def there(o, k):
     """Whether an object is seen at look k: it has come, and its centre is in the picture."""
     return k >= o["since"] and all(1 <= c <= 19 for c in o["path"][k])
+
+
+def colour_at(o, k):
+    return o["turns"][1] if o["turns"] and k >= o["turns"][0] else o["colour"]
+
+
+def name_of(rng, o, k=0):
+    """What an object is called at look k; its colour alone tells it from the others."""
+    return f"{colour_at(o, k)} {rng.choice((o['shape'], o['shape'], 'shape'))}"
 
 
 def polygon(o, size, k):
@@ -320,20 +329,20 @@ def mask(o, size, k, i=0):
 
 
 def write_clip(path, clip, rate=4):
-    """The clip as an H.264 file of `rate` frames a second, the last one at its end."""
+    """The clip as an H.264 file of `rate` frames a second."""
     (w, h), rng = clip["size"], np.random.default_rng(clip["look"])
     w, h = w // 2 * 2, h // 2 * 2  # yuv420p halves them
     empty = ground(rng, w, h, lambda: True)
     with av.open(path, "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "18"})
         stream.width, stream.height, stream.pix_fmt, stream.thread_type = w, h, "yuv420p", "NONE"
-        for f in range((clip["looks"] - 1) * rate // 2 + 1):
-            image, k = empty.copy(), f * 2 / rate
+        frames = (clip["looks"] - 1) * rate // 2
+        for f in range(frames):  # the last one is what is seen when the file ends
+            image, k = empty.copy(), f * 2 / rate if f < frames - 1 else clip["looks"] - 1
             pen = ImageDraw.Draw(image)
             for o in clip["objects"]:
                 if k >= o["since"]:
-                    colour = o["turns"][1] if o["turns"] and k >= o["turns"][0] else o["colour"]
-                    draw_shape(pen, polygon(o, clip["size"], k), w, h, COLOURS[colour])
+                    draw_shape(pen, polygon(o, clip["size"], k), w, h, COLOURS[colour_at(o, k)])
             container.mux(stream.encode(av.VideoFrame.from_image(image.resize((w, h), Image.BOX))))
         container.mux(stream.encode())
 
@@ -346,54 +355,60 @@ def motion(o):
 
 def about_clip(rng, clip):
     """Caption, questions and moments of a clip: (annotations, subtitles)."""
-    objects, looks, out = clip["objects"], clip["looks"], []
-    ordered = sorted(objects, key=lambda o: o["path"][0])
-    said = listing([motion(o) for o in ordered])
+    objects, looks, out, subtitles = clip["objects"], clip["looks"], [], []
+    ask = lambda prompt, answer: out.append(dict(task="video_qa", prompt=prompt, answer=answer))
+    said = listing([motion(o) for o in sorted(objects, key=lambda o: o["path"][0])])
     out.append(dict(task="video_caption",
                     prompt=rng.choice(("Describe the video.", "What happens in this video?")),
                     answer=said[0].upper() + said[1:] + "."))
     still = {"stays": "It stays.", "returns": "It leaves and comes back."}
     way = lambda o: still.get(o["way"], o["way"].capitalize() + ".")
-    o, names, subtitles = rng.choice(objects), ("Ann", "Ben", "Eve"), []
-    out.append(dict(task="video_qa", prompt=f"Which way does the {o['shape']} move?", answer=way(o)))
+    for o in objects:
+        ask(f"Which way does the {name_of(rng, o)} move?", way(o))
     if len(objects) > 1 and rng.random() < 0.5:  # who is meant is only said
-        o, name = rng.choice(objects), rng.choice(names)
-        subtitles = [dict(start=0, end=1, text=f"{name} is the {o['shape']}.")]
-        out.append(dict(task="video_qa", prompt=f"Which way does {name} move?", answer=way(o)))
+        o, name = rng.choice(objects), rng.choice(("Ann", "Ben", "Eve"))
+        subtitles = [dict(start=0, end=1, text=f"{name} is the {o['colour']} {o['shape']}.")]
+        ask(f"Which way does {name} move?", way(o))
     at, when = rng.choice(((0, "at the start"), (looks - 1, "at the end")))
-    out.append(dict(task="video_qa", prompt=f"How many shapes are there {when}?",
-                    answer=str(sum(there(o, at) for o in objects))))
+    ask(f"How many shapes are there {when}?", str(sum(there(o, at) for o in objects)))
     happens = [(o["turns"][0], o, f"turns {o['turns'][1]}") for o in objects if o["turns"]]
     happens += [(o["since"], o, "comes") for o in objects if o["since"]]
     for k, o, event in happens:
         if there(o, k):
-            label = f"{o['shape']} when it {event}"
+            label = f"{name_of(rng, o)} when it {event}"
             out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label,
                             points=[point(o, k)], masks=[mask(o, clip["size"], k)]))
-    turned = [o for o in objects if o["turns"]]
-    if turned:
-        o = rng.choice(turned)
-        out.append(dict(task="video_qa", prompt=f"What colour does the {o['shape']} turn?",
-                        answer=o["turns"][1].capitalize() + "."))
+    for o in objects:
+        if o["turns"]:
+            ask(f"What colour does the {name_of(rng, o)} turn?", o["turns"][1].capitalize() + ".")
     if len(happens) > 1 and happens[0][0] != happens[1][0]:
         k, o, event = min(happens[:2], key=lambda e: e[0])
-        out.append(dict(task="video_qa", prompt="What happens first?", answer=f"The {o['shape']} {event}."))
+        ask("What happens first?", f"The {o['colour']} {o['shape']} {event}.")
     if rng.random() < 0.3:
-        shape = rng.choice(SHAPES)
-        if not any(o["shape"] == shape and o["turns"] for o in objects):
-            label = f"{shape} when it turns {rng.choice(list(COLOURS))}"
+        o, colour = rng.choice(objects), rng.choice(list(COLOURS))
+        if colour != colour_at(o, looks):
+            label = f"{name_of(rng, o)} when it turns {colour}"
             out.append(dict(task="video_pointing", prompt=f"Point to the {label}.", label=label, points=[],
                             masks=[]))
     return out, subtitles
 
 
-def lookups(rng, clip, n=4):
+def lookups(rng, clip, n=3):
     """Where something is at a given moment: a track is many of these, and one by one they are learned
     sooner."""
     seen = [(k, o) for k in range(clip["looks"]) for o in clip["objects"] if there(o, k)]
-    return [dict(task="video_pointing", prompt=f"Point to the {o['shape']} at {k / 2:g} seconds.",
-                 label=o["shape"], points=[point(o, k)])
-            for k, o in rng.sample(seen, min(n, len(seen)))]
+    asked = [(k, o, name_of(rng, o, k)) for k, o in rng.sample(seen, min(n, len(seen)))]
+    return [dict(task="video_pointing", prompt=f"Point to the {name} at {k / 2:g} seconds.", label=name,
+                 points=[point(o, k)]) for k, o, name in asked]
+
+
+def still(rng, clip):
+    """One look of a clip, and where everything in it is: (look, annotations). To find a thing by its name among
+    others has to be learned anew in a frame, where one visual token holds nine patches and not four."""
+    k = rng.choice([k for k in range(clip["looks"]) if any(there(o, k) for o in clip["objects"])])
+    asked = [(name_of(rng, o, k), o) for o in clip["objects"] if there(o, k)]
+    return k, [dict(task="video_pointing", prompt=f"Point to the {name}.", label=name, points=[point(o, k)])
+               for name, o in asked]
 
 
 def tracking(rng, clip):
@@ -404,7 +419,7 @@ def tracking(rng, clip):
                     prompt=rng.choice(("Track the {}.", "Follow the {}.", "Where does the {} go?")).format(label),
                     points=[point(o, k, i) for k, i, o in seen],
                     masks=[mask(o, clip["size"], k, i) for k, i, o in seen])
-    out = [track([o], rng.choice((o["shape"], f"{o['colour']} {o['shape']}"))) for o in clip["objects"]]
+    out = [track([o], name_of(rng, o)) for o in clip["objects"]]
     if len(out) == 2 and rng.random() < 0.3:
         out.append(track(sorted(clip["objects"], key=lambda o: o["path"][0]), "shapes"))
     return out
@@ -507,16 +522,18 @@ def clip_rows(job):
     write_clip(os.path.join(folder, name), clip)
     said, subtitles = about_clip(rng, clip)
     said += lookups(rng, clip) if trains else []
-    # the last frame begins at `seconds`, and is shown for a quarter of one more
-    video = dict(video=name, end=seconds, duration=seconds + 0.25)
+    video = dict(video=name, duration=seconds)
     video |= dict(subtitles=subtitles) if subtitles else {}
-    return [dict(id=f"{name} {what}", **video, annotations=a)
+    rows = [dict(id=f"{name} {what}", **video, annotations=a)
             for what, a in (("clip", said), ("track", tracking(rng, clip)))]
+    k, asked = still(rng, clip)
+    return rows + [dict(id=f"{name} still", video=name, start=k / 2, end=k / 2, duration=video["duration"],
+                        annotations=asked)]
 
 
 def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0, prefix=""):
-    """Write the toy world's clips under `folder` unless they are there: clips.jsonl, tracks.jsonl and eval/
-    with the same two, which also hold the outline of every object at every moment it is asked for."""
+    """Write the toy world's clips under `folder` unless they are there: clips.jsonl, tracks.jsonl, stills.jsonl and
+    eval/ with the first two, which also hold the outline of every object at every moment it is asked for."""
     recipe = dict(version=VERSION, clips=clips, held_out=held_out, seconds=seconds, seed=seed)
     if is_written(folder, recipe):
         return folder
@@ -527,10 +544,11 @@ def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0, prefix=""
              f"toy {seed} clip {seconds} {i}", seconds, i >= held_out) for i in range(held_out + clips)]
     with multiprocessing.Pool(min(os.cpu_count() or 1, 8)) as pool:
         lines = pool.map(clip_rows, jobs, chunksize=64)
-    for k, name in enumerate(("clips", "tracks")):
+    for k, name in enumerate(("clips", "tracks", "stills")):
         name = f"{prefix}{name}.jsonl"
-        write_lines(os.path.join(aside, "eval", name), [rows[k] for rows in lines[:held_out]])
         write_lines(os.path.join(aside, name), [without_masks(rows[k]) for rows in lines[held_out:]])
+        if k < 2:
+            write_lines(os.path.join(aside, "eval", name), [rows[k] for rows in lines[:held_out]])
     return finish(aside, folder, recipe)
 
 
@@ -540,8 +558,8 @@ def without_masks(row):
 
 # Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets
 # most.
-FACTORS = dict(captions=0.5, points=1.0, text=0.3, pairs=1.5, clips=1.6, tracks=2.0, long_clips=3.0,
-               long_tracks=6.0)
+FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=1.7, clips=2.4, tracks=2.0, stills=0.7,
+               long_clips=3.0, long_tracks=6.0)
 
 
 def files(folder, stage):
@@ -551,7 +569,7 @@ def files(folder, stage):
     names = [os.path.join(folder, n) for n in ("captions", "points", "text")]
     if stage != "pretrain":
         write_clips(os.path.join(folder, "clips"))
-        names += [os.path.join(folder, n) for n in ("pairs", "clips/clips", "clips/tracks")]
+        names += [os.path.join(folder, n) for n in ("pairs", "clips/clips", "clips/tracks", "clips/stills")]
     if stage == "longctx":
         write_clips(os.path.join(folder, "long"), 1500, 100, 7.5, prefix="long_")
         names += [os.path.join(folder, n) for n in ("long/long_clips", "long/long_tracks")]

@@ -8,7 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from conftest import HERE, video
+from conftest import HERE, picture, video
 
 import media
 from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames,
@@ -204,3 +204,16 @@ def test_real_videos(name, size, says):
     times = sample_times(says, 5)
     got, want = load_frames(path, times), everything(path, times)
     assert all(g.shape == (*size, 3) and np.array_equal(g, w) for g, w in zip(got, want))
+
+
+def test_kept_crops_are_loaded_once_and_the_longest_unused_go_first(tmp_path, monkeypatch):
+    paths = [picture(str(tmp_path / f"{i}.png"), (40 * i, 0, 0)) for i in range(3)]
+    layout, loaded = image_layout(30, 24, 5, 4, 1), []
+    monkeypatch.setattr(media, "load_crops", lambda path, *rest: loaded.append(path) or load_crops(path, *rest))
+    crops = [load_crops(path, layout, 5, 4) for path in paths]
+    load = media.Kept(2 * crops[0].nbytes)
+    for i in (0, 1, 0, 2, 0, 1):  # 2 takes the place of 1, which takes that of 2
+        assert np.array_equal(load(paths[i], layout, 5, 4), crops[i])
+    assert loaded == [paths[i] for i in (0, 1, 2, 1)] and load.room == 0
+    small = media.Kept(10)  # too small for anything
+    assert np.array_equal(small(paths[0], layout, 5, 4), crops[0]) and not small.crops and small.room == 10

@@ -284,3 +284,18 @@ def test_a_worker_that_dies_is_one_line():
 def test_the_readmes_examples_are_good_rows():
     lines = [line for line in open(os.path.join(ROOT, "README.md"), "rb") if line.startswith(b'{"id"')]
     assert len(lines) >= 5 and {k for line in lines for k in parse_row(line) if k in ("image", "images", "video")} == {"image", "images", "video"}
+
+
+def test_what_a_frozen_encoder_said_is_kept(model):
+    """The same features, to bf16, whatever else is in the batch; each crop is encoded once while there is room."""
+    vit, cfg = model.vision_backbone.image_vit, model.cfg
+    plain, encoded = vit.forward, []
+    crops = torch.randint(0, 255, (7, cfg.patches, cfg.patch ** 2 * 3), dtype=torch.uint8)
+    with torch.no_grad():
+        want = plain(crops).bfloat16().float()
+        vit.forward = lambda x: encoded.append(len(x)) or plain(x)
+        room = 5 * cfg.patches * len(cfg.vit_features) * cfg.vit_width * 2 / 2 ** 30  # five of seven
+        pretrain.remember(vit, cfg, room + 1e-9, group=4)
+        for order, groups in (([0, 1, 2, 0], [4]), ([2, 1, 0], []), ([6, 5, 4, 3, 2], [4]), ([3, 4, 5, 6], [4]), ([5], [])):
+            encoded.clear()
+            assert torch.equal(vit(crops[order]), want[order]) and encoded == groups

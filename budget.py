@@ -1,0 +1,141 @@
+"""
+What a run will need, told before anything is loaded: parameters, memory of each device, operations of a step.
+
+    python longctx.py --config 7b --cp 8 --world 16 --dry_run      # works on a laptop: the model is 15 GB of nothing
+
+    --data, planned but not decoded    ─┐
+    or one long video that fills a row ─┴─► the micro-batch with most crops ─► a model on the meta device, forward
+                                            and back ─► the most bytes that live at once
+
+On the meta device tensors have shapes and no numbers. So the very code that trains runs, one block after the other, and
+every storage is counted when it is made and when it is freed. What FSDP adds is arithmetic, and is written out below.
+"""
+import functools
+import resource
+import sys
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import model as network
+from model import ChunkedNLL
+
+# ---- bytes that live at once -------------------------------------------------------------------------------
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages made while it is on: `now` of those still there, `peak` the most so far."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage not in self.seen:  # not a view
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+    def free(self, n):
+        self.now -= n
+
+
+class Attended(torch.autograd.Function):
+    """The memory of a fused attention without its numbers: it keeps its inputs, its output, and one number per query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def attended(q, k, v, mask=None):
+    return Attended.apply(q, k, v)
+
+
+def autocast(model):
+    """What torch.autocast does to a model with fp32 weights: matrix products, and only they, take and give bf16."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear):
+            m.bfloat16().register_forward_pre_hook(lambda m, args: (args[0].bfloat16(),))
+
+
+def activations(model, rows, tokens, crops, windows, learned, recompute, sharded):
+    """Bytes of a forward and a backward pass on the meta device: {"activations": what the blocks leave for the way back,
+    "loss": head and logits on top, "way back": what that needs beyond both}. windows: (M, K). `sharded`: gradients go
+    as soon as they are made, as FSDP has it; else they are counted, and subtracted here."""
+    cfg, long, counted = model.cfg, functools.partial(torch.empty, dtype=torch.long), [*model.parameters()]
+    for block in model.blocks():
+        if recompute:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    for block in model.transformer.blocks:
+        block.self_attn.attend = attended
+    for p in counted:
+        if sharded and p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    plain, network.attend = network.attend, attended  # the ViT's
+    try:
+        with torch.device("meta"), Alive(counted) as alive:
+            ids = long(rows, tokens)
+            x = model.transformer.wte.embedding[ids].flatten(0, 1)
+            features = model.vision_backbone(torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8),
+                                             long(*windows))
+            x = x.index_add(0, long(len(features)), features.to(x.dtype)).view(rows, tokens, -1)
+            x = model.transformer(x, ids, None).flatten(0, 1)[long(learned)]
+            kept = alive.now
+            loss = ChunkedNLL.apply(x, model.lm_head.weight, long(learned), torch.empty(learned), 1e-4)
+            top = alive.peak
+            loss.backward()
+            gradients = sum(p.grad.nbytes for p in counted if p.grad is not None)
+    finally:
+        network.attend = plain
+    return {"activations": kept, "loss": top - kept, "way back": max(alive.peak - gradients - top, 0)}
+
+
+# ---- what FSDP and the optimiser add -----------------------------------------------------------------------
+
+def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1):
+    """Bytes of one rank, {what: n}. model: on the meta device, used up; optimizers: of its parameters; shape: dict(rows,
+    tokens, crops, windows (M, K), learned) of a micro-batch before it is cut for `cp` ranks."""
+    ours = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    moments = sum(p.numel() * (2 if isinstance(o, torch.optim.AdamW) else 1)
+                  for o in optimizers for g in o.param_groups for p in g["params"])
+    shards = min(ranks, 8) if ranks % min(ranks, 8) == 0 else ranks  # over the ranks of a node (distributed.py)
+    numbers = sum(p.numel() for p in model.parameters())
+    use = {"weights": 4 * numbers // shards, "gradients": 4 * sum(p.numel() for p in ours) // shards,
+           "optimiser": 4 * moments // shards}
+    if ranks > 1:
+        blocks = [sum(p.numel() for p in b.parameters()) for b in model.blocks()]
+        rest, wide = numbers - sum(blocks), 2 if bf16 else 4
+        use["gathered weights"] = wide * (rest + 2 * max(blocks))  # this block, the next one, what is in no block
+        use["gradients to share"] = (wide + 4) * max(rest, max(blocks)) + wide * rest  # as made, and in fp32 to be summed
+    elif bf16:
+        use["bf16 weights"] = 2 * numbers
+    if bf16:
+        model.bfloat16() if ranks > 1 else autocast(model)
+    crops, (m, k) = shape["crops"], shape["windows"]
+    use |= activations(model, shape["rows"], shape["tokens"] // cp, -(-crops // cp), (-(-m // cp), k),
+                       min(shape["learned"], shape["rows"] * shape["tokens"] // cp), recompute, ranks > 1)
+    return use
+
+
+def resident(step):
+    """Bytes this process takes after `step()`, once all code of a step has been loaded (Linux; elsewhere: the most)."""
+    step()
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

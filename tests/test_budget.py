@@ -1,0 +1,67 @@
+"""--dry_run tells what a run will take; who believes it should not be told "out of memory"."""
+import json
+import re
+
+import pytest
+import torch
+from test_pretrain import run
+
+import budget
+import longctx
+import pretrain
+from model import Molmo2, ModelConfig
+
+
+def told(text):
+    """{what: GB} of the table."""
+    return {what: float(n) for what, n in re.findall(r"^  (\D+?) +([\d.]+) GB", text, re.M)}
+
+
+@pytest.mark.parametrize("config, vit, total", [("8b", 382_505_936, 8_661_703_120), ("4b", 382_505_936, 4_850_869_200),
+                                                ("7b", 382_505_936, 7_760_786_896)])
+def test_parameters_are_those_of_the_published_files(config, vit, total, capsys):
+    with pytest.raises(SystemExit) as e:
+        pretrain.main(longctx.DEFAULTS, longctx.PRESETS, ["--config", config, "--cp", "8", "--world", "16", "--dry_run"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and f"{total:,} parameters: vit {vit:,}" in text
+    assert told(text)["weights"] == pytest.approx(4 * total / 8 / 2 ** 30, abs=1e-3)
+
+
+def test_bytes_that_live_at_once():
+    """By hand: 4 KB stay, 8 KB come and go, a view costs nothing, what was there before does not count."""
+    with torch.device("meta"):
+        old = torch.empty(1024)
+        with budget.Alive([old]) as alive:
+            a = torch.empty(1024)
+            b = a.view(32, 32).t()
+            c = torch.cat([a, old])
+            assert (alive.now, alive.peak) == (12288, 12288)
+            del c
+            old.view(-1)
+            assert alive.now == 4096
+            d = torch.empty(1024)
+            assert (alive.now, alive.peak) == (8192, 12288)
+            del a, d
+            assert alive.now == 4096 and b.shape == (32, 32)
+
+
+def test_recomputing_keeps_the_inputs_of_blocks_alone():
+    cfg = ModelConfig(layers=8, width=64, heads=4, kv_heads=4, head_dim=16, mlp=128, vocab=512, crop=16, patch=8,
+                      vit_width=16, vit_heads=2, vit_head_dim=8, vit_mlp=32, vit_features=(1, 0), qk_norm="head")
+    kept = {}
+    for recompute in (False, True):
+        with torch.device("meta"):
+            model = Molmo2(cfg)
+        kept[recompute] = budget.activations(model, 2, 512, 1, (1, 4), 10, recompute, False)["activations"]
+    blocks = 8 * 2 * 512 * 64 * 4
+    assert blocks < kept[True] < 2 * blocks and kept[False] > 8 * blocks
+
+
+@pytest.mark.slow
+def test_small_takes_what_it_was_said_to_take(tmp_path):
+    """(must show 6) within 15 % of the process's peak."""
+    _, text = run(tmp_path, "--config", "small", "--dry_run")
+    run(tmp_path, "--config", "small", "--steps", "40", "--eval_scenes", "4")
+    with open(tmp_path / "out/small/pretrain/log.jsonl") as f:
+        took = max(row.get("memory_gb", 0) for row in map(json.loads, f))
+    assert told(text)["together"] == pytest.approx(took, rel=0.15)
