@@ -86,6 +86,7 @@ class Config:
     warmup_vit: int = flag(2000, "steps of linear warm-up")
     warmup_connector: int = flag(200, "steps of linear warm-up")
     warmup_decoder: int = flag(2000, "steps of linear warm-up")
+    lr_end: float = flag(0.1, "learning rate of the last step, as a share of the peak")
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.95, "AdamW")
     adam_eps: float = flag(1e-6, "AdamW")
@@ -119,7 +120,7 @@ PRESETS = {
     "small": dict(data=("toy",), steps=1000, global_batch=24, micro_batch=12, seq_len=256, tiles=0,
                   max_crops=16, max_frames=16, optimizer="muon", lr_vit=4e-3, lr_connector=2e-3,
                   lr_decoder=1e-3, warmup_vit=30, warmup_connector=30, warmup_decoder=30,
-                  response_dropout=0.0, save_every=200, eval_every=10**6, workers=1, cache=1.0),
+                  lr_end=0.0, response_dropout=0.0, save_every=200, eval_every=10**6, workers=1, cache=1.0),
     # without --recompute a row of 46 frames alone takes 41 GB of an 80 GB card (--dry_run shows it)
     **{name: dict(recompute=True) for name in ("1b", "4b", "7b", "8b")},
 }
@@ -294,12 +295,11 @@ def make_optimizers(model, cfg):
     return optimizers, names
 
 
-def schedule(step, steps, warmup):
-    """Learning rate as a share of its peak: linear from 0, then a cosine down to a tenth. step counts from
-    0."""
+def schedule(step, steps, warmup, end=0.1):
+    """Learning rate as a share of its peak: linear from 0, then a cosine down to `end`. step counts from 0."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    return end + (1 - end) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 class Log:
@@ -642,7 +642,7 @@ def train(cfg, defaults, stop):
         # 5. Learning rates of this step.
         for o in optimizers:
             for group in o.param_groups:
-                group["lr"] = group["peak"] * schedule(step, cfg.steps, group["warmup"])
+                group["lr"] = group["peak"] * schedule(step, cfg.steps, group["warmup"], cfg.lr_end)
 
         # 6. Gradients of all micro-batches add up; over ranks FSDP takes their mean.
         loss = torch.zeros((), device=device)

@@ -39,7 +39,7 @@ COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), 
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
 FOLDER = os.path.join("data", "toy")  # where every stage looks for it
-VERSION = 29  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 30  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -195,9 +195,11 @@ def counting(rng, scene):
                  answer=str(len(select(scene, c, s)))) for c, s in asked]
 
 
-def pair(rng, scenes):
-    """Questions about two pictures: which one shows something, where it is in each, where in one of them."""
-    out = []
+def pair(rng, scenes, trains=False):
+    """Questions about two pictures: which one shows something, where it is in each, where in one of them; in training
+    also what is in each, from which it is learned what belongs to which."""
+    out = [dict(task="multi_image_qa", prompt=f"What is in image {k}?", answer=listed(s["objects"]).capitalize() + ".")
+           for k, s in enumerate(scenes)] if trains else []
     find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
     for _ in range(2):
         some, other = (rng.choice(scenes[rng.randrange(2)]["objects"]) for _ in range(2))
@@ -393,13 +395,22 @@ def about_clip(rng, clip):
     return out, subtitles
 
 
-def lookups(rng, clip, n=3):
-    """Where something is at a given moment: a track is many of these, and one by one they are learned
+def listed(objects):
+    return listing([f"a {o['colour']} {o['shape']}" for o in objects]) if objects else "nothing"
+
+
+def lookups(rng, clip, n=2):
+    """What is there at a moment, and where something is then: a track is many of these, and one by one they are learned
     sooner."""
     seen = [(k, o) for k in range(clip["looks"]) for o in clip["objects"] if there(o, k)]
     asked = [(k, o, name_of(rng, o, k)) for k, o in rng.sample(seen, min(n, len(seen)))]
-    return [dict(task="video_pointing", prompt=f"Point to the {name} at {k / 2:g} seconds.", label=name,
-                 points=[point(o, k)]) for k, o, name in asked]
+    k = rng.randrange(clip["looks"])
+    there_then = sorted((dict(o, colour=colour_at(o, k)) for o in clip["objects"] if there(o, k)),
+                        key=lambda o: o["path"][k])
+    return [dict(task="video_qa", prompt=f"What is there at {k / 2:g} seconds?",
+                 answer=listed(there_then).capitalize() + ".")] + [
+        dict(task="video_pointing", prompt=f"Point to the {name} at {k / 2:g} seconds.", label=name,
+             points=[point(o, k)]) for k, o, name in asked]
 
 
 def still(rng, clip):
@@ -496,7 +507,7 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         rng = random.Random(f"toy {seed} pair {i}")
         two = rng.sample(drawn[held_out:], 2)
         rows["pairs"].append(dict(id=f"pair-{i}", images=[n for n, _ in two],
-                                  annotations=pair(rng, [s for _, s in two])))
+                                  annotations=pair(rng, [s for _, s in two], True)))
     for i in range(held_out // 2):
         two = drawn[2 * i:2 * i + 2]
         rows["eval/pairs"].append(dict(id=f"held-out-pair-{i}", images=[n for n, _ in two],
@@ -558,7 +569,7 @@ def without_masks(row):
 
 # Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets
 # most.
-FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=1.7, clips=2.4, tracks=2.0, stills=0.7,
+FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.0, clips=2.4, tracks=2.4, stills=0.7,
                long_clips=3.0, long_tracks=6.0)
 
 
@@ -590,7 +601,7 @@ def segment(frames, points):
     """Masks of what lies under points: {id: (frames, H, W) bool}. frames: [(H, W, 3) uint8]; points: [(frame,
     x, y, id)].
 
-    A shape is one colour inside a dark line: the region of like colour around the point, grown by the line.
+    A shape is one colour inside a dark line: the region of like colour around the point, and half of the line.
     It stands here for SAM 2 or the like, and has the signature that eval.py --segmenter asks for.
     """
     h, w = frames[0].shape[:2]
@@ -598,15 +609,21 @@ def segment(frames, points):
     for k, x, y, i in points:
         image = Image.fromarray(np.ascontiguousarray(frames[k]))
         seed = min(int(x * w), w - 1), min(int(y * h), h - 1)
-        ImageDraw.floodfill(image, seed, (255, 0, 255), thresh=70)
+        ImageDraw.floodfill(image, seed, (255, 0, 255), thresh=130)
         found = (np.asarray(image) == (255, 0, 255)).all(-1)
         if found.mean() < 0.4:  # not the background
-            grown = found.copy()
-            for _ in range(2):  # the line is three pixels wide, its middle is where the shape ends
-                pad = np.pad(grown, 1)
-                grown = pad[1:-1, 1:-1] | pad[:-2, 1:-1] | pad[2:, 1:-1] | pad[1:-1, :-2] | pad[1:-1, 2:]
-            masks[i][k] |= grown
+            line = frames[k].max(-1) < 80
+            for _ in range(6):  # out to the line, and along it into the tips of a star
+                found |= grown(found) & line
+            # the line is three pixels wide, and its middle is where the shape ends
+            masks[i][k] |= ~grown(grown(~grown(found)))
     return masks
+
+
+def grown(mask):
+    """A mask (H, W) and the pixels left, right, above and below it."""
+    pad = np.pad(mask, 1)
+    return mask | pad[:-2, 1:-1] | pad[2:, 1:-1] | pad[1:-1, :-2] | pad[1:-1, 2:]
 
 
 # ---- evaluation: ask about held-out scenes, compare with their geometry ------------------------------------
