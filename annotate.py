@@ -204,7 +204,7 @@ class Served:
         messages, url = [dict(role="user", content=content)], self.url + "/chat/completions"
         for _ in range(2):
             body = dict(model=self.model, temperature=0, max_tokens=1024, messages=messages)
-            kept = self.client.ask(step, url, digest(url.partition("//")[0], body), json=body)
+            kept = self.client.ask(step, url, digest(body), json=body)
             self.note(step, str(kept["reply"].get("model") or self.model) if isinstance(kept["reply"], dict) else
                       self.model, kept["date"], url)
             text, why = read_reply(kept["reply"])

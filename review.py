@@ -71,20 +71,22 @@ class Work:
         return rows
 
     def decisions(self):
-        """{(row id, key): the last decision}. A line cut short by a crash is the last one and is no decision."""
+        """{(row id, key): the last decision}."""
         last = {}
         if os.path.exists(self.log):
             with open(self.log, encoding="utf-8") as f:
-                for line in f:
-                    if line.endswith("\n"):
+                for n, line in enumerate(f, 1):
+                    try:
                         d = json.loads(line)
                         last[d["row"], d["key"]] = d
+                    except ValueError:  # what a crash left of the decision under way
+                        print(f"{self.log}:{n} is cut short and does not count")
         return last
 
     def append(self, decision):
         with open(self.log, "a+b") as f:
             f.seek(max(f.seek(0, 2) - 1, 0))
-            torn = f.read(1) not in (b"", b"\n")  # what a crash left becomes a line of its own
+            torn = f.read(1) not in (b"", b"\n")  # what a crash left stays a line of its own
             f.write(b"\n" * torn + json.dumps(decision).encode() + b"\n")
             f.flush()
             os.fsync(f.fileno())

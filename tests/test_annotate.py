@@ -1,17 +1,31 @@
 """Making data: what servers are asked and what becomes of their answers, what filters let through, what the page
 keeps and refuses, what training leaves out."""
+import base64
 import contextlib
+import functools
+import http.server
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
+import wave
+from collections import Counter
 
+import numpy as np
 import pytest
+import requests
+from conftest import HERE, picture, video, write_lines
+from PIL import Image
 
-from review import Reviewer
+import annotate
+from data import parse_row
+from review import Reviewer, Work
 
+ROOT = os.path.dirname(HERE)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell"))),
                None)
 
@@ -86,3 +100,366 @@ class Browser:
             self("Browser.close")
         self.process.wait(20)
         os.close(self.write), os.close(self.read)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not BROWSER:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    b = Browser(tmp_path / "profile")
+    yield b
+    b.close()
+
+
+@contextlib.contextmanager
+def reviewing(file):
+    """The page's server for a file: yields (server, its address)."""
+    server = Reviewer(str(file), "ann", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Two clips and a picture in a folder of data, with a secret beside it."""
+    folder = tmp_path / "data"
+    picture(folder / "wall.png", "red")
+    video(folder / "grey.mp4")
+    (tmp_path / "secret.mp4").write_bytes((folder / "grey.mp4").read_bytes())
+    return write_lines(folder / "rows.jsonl", [
+        dict(id="one", video="grey.mp4", duration=2.0, annotations=[
+            dict(task="video_caption", answer="It gets lighter."), dict(task="video_qa", prompt="What gets lighter?", answer="All.")]),
+        dict(id="two", video="grey.mp4", start=0.5, end=1.5, duration=2.0, annotations=[
+            dict(task="video_qa", question="How light?", options=["dark", "light"], correct=0)]),
+        dict(id="wall", image="wall.png", annotations=[dict(task="image_caption", answer="A wall.")])])
+
+
+def said(file):
+    with open(file.replace(".jsonl", ".work/decisions.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def test_a_browser_accepts_edits_rejects_and_tracks_and_a_reload_keeps_it_all(browser, lines):
+    """Who labels for an hour and closes the window must find all of it, and training must read it."""
+    saved = "document.getElementById('saved').textContent === 'saved'"
+    with reviewing(lines) as (server, url):
+        browser.open(url)
+        browser.key("a")  # the caption is right
+        browser.until("document.getElementById('f_answer')?.value === 'All.'")
+        browser.key("e")
+        browser.js("document.getElementById('f_answer').value = ''")
+        browser.click("#f_answer")
+        browser.type("The wall.")
+        browser.key("Escape")
+        browser.until(saved)
+        browser.key("n")
+        browser.until("location.hash.startsWith('#1/') && document.querySelector('input[type=radio]')")
+        browser.key("r")
+        browser.until("location.hash.startsWith('#2/') && document.getElementById('f_answer')?.value === 'A wall.'")
+        browser.js("document.querySelectorAll('nav a')[0].click()")
+        browser.until("location.hash.startsWith('#0/') && document.getElementById('moment').textContent.startsWith('0 s')")
+        browser.key("t")
+        browser.until("document.activeElement.id === 'f_label'")
+        browser.type("speck")
+        browser.key("Escape")
+        for k, (x, y) in enumerate(((0.25, 0.5), (0.5, 0.5), (0.75, 0.25))):  # a click goes on to the next moment
+            browser.until(f"document.getElementById('views').value == {k}")
+            browser.click("#frame", x, y)
+            browser.until(saved + f" && document.getElementById('form').textContent.includes('{k + 1} points')")
+        browser.js("delete document.body.dataset.ready, location.reload()")
+        browser.until("document.body?.dataset.ready === 'yes' && document.querySelectorAll('.mark').length")
+        assert browser.js("document.getElementById('f_label').value") == "speck"
+        assert browser.js("document.getElementById('count').textContent") == "4 of 5 decided"
+        lines_now, n = server.work.finish()
+    rows = [json.loads(line) for line in open(lines)]
+    assert (lines_now, n) == (2, 4) and [r["id"] for r in rows] == ["one", "wall"]
+    caption, question, track = rows[0]["annotations"]
+    assert caption["answer"] == "It gets lighter." and question["answer"] == "The wall."
+    assert (track["task"], track["label"], [p["t"] for p in track["points"]]) == ("video_tracking", "speck", [0, 0.5, 1])
+    for p, (x, y) in zip(track["points"], ((0.25, 0.5), (0.5, 0.5), (0.75, 0.25))):
+        assert abs(p["x"] - x) < 0.01 and abs(p["y"] - y) < 0.01  # a click lands on a whole pixel
+    assert [(d["verdict"], d["who"]) for d in said(lines)][:3] == [("accept", "ann"), ("edit", "ann"), ("reject", "ann")]
+    assert all(d["when"][:4].isdigit() for d in said(lines)) and parse_row(json.dumps(rows[0]).encode())
+    assert rows[0]["provenance"][-1]["who"] == "ann"
+
+
+# ---- the page's server -----------------------------------------------------------------------------------------
+
+def test_the_page_answers_this_machine_alone(lines, tmp_path):
+    """A web site one visits, or a name that points here, must read neither the videos nor the decisions."""
+    with reviewing(lines) as (server, url):
+        port, rows = server.server_port, url + "rows"
+        assert requests.get(rows).status_code == requests.get(rows, headers={"Host": f"localhost:{port}"}).status_code == 200
+        for headers in ({"Host": "evil.example"}, {"Host": f"evil.example:{port}"}, {"Origin": "https://evil.example"},
+                        {"Origin": "null"}, {"Origin": f"https://127.0.0.1:{port}"}, {"Sec-Fetch-Site": "cross-site"}):
+            for r in (requests.get(rows, headers=headers), requests.get(url + "picture?i=0&t=0", headers=headers),
+                      requests.post(url + "decide", json=dict(i=0, key="x", verdict="accept"), headers=headers)):
+                assert r.status_code == 403 and "for this machine" in r.text
+        with open("/proc/net/tcp") as f:  # address:port in hex, 0A = listens
+            listening = [line.split()[1] for line in f if line.split()[3] == "0A"]
+        assert f"0100007F:{port:04X}" in listening and f"00000000:{port:04X}" not in listening
+        assert not os.path.exists(lines.replace(".jsonl", ".work/decisions.jsonl"))
+
+
+def test_no_file_outside_the_data_is_shown(lines):
+    folder = os.path.dirname(lines)
+    os.symlink("../secret.mp4", os.path.join(folder, "link.mp4"))
+    rows = [json.loads(line) for line in open(lines)]
+    names = ["../secret.mp4", "link.mp4", os.path.join(os.path.dirname(folder), "secret.mp4"), "file:///etc/passwd"]
+    write_lines(lines, [dict(rows[0], id=str(k), video=name) for k, name in enumerate(names)] + rows)
+    with reviewing(lines) as (_, url):
+        for i in range(len(names)):
+            for path in (f"video?i={i}", f"picture?i={i}&t=0", f"row?i={i}"):
+                r = requests.get(url + path)
+                assert r.status_code == 422 and "media path" in r.json()["error"]
+        for path in ("../secret.mp4", "%2e%2e/secret.mp4", "etc/passwd", "review.py", "video?i=99", "video?i=x", "picture"):
+            assert requests.get(url + path).status_code in (400, 404)
+        part = requests.get(url + f"video?i={len(names)}", headers={"Range": "bytes=4-7"})
+        assert part.status_code == 206 and part.content == b"ftyp"
+        picture = Image.open(io.BytesIO(requests.get(url + f"picture?i={len(names)}&t=1.0").content))
+        assert abs(np.asarray(picture).mean() - 100) < 4  # its tenth frame is of grey level 100
+
+
+def test_decisions_are_checked_and_outlive_a_crash(lines):
+    """What training could not read is refused with the reason; half a line, as a crash leaves it, harms nothing."""
+    with reviewing(lines) as (server, url):
+        row = requests.get(url + "row?i=0").json()
+        key = row["annotations"][0]["key"]
+        decide = lambda **d: requests.post(url + "decide", json=dict(dict(i=0, key=key), **d))
+        outside = dict(task="video_tracking", label="x", points=[dict(t=0, x=1.5, y=0, id=0)])
+        for d, message in ((dict(verdict="edit", annotation=outside), "outside"), (dict(verdict="perhaps"), "verdict"),
+                           (dict(verdict="accept", key="other"), "no annotation"),
+                           (dict(verdict="edit", annotation=dict(task="video_caption", answer="")), "nothing is said")):
+            r = decide(**d)
+            assert r.status_code == 422 and message in r.json()["error"]
+        assert decide(verdict="reject").status_code == 200
+        with open(server.work.log, "a") as f:
+            f.write('{"row": "one", "key": "' + key + '", "verd')
+        assert decide(verdict="accept").status_code == 200
+    work = Work(lines)
+    assert [d["verdict"] for d in work.decisions().values()] == ["accept"]
+    assert work.finish() == (3, 4)
+
+
+# ---- servers of models -----------------------------------------------------------------------------------------
+
+class FakeModel(http.server.ThreadingHTTPServer):
+    """A server of the OpenAI protocol. answer(step, body) gives the text of an answer, or (status, reply, headers), or None
+    to keep the client waiting; every request is noted as (step, body)."""
+    daemon_threads = True
+    STEPS = {"This is the frame": "describe", "A person told": "merge", "A person said": "contradictions",
+             "Could the question": "ambiguous", "could the question": "ambiguous", "different questions": "questions",
+             "Answer from this alone": "answerable", "You cannot see": "guessable", "Do they say the same": "agree"}
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path == "/v1/audio/transcriptions":
+                    step, body = "narration", raw
+                else:
+                    body = json.loads(raw)
+                    text = body["messages"][0]["content"][0]["text"]
+                    step = next(step for words, step in FakeModel.STEPS.items() if words in text)
+                self.server.asked.append((step, body))
+                said = self.server.answer(step, body)
+                if said is None:
+                    return time.sleep(1)
+                status, reply, headers = said if isinstance(said, tuple) else (200, chat(said), {})
+                reply = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                self.send_response(status)
+                for k, v in {**headers, "Content-Length": len(reply)}.items():
+                    self.send_header(k, str(v))
+                self.end_headers()
+                self.wfile.write(reply)
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def steps(self):
+        return Counter(step for step, _ in self.asked)
+
+
+def chat(text, **more):
+    return dict(model="open-vl", choices=[dict(message=dict(role="assistant", content=text), finish_reason="stop") | more])
+
+
+MERGED = "The wall is dark at first and gets lighter and lighter until it is of a pale grey."
+USUAL = dict(describe="A grey wall.", merge=MERGED, contradictions="[]", ambiguous="false", guessable="blue", agree="false",
+             answerable="it gets lighter", questions=json.dumps(
+                 [dict(question="What does the wall do?", answer="It gets lighter.", wrong=["It falls.", "It moves."])]))
+
+
+@pytest.fixture
+def model():
+    servers = []
+
+    def start(answer=lambda step, body: USUAL[step]):
+        servers.append(FakeModel(answer))
+        return servers[-1]
+    yield start
+    for s in servers:
+        s.shutdown()
+        s.server_close()
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """n narrated clips of 2 s in a folder."""
+    def make(n):
+        paths = []
+        for i in range(n):
+            paths.append(video(tmp_path / f"{i}.mp4", size=(48, 32 + 2 * i)))
+            (tmp_path / f"{i}.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nThe wall is dark\n\n"
+                                               f"2\n00:00:01,000 --> 00:00:02,000\nand it gets lighter in clip {i}.\n")
+        return paths
+    return make
+
+
+def flags(tmp_path, server, name="captions"):
+    return ["--out", str(tmp_path / f"{name}.jsonl"), "--url", server.url, "--model", "open-vl", "--licence", "Apache-2.0"]
+
+
+def all_rows(tmp_path, name="captions"):
+    return [json.loads(line) for line in open(tmp_path / f"{name}.work" / "rows.jsonl")]
+
+
+def test_what_a_server_is_asked_and_what_becomes_of_it(tmp_path, model, clips):
+    """The prompts hold what was said and the pictures what was seen; the answers become lines that train."""
+    server = model()
+    annotate.main(["caption", *clips(1), *flags(tmp_path, server), "--narrator", "ann", "--frames", "3"])
+    row, = map(parse_row, open(tmp_path / "captions.jsonl", "rb"))
+    assert (row["video"], row["annotations"]) == ("0.mp4", [dict(task="video_caption", answer=MERGED)])
+    looks = [body["messages"][0]["content"] for step, body in server.asked if step == "describe"]
+    grey = []
+    for content in looks:
+        kind, data = content[1]["image_url"]["url"].split(",")
+        assert kind == "data:image/jpeg;base64"
+        grey.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).mean())
+    assert [f["t"] for f in row["frames"]] == [0, 1, 1.9] and np.abs(np.array(grey) - (0, 100, 190)).max() < 4
+    merge, = (body for step, body in server.asked if step == "merge")
+    assert (merge["model"], merge["temperature"]) == ("open-vl", 0)
+    text = merge["messages"][0]["content"][0]["text"]
+    assert "The wall is dark and it gets lighter in clip 0." in text and "1 s: A grey wall." in text
+    by = {p["step"]: p for p in row["provenance"]}
+    assert by["narration"]["by"] == "people" and by["narration"]["who"] == "ann"
+    for step in ("describe", "merge", "contradictions"):
+        assert by[step]["model"] == "open-vl" and by[step]["licence"] == "Apache-2.0" and by[step]["prompt"]
+        assert by[step]["date"][:4].isdigit() and "closed" not in by[step]
+
+    annotate.main(["qa", str(tmp_path / "captions.jsonl"), *flags(tmp_path, server, "qa")])
+    row, = map(parse_row, open(tmp_path / "qa.jsonl", "rb"))
+    a, = row["annotations"]
+    assert a["options"][a["correct"]] == "It gets lighter." and sorted(a["options"]) == ["It falls.", "It gets lighter.", "It moves."]
+    seen = {step: body["messages"][0]["content"][0]["text"] for step, body in server.asked}
+    assert MERGED in seen["answerable"] and "- It falls." in seen["answerable"]
+    assert MERGED not in seen["guessable"] and "- It falls." in seen["guessable"]
+
+
+def test_every_way_a_server_can_fail_is_counted_and_asked_again_where_it_helps(tmp_path, model, clips, capsys):
+    """One clip, one failure each; the others are not held up, and a second run asks only for what had no answer."""
+    once, lock = set(), threading.Lock()
+
+    def first(key):
+        with lock:
+            return key not in once and not once.add(key)
+
+    def answer(step, body):
+        text = body["messages"][0]["content"][0]["text"]
+        clip = int(text.split("in clip ")[1][0]) if "in clip " in text else None
+        if step == "merge":
+            if clip == 0 and first("timeout"):
+                return None
+            if clip == 1 and first(429):
+                return 429, {}, {"Retry-After": "0"}
+            if clip == 2 and first(500):
+                return 500, {}, {}
+            if clip == 7 and first("page"):
+                return 200, b"<html>", {}
+            return {3: "I'm sorry, but I cannot help with that.", 4: "",
+                    6: (200, chat("so " * 9, finish_reason="length"), {})}.get(clip, USUAL[step])
+        if step == "contradictions" and clip == 5:
+            return "none, I think" if len(body["messages"]) == 1 else "[]"
+        if step == "contradictions" and clip == 8:
+            return '["clip 8"]'
+        return USUAL[step]
+
+    server, paths = model(answer), clips(9)
+    command = ["caption", *paths, *flags(tmp_path, server), "--timeout", "0.4"]
+    annotate.main(command)
+    reasons = [row["annotations"][0].get("left_out") for row in all_rows(tmp_path)]
+    assert reasons == [None, None, None, "merge: refusal", "merge: empty answer", None, "merge: overlong answer",
+                       "merge: no answer of the protocol", "check: narration and frames disagree"]
+    assert "'merge: refusal': 1" in capsys.readouterr().out
+    annotate.main(["report", str(tmp_path / "captions.jsonl")])
+    page = (tmp_path / "captions.work" / "report.html").read_text()
+    for what in ("merge: ReadTimeout, asked again", "merge: 429, asked again", "merge: 500, asked again", "merge: refusal",
+                 "merge: empty answer", "contradictions: answered", "merge: overlong answer"):
+        assert what in page
+    before = len(server.asked)
+    annotate.main(command)
+    assert Counter(step for step, _ in server.asked[before:]) == {"merge": 1, "contradictions": 1}  # of clip 7 alone
+    assert "left_out" not in all_rows(tmp_path)[7]["annotations"][0]
+
+
+def test_a_server_that_is_gone_or_says_no_ends_the_run_with_one_line(tmp_path, model, clips, capsys, monkeypatch):
+    paths = clips(1)
+    for status in (401, 307):
+        with pytest.raises(SystemExit) as e:
+            annotate.main(["caption", *paths, *flags(tmp_path, model(lambda step, body: (status, {"error": "no"}, {"Location": "/"})))])
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and f"status {status}" in error and error.count("\n") == 1
+    monkeypatch.setattr(annotate, "patiently", functools.partial(annotate.patiently, pause=0.01))
+    with pytest.raises(SystemExit) as e:
+        annotate.main(["caption", *paths, *flags(tmp_path, model(lambda step, body: (503, {}, {})))])
+    assert e.value.code == 2 and "1 annotations wait for a server" in capsys.readouterr().err
+
+
+def test_a_run_killed_halfway_repeats_no_request_and_writes_the_same(tmp_path, model, clips):
+    """kill -9 after 20 answers: paid answers are not paid for again."""
+    paths, process = clips(6), None
+
+    def answer(step, body):
+        if process and len(server.asked) > 20:
+            process.kill()
+            return None
+        return USUAL[step]
+
+    server = model(answer)
+    command = ["caption", *paths, *flags(tmp_path, server), "--concurrency", "3"]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "annotate.py"), *command], env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert process.wait(60) == -9 and not (tmp_path / "captions.jsonl").exists()
+    kept = len([n for n in os.listdir(tmp_path / "captions.work" / "requests") if n.endswith(".json")])
+    assert 15 <= kept <= 20
+    process, before = None, len(server.asked)
+    annotate.main(command)
+    body = lambda asked: json.dumps(asked[1])
+    assert len(server.asked) - before + kept == len(set(map(body, server.asked)))  # what was kept was not asked again
+    resumed = (tmp_path / "captions.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "captions.work")
+    annotate.main(command)
+    assert (tmp_path / "captions.jsonl").read_bytes() == resumed and resumed.count(b"\n") == 6
+
+
+def test_speech_is_transcribed_and_cut_into_clips(tmp_path, model):
+    """A narration that is sound goes to the server as a file; its pauses are where the video is cut."""
+    path = video(tmp_path / "a.mp4", n=24, fps=4)
+    with wave.open(str(tmp_path / "a.wav"), "wb") as f:
+        f.setnchannels(1), f.setsampwidth(2), f.setframerate(8000), f.writeframes(b"\0\1" * 800)
+    segments = [dict(start=k * 2.0, end=k * 2 + 1.5, text=f" The wall is getting lighter in part {k}. ") for k in range(3)]
+    server = model(lambda step, body: (200, dict(text="", segments=segments), {}) if step == "narration" else USUAL[step])
+    annotate.main(["caption", path, *flags(tmp_path, server), "--asr_url", server.url, "--asr_model", "whisper", "--clip_seconds", "4"])
+    rows = all_rows(tmp_path)
+    assert [(r["start"], r["end"], [s["text"][-7:] for s in r["narration"]]) for r in rows] == [
+        (0.0, 4.0, ["part 0.", "part 1."]), (4.0, 6.0, ["part 2."])]
+    form, = (body for step, body in server.asked if step == "narration")
+    assert (tmp_path / "a.wav").read_bytes() in form and b"verbose_json" in form and b"whisper" in form
+    assert [p["step"] for p in rows[0]["provenance"]][:2] == ["speech", "narration"]
