@@ -57,8 +57,8 @@ from weights import BadCheckpoint
 STAND_IN = "rule-based stand-in, no language model"
 SOUND = (".wav", ".mp3", ".m4a", ".flac", ".ogg")
 # Who sells answers of models whose weights are not published, and what such models are called behind other hosts.
-CLOSED_HOSTS = ("openai.com", "openai.azure.com", "anthropic.com", "googleapis.com", "amazonaws.com", "x.ai",
-                "cohere.com", "cohere.ai", "perplexity.ai", "ai21.com", "openrouter.ai")
+CLOSED_HOSTS = re.compile(r"(^|\.)(openai\.com|openai\.azure\.com|anthropic\.com|(generativelanguage|aiplatform)\.googleapis\.com|"
+                          r"bedrock[\w-]*\.[\w-]+\.amazonaws\.com|x\.ai|cohere\.(com|ai)|perplexity\.ai|ai21\.com)$")
 CLOSED_MODELS = re.compile(r"gpt-[345]|chatgpt|claude|gemini|(^|/)o[134](-|$)", re.I)
 REFUSAL = re.compile(r"\s*(i'?m sorry|i am sorry|sorry|i can ?not|i can'?t|i'?m unable|i am unable|as an ai\b)", re.I)
 LONGEST = 6000  # characters of an answer; a model that writes more has lost its way
@@ -102,7 +102,7 @@ def check_server(flag, url, model, allow_closed):
         raise UserError(f"{flag} {url}: not a URL; e.g. http://localhost:8000/v1")
     if parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
         raise UserError(f"{flag} {url}: only https, except on this machine")
-    by_host = [h for h in CLOSED_HOSTS if host == h or host.endswith("." + h)]
+    by_host = CLOSED_HOSTS.search(host)
     closed = bool(by_host or CLOSED_MODELS.search(model))
     if closed and not allow_closed:
         raise UserError(f"{flag} {url}: {host if by_host else 'model ' + model} is a closed model's, and its answers are "
