@@ -1,5 +1,5 @@
 """
-A page on which people look at the lines of a JSONL file and decide: `python annotate.py review FILE` serves it.
+A page on which people look at the lines of a JSONL file and decide: `python annotate.py review FILE`.
 
     FILE.work/rows.jsonl        every line as it was made, also what was left out, and why
     FILE.work/decisions.jsonl   what people said of it, who and when; only ever appended to
@@ -7,9 +7,10 @@ A page on which people look at the lines of a JSONL file and decide: `python ann
               ▼
     FILE                        what passed, with the decisions applied: it trains as it is
 
-An annotation is known by a hash of what it was when it was made; its last decision counts. So nothing is ever
-overwritten, and FILE can be written again at any time. The page itself is review.html.
+An annotation is known by a hash of what it was when it was made; its last decision counts. Nothing is ever
+overwritten, so FILE can be written again at any time. The page itself is review.html.
 """
+import collections
 import datetime
 import hashlib
 import http.server
@@ -26,6 +27,7 @@ from data import MEDIA, BadRow, check_annotation, parse_row
 from media import BadMedia, inside_folder, load_frames, load_image, sample_times, video_duration
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+OWN = ("key", "status", "left_out")  # what an annotation carries here and not in the file that trains
 
 
 def digest(*parts):
@@ -40,45 +42,56 @@ def write_whole(path, text):
     os.replace(aside, path)
 
 
-def jpeg(pixels, side=768):
+def jpeg(pixels, side):
+    """JPEG bytes of (H, W, 3) uint8, its longer side at most `side`."""
     image, out = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((side, side))
     image.save(out, "jpeg", quality=90)
     return out.getvalue()
 
 
-# ---- lines, decisions, and the file that trains --------------------------------------------------------------
+def kind_of(row):
+    return next((k for k in MEDIA if k in row), None)
+
+
+# ---- lines, decisions, and the file that trains ------------------------------------------------------------
 
 class Work:
-    """What lies beside FILE.jsonl in FILE.work/: every line, also those left out, and the decisions of people."""
+    """What lies beside FILE.jsonl in FILE.work/."""
 
     def __init__(self, file):
         self.file, self.folder = file, os.path.splitext(file)[0] + ".work"
-        self.rows_path, self.log = (os.path.join(self.folder, n) for n in ("rows.jsonl", "decisions.jsonl"))
+        self.made, self.log, self.mark = (os.path.join(self.folder, name)
+                                          for name in ("rows.jsonl", "decisions.jsonl", "written"))
         os.makedirs(self.folder, exist_ok=True)
 
     def rows(self):
-        """Every line as it was made; of a file made elsewhere, a copy of its lines."""
-        if not os.path.exists(self.rows_path):
+        """Every line as it was made, with a name of its own, its annotations with theirs. The lines of a file
+        made elsewhere are copied first."""
+        if not os.path.exists(self.made):
             with open(self.file, "rb") as f:
-                write_whole(self.rows_path, "".join(json.dumps(parse_row(line)) + "\n" for line in f if line.strip()))
-        with open(self.rows_path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
+                lines = [json.dumps(parse_row(line)) + "\n" for line in f if line.strip()]
+            write_whole(self.made, "".join(lines))
+            write_whole(self.mark, self.contents())
+        with open(self.made, encoding="utf-8") as f:
+            rows, names = [json.loads(line) for line in f], collections.Counter()
         for row in rows:
-            row.setdefault("id", next((str(row[k]) for k in MEDIA if k in row), "text"))
+            name = str(row.get("id") or row.get(kind_of(row), "text"))
+            names[name] += 1
+            row["name"] = name if names[name] == 1 else f"{name} #{names[name]}"
             for a in row["annotations"]:
-                a["key"] = digest(row["id"], a)[:16]
+                a["key"] = digest(a)[:16]
         return rows
 
     def decisions(self):
-        """{(row id, key): the last decision}."""
-        last = {}
+        """{row's name: {annotation's key: the last decision}}."""
+        last = collections.defaultdict(dict)
         if os.path.exists(self.log):
             with open(self.log, encoding="utf-8") as f:
                 for n, line in enumerate(f, 1):
                     try:
                         d = json.loads(line)
-                        last[d["row"], d["key"]] = d
+                        last[d["row"]][d["key"]] = d
                     except ValueError:  # what a crash left of the decision under way
                         print(f"{self.log}:{n} is cut short and does not count")
         return last
@@ -91,39 +104,54 @@ class Work:
             f.flush()
             os.fsync(f.fileno())
 
+    def contents(self):
+        """A hash of FILE, or nothing where there is none."""
+        if not os.path.exists(self.file):
+            return ""
+        with open(self.file, "rb") as f:
+            return hashlib.blake2b(f.read()).hexdigest()
+
     def finish(self):
-        """Write FILE: what passed and what people said of it, as training reads it. (lines, annotations) in it."""
+        """Write FILE: what passed and what people said of it. Returns (lines, annotations) of it. A FILE that
+        someone else wrote or changed is not replaced."""
+        ours = ""
+        if os.path.exists(self.mark):
+            with open(self.mark) as f:
+                ours = f.read()
+        if self.contents() not in ("", ours):
+            raise ValueError(f"{self.file}: changed since it was written here, and would be lost; move it "
+                             f"away, or remove {self.made} and review it as it is now")
         lines, decisions = [], self.decisions()
         for row in self.rows():
-            made, names = [], []
-            for a in settled(row, decisions):
-                if "left_out" not in a:
-                    made.append({k: v for k, v in a.items() if k not in ("key", "status")})
-                names += [(d["who"], d["when"][:10]) for d in [decisions.get((row["id"], a["key"]))] if d]
-            people = [dict(step="review", by="people", who=who, date=when) for who, when in sorted(set(names))]
-            if made:
-                lines.append(dict(row, annotations=made, **({"provenance": row.get("provenance", []) + people}
-                                                            if people or "provenance" in row else {})))
+            mine = decisions[row.pop("name")]
+            passed = [a for a in settled(row, mine) if "left_out" not in a]
+            passed = [{k: v for k, v in a.items() if k not in OWN} for a in passed]
+            people = sorted({(d["who"], d["when"][:10]) for d in mine.values()})
+            if people:
+                row["provenance"] = row.get("provenance", []) + [
+                    dict(step="review", by="people", who=who, date=date) for who, date in people]
+            lines += [dict(row, annotations=passed)] if passed else []
         write_whole(self.file, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(self.mark, self.contents())
         return len(lines), sum(len(line["annotations"]) for line in lines)
 
 
 def settled(row, decisions):
-    """The annotations of a row after people's decisions, each with its key and status; those turned away with left_out."""
-    mine = {key: d for (name, key), d in decisions.items() if name == row["id"]}
-    out = row["annotations"] + [dict(d["annotation"], key=key) for key, d in mine.items() if key.startswith("new ")]
-    for a in out:
-        d = mine.get(a["key"], {"verdict": "undecided"})
+    """The annotations of a row after people's decisions {key: decision}, each with its status; those turned
+    away have left_out."""
+    new = [dict(d["annotation"], key=key) for key, d in decisions.items() if key.startswith("new ")]
+    for a in row["annotations"] + new:
+        d = decisions.get(a["key"], {"verdict": "undecided"})
         if d["verdict"] == "edit":
             a = dict(d["annotation"], key=a["key"])
-        if d["verdict"] == "accept":
+        elif d["verdict"] == "accept":
             a = {k: v for k, v in a.items() if k != "left_out"}
-        if d["verdict"] == "reject":
+        elif d["verdict"] == "reject":
             a = dict(a, left_out="review: rejected")
         yield dict(a, status=d["verdict"])
 
 
-# ---- the page ------------------------------------------------------------------------------------------------
+# ---- the page ----------------------------------------------------------------------------------------------
 
 class Reviewer(http.server.ThreadingHTTPServer):
     """The page, the rows, their frames and the decisions, for browsers on this machine."""
@@ -136,79 +164,83 @@ class Reviewer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
+    def settled(self, row):
+        return list(settled(row, self.decisions[row["name"]]))
+
     def overview(self):
         """What the list shows of each row."""
-        return dict(file=self.work.file, who=self.who, rows=[dict(id=row["id"], sample=row.get("sample", False), annotations=[
-            {k: a.get(k) for k in ("key", "status", "task", "left_out")} for a in settled(row, self.decisions)])
-            for row in self.rows])
+        brief = lambda a: {k: a.get(k) for k in ("key", "status", "task", "left_out")}
+        rows = [dict(name=row["name"], sample=row.get("sample", False),
+                     annotations=[brief(a) for a in self.settled(row)]) for row in self.rows]
+        return dict(file=self.work.file, who=self.who, rows=rows)
 
     def row(self, i):
-        """A row, its annotations as they stand now, and its views: the moments or pictures a point can be in."""
+        """A row, its annotations as they stand now, and its views: the moments or pictures to point in."""
         row = self.rows[i]
         views = [dict(image=k) for k in range(len(row.get("images", ())))] or [{}]
         if "video" in row:
             path, start = inside_folder(self.media, row["video"]), row.get("start", 0.0)
             length = min(row.get("end", 1e9), video_duration(path)) - start
+            # short of the end, where the last frame is still shown
             views = [dict(t=round(float(t) + start, 2)) for t in sample_times(max(length - 0.05, 0), 2000)]
-        return dict(row, annotations=list(settled(row, self.decisions)), views=views,
-                    kind=next((k for k in MEDIA if k in row), None))
+        return dict(row, annotations=self.settled(row), views=views, kind=kind_of(row))
 
     def picture(self, i, view):
         """JPEG bytes of a moment of a video, or of a picture."""
         row = self.rows[i]
         if "video" in row:
-            return jpeg(load_frames(inside_folder(self.media, row["video"]), [float(view.get("t", 0))])[0], 960)
+            path = inside_folder(self.media, row["video"])
+            return jpeg(load_frames(path, [float(view["t"])])[0], 960)
         names = row.get("images") or [row["image"]]
         return jpeg(load_image(inside_folder(self.media, names[int(view.get("image", 0))])), 960)
 
     def decide(self, d):
-        """Append a decision that training could read; returns its key."""
-        row = self.rows[int(d["i"])]
-        kind = next((k for k in MEDIA if k in row), None)
-        key, verdict, when = d.get("key"), d["verdict"], datetime.datetime.now().astimezone().isoformat()
+        """Append a decision, if training could read what comes of it; returns the annotation's key."""
+        row, verdict, key = self.rows[int(d["i"])], d["verdict"], d.get("key")
+        if verdict not in ("accept", "edit", "reject", "undecided"):
+            raise BadRow("wrong field", f"verdict {verdict!r}")
         with self.lock:
-            if verdict not in ("accept", "edit", "reject", "undecided"):
-                raise BadRow("wrong field", f"verdict {verdict!r}")
-            if key is None:
-                key = "new " + digest(self.who, when)[:12]
-            elif key not in {a["key"] for a in settled(row, self.decisions)}:
-                raise BadRow("wrong field", f"no annotation {key!r} in row {row['id']}")
-            decision = dict(row=row["id"], key=key, verdict=verdict, who=self.who, when=when)
-            now = next((a for a in settled(row, self.decisions) if a["key"] == key), None)
-            if verdict == "edit" or key.startswith("new "):
-                a = d["annotation"] if verdict == "edit" else now
-                decision["annotation"] = {k: v for k, v in a.items() if k not in ("key", "status", "left_out")
-                                          and (v != "" or k not in ("prompt", "label"))}
-                check_annotation(decision["annotation"], kind, len(row.get("images", [0])))
-                now = decision["annotation"]
-            if verdict in ("accept", "edit") and now.get("answer") == "":
+            when = datetime.datetime.now().astimezone().isoformat()
+            now = next((a for a in self.settled(row) if a["key"] == key), None)
+            if key is not None and now is None:
+                raise BadRow("wrong field", f"no annotation {key!r} in row {row['name']}")
+            key = key or "new " + digest(self.who, when)[:12]
+            a = d["annotation"] if verdict == "edit" else now
+            if verdict in ("accept", "edit") and a.get("answer") == "":
                 raise BadRow("wrong field", "nothing is said in it yet")
+            decision = dict(row=row["name"], key=key, verdict=verdict, who=self.who, when=when)
+            if verdict == "edit" or key.startswith("new "):
+                a = {k: v for k, v in a.items() if k not in OWN and (v != "" or k not in ("prompt", "label"))}
+                check_annotation(a, kind_of(row), len(row.get("images", [0])))
+                decision["annotation"] = a
             self.work.append(decision)
-            self.decisions[row["id"], key] = decision
+            self.decisions[row["name"]][key] = decision
         return dict(key=key)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers the page alone: another site's page cannot ask (Origin), nor under another name (Host)."""
+    """Answers the page alone: no other site's page may ask (Origin), nor anyone under another name (Host)."""
     protocol_version = "HTTP/1.1"
 
     def respond(self, status, body, kind="application/json", **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = dict(Content_Type=kind, Content_Length=len(body), X_Content_Type_Options="nosniff",
+                       Cross_Origin_Resource_Policy="same-origin", Cache_Control="no-store", **headers,
+                       Content_Security_Policy="default-src 'self' 'unsafe-inline'; frame-ancestors 'none'")
         self.send_response(status)
-        for k, v in {"Content-Type": kind, "Content-Length": len(body), "Cache-Control": "no-store",
-                     "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
-                     "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
-                     **{k.replace("_", "-"): v for k, v in headers.items()}}.items():
-            self.send_header(k, str(v))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(body)
 
-    def handle_safely(self, work):
+    def guarded(self, work):
+        """Do it, if it may be done; what is wrong with a request goes back to the page as one line."""
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
-        if host not in self.server.hosts or origin is not None and origin.removeprefix("http://") not in self.server.hosts \
-                or self.headers.get("Sec-Fetch-Site") == "cross-site":
+        foreign = origin is not None and origin.removeprefix("http://") not in self.server.hosts
+        if host not in self.server.hosts or foreign or self.headers.get("Sec-Fetch-Site") == "cross-site":
             self.close_connection = True
-            return self.respond(403, dict(error=f"Host {host}, Origin {origin}: this page is for this machine alone"))
+            error = f"Host {host}, Origin {origin}: this is for this machine alone"
+            return self.respond(403, dict(error=error))
         url = urllib.parse.urlsplit(self.path)
         try:
             work(url.path, dict(urllib.parse.parse_qsl(url.query)))
@@ -217,40 +249,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (LookupError, ValueError, TypeError, AttributeError) as e:
             self.respond(400, dict(error=f"{type(e).__name__}: {e}"))
         except ConnectionError:
-            self.close_connection = True  # the browser went to the next row
+            self.close_connection = True  # the browser has gone on to another row
 
     def do_GET(self):
-        self.handle_safely(self.get)
+        self.guarded(self.get)
 
     def do_POST(self):
-        self.handle_safely(self.post)
+        self.guarded(self.post)
 
     def get(self, path, query):
         server = self.server
         if path == "/":
             with open(os.path.join(HERE, "review.html"), "rb") as f:
-                return self.respond(200, f.read(), "text/html; charset=utf-8")
-        if path == "/rows":
-            return self.respond(200, server.overview())
-        if path == "/row":
-            return self.respond(200, server.row(int(query["i"])))
-        if path == "/picture":
-            return self.respond(200, server.picture(int(query["i"]), query), "image/jpeg", Cache_Control="max-age=300")
-        if path == "/video":
-            return self.video(inside_folder(server.media, server.rows[int(query["i"])]["video"]))
-        return self.respond(404, dict(error=f"{path}: not here"))
+                self.respond(200, f.read(), "text/html; charset=utf-8")
+        elif path == "/rows":
+            self.respond(200, server.overview())
+        elif path == "/row":
+            self.respond(200, server.row(int(query["i"])))
+        elif path == "/picture":
+            self.respond(200, server.picture(int(query["i"]), query), "image/jpeg")
+        elif path == "/video":
+            self.video(inside_folder(server.media, server.rows[int(query["i"])]["video"]))
+        else:
+            self.respond(404, dict(error=f"{path}: not here"))
 
     def video(self, path):
-        """A file, or the range of it that a player asks for."""
+        """A file, or the part of it that a player asks for, at most 8 MiB of it at a time."""
         size = os.path.getsize(path)
-        m = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = (int(m[1]), min(int(m[2] or size), size - 1)) if m else (0, size - 1)
-        last = min(last, first + (8 << 20) - 1) if m else last
+        m = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        first, last = int(m[1]), min(int(m[2] or size), int(m[1]) + (8 << 20), size - 1)
         with open(path, "rb") as f:
             f.seek(first)
             body = f.read(max(last - first + 1, 0))
-        ranged = dict(Content_Range=f"bytes {first}-{last}/{size}") if m else {}
-        self.respond(206 if m else 200, body, "video/mp4", Accept_Ranges="bytes", **ranged)
+        self.respond(206, body, "video/mp4", Content_Range=f"bytes {first}-{last}/{size}")
 
     def post(self, path, query):
         length = int(self.headers.get("Content-Length", -1))
@@ -263,4 +294,4 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(200, self.server.decide(json.loads(body)))
 
     def log_message(self, *args):
-        pass
+        """Say nothing: the terminal is for people."""
