@@ -328,9 +328,7 @@ def several(noun, text):
 class StandIn:
     """Answers what Served answers, by rules."""
 
-    def __init__(self):
-        steps = ("describe", "merge", "contradictions", "questions", "ambiguous", "answerable", "guessable")
-        self.notes = {step: dict(step=step, by=STAND_IN) for step in steps}
+    notes = {"all": dict(step="every step of a model", by=STAND_IN)}
 
     def describe(self, t, picture):
         """Regions of the toy world's colours: a bar is longer than wide, a star does not fill its circle."""
@@ -578,7 +576,9 @@ def question_row(row, name, args, lm):
     task, out, kept = a["task"].replace("_caption", "_qa"), [], []
     left_out = lambda reason, prompt="": dict(task=task, prompt=prompt, answer="", left_out=reason)
     try:
-        proposed = lm.questions(a["answer"], args.questions)[:args.questions] or ["none"]
+        proposed = lm.questions(a["answer"], args.questions)[:args.questions]
+        if not proposed:
+            raise Unusable("questions: none")
         good = [q for q in map(well_formed, proposed) if q]
         out += [left_out("questions: malformed", str(q)[:200]) for q in proposed if not well_formed(q)]
         for q in sorted(good, key=is_yes_no):
@@ -657,7 +657,7 @@ def run_caption(args):
 def run_qa(args):
     folder = lambda path: os.path.dirname(os.path.abspath(path))
     if folder(args.file) != folder(args.out) or os.path.abspath(args.file) == os.path.abspath(args.out):
-        raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where the media "
+        raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where media "
                         "are")
     with open(args.file, "rb") as f:
         rows = [dict(id=str(n)) | parse_row(line) for n, line in enumerate(f, 1) if line.strip()]
@@ -693,7 +693,7 @@ STEPS = ("narration", "describe", "merge", "contradictions", "check", "questions
 def table(head, rows):
     line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}" for c in cells)
     lines = [line("th", head), *(line("td", row) for row in rows)]
-    return "<table border=1 cellpadding=4>" + "".join(lines) + "</table>"
+    return "<table border=1>" + "".join(lines) + "</table>" if rows else "<p>none</p>"
 
 
 def request_counts(folder):
@@ -731,18 +731,16 @@ def run_report(args):
             "<h2>Requests</h2>", table(("step and what came back", "times"),
                                        request_counts(os.path.join(work.folder, "requests"))),
             "<h2>Decisions of people</h2>", table(("verdict", "who", "annotations"),
-                                                  [(*vw, n) for vw, n in verdicts.most_common()]),
+                                                  [(*pair, n) for pair, n in verdicts.most_common()]),
             f"<p>Of the {len(sample)} annotations of the validation sample {sample.count('accept')} were "
             f"accepted as they are, {sample.count('undecided')} are undecided.</p><h2>Examples</h2>"]
-    shown = collections.Counter()
-    for row, a in everything:
-        why = a.get("left_out", "kept")
-        shown[why] += 1
-        if shown[why] <= 3:
+    for why in ("kept", *reasons):
+        page.append(f"<h3>{e(why)}</h3>")
+        for row, a in [pair for pair in everything if pair[1].get("left_out", "kept") == why][:3]:
             options = " / ".join("*" * (k == a["correct"]) + o for k, o in enumerate(a.get("options", ())))
             said = a.get("answer") or options or f"{len(a.get('points', ()))} points"
             asked = a.get("prompt") or a.get("question") or a.get("label") or ""
-            page.append(f"<p><b>{e(why)}</b> {e(row['name'])}: {e(asked)} <i>{e(said)}</i></p>")
+            page.append(f"<p>{e(row['name'])}: {e(asked)} <i>{e(said)}</i></p>")
     out = os.path.join(work.folder, "report.html")
     write_whole(out, "\n".join(page))
     print(f"{out}: {left} of {len(everything)} annotations kept")
