@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import sys
 import threading
 import urllib.parse
 
@@ -164,6 +165,11 @@ class Reviewer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
+    def handle_error(self, request, client_address):
+        """A browser that went on to another row and did not wait is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def settled(self, row):
         return list(settled(row, self.decisions[row["name"]]))
 
@@ -195,16 +201,15 @@ class Reviewer(http.server.ThreadingHTTPServer):
         return jpeg(load_image(inside_folder(self.media, names[int(view.get("image", 0))])), 960)
 
     def decide(self, d):
-        """Append a decision, if training could read what comes of it; returns the annotation's key."""
-        row, verdict, key = self.rows[int(d["i"])], d["verdict"], d.get("key")
+        """Append a decision, if training could read what comes of it. Who begins an annotation gives it a key."""
+        row, verdict, key = self.rows[int(d["i"])], d["verdict"], d["key"]
         if verdict not in ("accept", "edit", "reject", "undecided"):
             raise BadRow("wrong field", f"verdict {verdict!r}")
         with self.lock:
             when = datetime.datetime.now().astimezone().isoformat()
             now = next((a for a in self.settled(row) if a["key"] == key), None)
-            if key is not None and now is None:
+            if now is None and not (verdict == "edit" and re.fullmatch(r"new [\w-]{8,40}", key)):
                 raise BadRow("wrong field", f"no annotation {key!r} in row {row['name']}")
-            key = key or "new " + digest(self.who, when)[:12]
             a = d["annotation"] if verdict == "edit" else now
             if verdict in ("accept", "edit") and a.get("answer") == "":
                 raise BadRow("wrong field", "nothing is said in it yet")
@@ -215,7 +220,6 @@ class Reviewer(http.server.ThreadingHTTPServer):
                 decision["annotation"] = a
             self.work.append(decision)
             self.decisions[row["name"]][key] = decision
-        return dict(key=key)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -248,8 +252,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.respond(422, dict(error=str(e)))
         except (LookupError, ValueError, TypeError, AttributeError) as e:
             self.respond(400, dict(error=f"{type(e).__name__}: {e}"))
-        except ConnectionError:
-            self.close_connection = True  # the browser has gone on to another row
 
     def do_GET(self):
         self.guarded(self.get)
@@ -291,7 +293,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if path != "/decide" or self.headers.get("Content-Type") != "application/json":
             return self.respond(404, dict(error=f"{path}: not here"))
-        self.respond(200, self.server.decide(json.loads(body)))
+        self.server.decide(json.loads(body))
+        self.respond(200, {})
 
     def log_message(self, *args):
         """Say nothing: the terminal is for people."""

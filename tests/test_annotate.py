@@ -52,31 +52,40 @@ class Browser:
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-    def __call__(self, method, **params):
+    def ask(self, method, **params):
+        """The browser's reply to a command, {result} or {error}."""
         self.number += 1
-        message = dict(id=self.number, method=method, params=params, **({"sessionId": self.session} if self.session else {}))
-        os.write(self.write, json.dumps(message).encode() + b"\0")
+        session = {"sessionId": self.session} if self.session else {}
+        os.write(self.write, json.dumps(dict(id=self.number, method=method, params=params) | session).encode() + b"\0")
         while True:
             while b"\0" not in self.rest:
                 part = os.read(self.read, 1 << 20)
                 assert part, "the browser ended"
                 self.rest += part
             line, self.rest = self.rest.split(b"\0", 1)
-            reply = json.loads(line)
-            if reply.get("id") == self.number:
-                assert "error" not in reply, reply
-                return reply["result"]
+            if json.loads(line).get("id") == self.number:
+                return json.loads(line)
+
+    def __call__(self, method, **params):
+        reply = self.ask(method, **params)
+        assert "error" not in reply, reply
+        return reply["result"]
 
     def js(self, expression):
-        """The value of an expression in the page, awaited."""
-        r = self("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        """The value of an expression in the page."""
+        r = self("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in r, r
         return r["result"].get("value")
 
     def until(self, expression):
-        """Wait, in the page, until an expression is true."""
-        self.js(f"new Promise((yes, no) => {{ const end = Date.now() + 15000, look = () => ({expression}) ? yes() : "
-                f"Date.now() > end ? no(new Error('never: ' + {json.dumps(expression)})) : setTimeout(look, 20); look(); }})")
+        """Wait until an expression is true in the page, which may be on its way to another one."""
+        deadline = time.time() + 15
+        while time.time() < deadline:
+            r = self.ask("Runtime.evaluate", expression=f"!!({expression})", returnByValue=True).get("result", {})
+            if r.get("result", {}).get("value") is True:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"never: {expression}")
 
     def open(self, url):
         self("Page.navigate", url=url)
@@ -166,9 +175,10 @@ def test_a_browser_accepts_edits_rejects_and_tracks_and_a_reload_keeps_it_all(br
         browser.type("speck")
         browser.key("Escape")
         for k, (x, y) in enumerate(((0.25, 0.5), (0.5, 0.5), (0.75, 0.25))):  # a click goes on to the next moment
-            browser.until(f"document.getElementById('views').value == {k}")
+            browser.until(f"document.getElementById('views').value == {k} && document.getElementById('frame').complete && "
+                          "document.getElementById('frame').naturalWidth")
             browser.click("#frame", x, y)
-            browser.until(saved + f" && document.getElementById('form').textContent.includes('{k + 1} points')")
+            browser.until(f"document.getElementById('form').textContent.includes('{k + 1} points')")
         browser.js("delete document.body.dataset.ready, location.reload()")
         browser.until("document.body?.dataset.ready === 'yes' && document.querySelectorAll('.mark').length")
         assert browser.js("document.getElementById('f_label').value") == "speck"
