@@ -124,18 +124,16 @@ class Client:
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         os.makedirs(folder, exist_ok=True)
 
-    def ask(self, step, url, key, **request):
-        """{step, reply, trouble: what went wrong on the way, date}, kept or new."""
+    def ask(self, step, url, key, trouble=(), **request):
+        """{step, reply, trouble: what went wrong before, date}, kept or new."""
         path = os.path.join(self.folder, key + ".json")
         with self.locks[key]:  # two rows may ask the same
             if not os.path.exists(path):
-                write_whole(path, json.dumps(self.send(step, url, request)))
+                write_whole(path, json.dumps(self.send(step, url, list(trouble), request)))
             with open(path, encoding="utf-8") as f:
                 return json.load(f)
 
-    def send(self, step, url, request):
-        trouble = []
-
+    def send(self, step, url, trouble, request):
         def attempt():
             try:
                 r = requests.post(url, headers=self.headers, timeout=(10, self.timeout),
@@ -206,10 +204,10 @@ class Served:
         url = lambda p: "data:image/jpeg;base64," + base64.b64encode(p).decode()
         content = [dict(type="text", text=PROMPTS[step].format(**about)),
                    *(dict(type="image_url", image_url=dict(url=url(p))) for p in pictures)]
-        messages = [dict(role="user", content=content)]
+        messages, trouble = [dict(role="user", content=content)], []
         for _ in range(2):
             body = dict(model=self.model, temperature=0, max_tokens=1024, messages=messages)
-            kept = self.client.ask(step, self.url + "/chat/completions", digest(body), json=body)
+            kept = self.client.ask(step, self.url + "/chat/completions", digest(body), trouble, json=body)
             text, why = read_reply(kept["reply"])
             if why == "no answer of the protocol":
                 break
@@ -222,6 +220,7 @@ class Served:
                     why = "invalid JSON"
             if why in ("refusal", "overlong answer"):
                 break
+            trouble = [why]
             messages = [*messages, dict(role="assistant", content=text),
                         dict(role="user", content="That cannot be read. Only what was asked for, please.")]
         raise Unusable(f"{step}: {why}")
@@ -657,8 +656,8 @@ def run_caption(args):
 def run_qa(args):
     folder = lambda path: os.path.dirname(os.path.abspath(path))
     if folder(args.file) != folder(args.out) or os.path.abspath(args.file) == os.path.abspath(args.out):
-        raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where media "
-                        "are")
+        raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where the "
+                        "media are")
     with open(args.file, "rb") as f:
         rows = [dict(id=str(n)) | parse_row(line) for n, line in enumerate(f, 1) if line.strip()]
     make_lm = language_model(args)
