@@ -117,17 +117,20 @@ def check_server(url, model, allow_closed):
 class Client:
     """Asks servers. Every finished request is kept in `folder` by the hash of what was asked: asked once."""
 
-    def __init__(self, folder, timeout, allow_closed):
-        self.folder, self.timeout, self.allow_closed = folder, timeout, allow_closed
-        self.locks, self.lost = collections.defaultdict(threading.Lock), 0
+    def __init__(self, args):
+        self.folder = os.path.join(Work(args.out).folder, "requests")
+        self.timeout, self.allow_closed, self.stop = args.timeout, args.allow_closed, args.stop
+        self.locks, self.lost = {}, 0
         key = os.environ.get("ANNOTATE_API_KEY")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(self.folder, exist_ok=True)
 
     def ask(self, step, url, key, trouble=(), **request):
         """{step, reply, trouble: what went wrong before, date}, kept or new."""
         path = os.path.join(self.folder, key + ".json")
-        with self.locks[key]:  # two rows may ask the same
+        with self.locks.setdefault(key, threading.Lock()):  # two rows may ask the same
+            if self.stop.is_set():
+                raise Unusable("stopped")
             if not os.path.exists(path):
                 write_whole(path, json.dumps(self.send(step, url, list(trouble), request)))
             with open(path, encoding="utf-8") as f:
@@ -445,7 +448,7 @@ def narration_of(path, duration, ears, narrator):
     if not sound:
         return [], []
     said = [dict(s, end=min(float(duration if s["end"] is None else s["end"]), duration))
-            for s in ears.transcribe(*sound) if s["text"]]
+            for s in ears.transcribe(*sound) if s["text"] and s["start"] < duration]
     return said, [dict(step="speech", by="people", who=narrator), ears.notes["narration"]]
 
 
@@ -504,8 +507,8 @@ def caption_clip(name, path, clip, people, args, lm):
             raise Unusable("check: narration and frames disagree")
     except Unusable as e:
         a["left_out"] = str(e)
-    except BadMedia as e:
-        a["left_out"] = f"describe: {e}"
+    except BadMedia:
+        a["left_out"] = "describe: unreadable video"
     return dict(row, provenance=[*people, *lm.notes.values()])
 
 
@@ -516,7 +519,7 @@ def caption_video(path, args, make_lm, make_ears):
         duration = video_duration(path)
         said, people = narration_of(path, duration, make_ears(), args.narrator)
     except (Unusable, BadMedia, av.FFmpegError) as e:
-        reason = str(e) if isinstance(e, Unusable) else f"narration: unreadable video ({e})"
+        reason = str(e) if isinstance(e, Unusable) else "narration: unreadable video"
         a = dict(task="video_caption", answer="", left_out=reason)
         return [dict(id=name, video=name, annotations=[a])]
     return [dict(caption_clip(name, path, clip, people, args, make_lm()), duration=round(duration, 3))
@@ -599,11 +602,12 @@ def question_row(row, name, args, lm):
 def write_rows(args, jobs, work_on):
     """Do the jobs, a few at a time, and write their rows, in order, and then FILE."""
     work = Work(args.out)
+    work.check()
     with concurrent.futures.ThreadPoolExecutor(args.concurrency) as pool:
         try:
             rows = [row for made in pool.map(work_on, jobs) for row in made]
-        except BaseException:  # a mistake, or Ctrl-C: what is under way may finish, the rest need not start
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # a mistake, or Ctrl-C: requests under way may finish, no other need start
+            args.stop.set()
             raise
     if "sample" in args:  # for people to judge the whole by
         drawn = sorted(rows, key=lambda row: digest("sample", row["id"]))
@@ -620,10 +624,6 @@ def write_rows(args, jobs, work_on):
                         "again")
 
 
-def make_client(args):
-    return Client(os.path.join(Work(args.out).folder, "requests"), args.timeout, args.allow_closed)
-
-
 def language_model(args):
     """A function that gives a new language model for each row, by --url, --model and --checkpoint."""
     if args.url == "stand-in":
@@ -631,7 +631,7 @@ def language_model(args):
     if not args.model or not args.licence:
         raise UserError(f"--url {args.url}: needs --model and --licence, which every row will name")
     check_server(args.url, args.model, args.allow_closed)
-    client, checkpoint = make_client(args), getattr(args, "checkpoint", None)
+    client, checkpoint = Client(args), getattr(args, "checkpoint", None)
     describe = own_checkpoint(checkpoint, args.device) if checkpoint else None
     return lambda: Served(client, args.url, args.model, args.licence, describe)
 
@@ -648,7 +648,7 @@ def run_caption(args):
     make_lm, make_ears = language_model(args), lambda: None
     if args.asr_url:
         check_server(args.asr_url, args.asr_model, args.allow_closed)
-        client = make_client(args)
+        client = Client(args)
         make_ears = lambda: Served(client, args.asr_url, args.asr_model, args.asr_licence)
     write_rows(args, args.videos, lambda path: caption_video(path, args, make_lm, make_ears))
 
@@ -667,7 +667,8 @@ def run_qa(args):
 def run_review(args):
     """Serve the page until Ctrl-C or a signal to end; FILE is then written with the decisions."""
     work = Work(args.file)
-    work.rows(), work.finish()  # what an earlier session decided, should it have been killed
+    if work.decisions():  # of an earlier session, which may have been killed
+        work.finish()
     server = Reviewer(args.file, args.who or getpass.getuser(), args.port)
     url = f"http://127.0.0.1:{server.server_port}/"
     print(f"reviewing {args.file} as {server.who}: {url}   (Ctrl-C ends it)", flush=True)
@@ -680,7 +681,8 @@ def run_review(args):
     except KeyboardInterrupt:
         print()
     server.server_close()
-    print("{}: {} lines, {} annotations".format(args.file, *work.finish()))
+    if server.decisions:
+        print("{}: {} lines, {} annotations".format(args.file, *work.finish()))
 
 
 # ---- report ------------------------------------------------------------------------------------------------
@@ -712,14 +714,14 @@ def run_report(args):
     """FILE.work/report.html: what each step let through, why not, requests, decisions, examples."""
     work = Work(args.file)
     rows, decisions, e = work.rows(), work.decisions(), html.escape
-    everything = [(row, a) for row in rows for a in settled(row, decisions[row["name"]])]
+    everything = [(row, a) for row in rows for a in settled(row, decisions.get(row["name"], {}))]
     reasons = collections.Counter(a["left_out"] for _, a in everything if "left_out" in a)
     left, yields = len(everything), [("made", "", len(everything), "100 %")]
     for step in STEPS:
         gone = sum(n for reason, n in reasons.items() if reason.partition(":")[0] == step)
         left -= gone
         yields += [(step, gone, left, f"{left / len(everything):.0%}")] if gone else []
-    by = sorted({p.get("model") or p["by"] for row in rows for p in row.get("provenance", [])})
+    by = sorted({p.get("model") or p.get("by", "unknown") for row in rows for p in row.get("provenance", [])})
     last = [d for mine in decisions.values() for d in mine.values()]
     verdicts = collections.Counter((d["verdict"], d["who"]) for d in last)
     sample = [a["status"] for row, a in everything if row.get("sample")]
@@ -835,6 +837,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    args.stop = threading.Event()
     try:
         args.run(args)
     except (UserError, BadRow, BadMedia, BadCheckpoint, OSError, ValueError) as e:

@@ -112,19 +112,22 @@ class Work:
         with open(self.file, "rb") as f:
             return hashlib.blake2b(f.read()).hexdigest()
 
-    def finish(self):
-        """Write FILE: what passed and what people said of it. Returns (lines, annotations) of it. A FILE that
-        someone else wrote or changed is not replaced."""
+    def check(self):
+        """Refuse to replace a FILE that someone else wrote or changed."""
         ours = ""
         if os.path.exists(self.mark):
             with open(self.mark) as f:
                 ours = f.read()
         if self.contents() not in ("", ours):
-            raise ValueError(f"{self.file}: changed since it was written here, and would be lost; move it "
-                             f"away, or remove {self.made} and review it as it is now")
+            raise ValueError(f"{self.file}: is not what was last written here, and would be lost; move it away, "
+                             f"or remove {self.made} and review it as it is now")
+
+    def finish(self):
+        """Write FILE: what passed and what people said of it. Returns (lines, annotations) of it."""
+        self.check()
         lines, decisions = [], self.decisions()
         for row in self.rows():
-            mine = decisions[row.pop("name")]
+            mine = decisions.get(row.pop("name"), {})
             passed = [a for a in settled(row, mine) if "left_out" not in a]
             passed = [{k: v for k, v in a.items() if k not in OWN} for a in passed]
             people = sorted({(d["who"], d["when"][:10]) for d in mine.values()})
@@ -171,7 +174,7 @@ class Reviewer(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def settled(self, row):
-        return list(settled(row, self.decisions[row["name"]]))
+        return list(settled(row, self.decisions.get(row["name"], {})))
 
     def overview(self):
         """What the list shows of each row."""
@@ -201,7 +204,7 @@ class Reviewer(http.server.ThreadingHTTPServer):
         return jpeg(load_image(inside_folder(self.media, names[int(view.get("image", 0))])), 960)
 
     def decide(self, d):
-        """Append a decision, if training could read what comes of it. Who begins an annotation gives it a key."""
+        """Append a decision, if training could read what comes of it. A new annotation comes with its key."""
         row, verdict, key = self.rows[int(d["i"])], d["verdict"], d["key"]
         if verdict not in ("accept", "edit", "reject", "undecided"):
             raise BadRow("wrong field", f"verdict {verdict!r}")
