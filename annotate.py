@@ -61,7 +61,7 @@ CLOSED_HOSTS = re.compile(r"(^|\.)(openai\.com|openai\.azure\.com|anthropic\.com
                           r"bedrock[\w-]*\.[\w-]+\.amazonaws\.com)$")
 CLOSED_MODELS = re.compile(r"gpt-[345]|chatgpt|claude|gemini|(^|/)o[134](-|$)", re.I)
 REFUSAL = re.compile(r"\s*((i'?m |i am )?sorry|i can ?not|i can'?t|i'?m unable|i am unable|as an ai\b)", re.I)
-LONGEST = 6000  # characters of an answer; a model that writes more has lost its way
+LONGEST = 12000  # characters of an answer; a model that writes more has lost its way
 
 
 class UserError(Exception):
@@ -161,9 +161,13 @@ class Client:
         if not r.ok:
             raise Unusable(f"{step}: status {r.status_code}")
         try:
-            return dict(step=step, reply=r.json(), trouble=trouble, date=datetime.date.today().isoformat())
+            reply = r.json()
         except ValueError:
-            raise Unusable(f"{step}: no answer of the protocol") from None
+            reply = None
+        if not isinstance(reply, dict) or not {"choices", "segments", "text"} & reply.keys():
+            raise Unusable(f"{step}: no answer of the protocol")
+        check_server(url, str(reply.get("model", "")), self.allow_closed)  # it says which model spoke
+        return dict(step=step, reply=reply, trouble=trouble, date=datetime.date.today().isoformat())
 
 
 def read_reply(reply):
@@ -171,7 +175,7 @@ def read_reply(reply):
     try:
         choice = reply["choices"][0]
         message, end = choice["message"], choice.get("finish_reason")
-        text = message.get("content") or ""
+        text = (message.get("content") or "").rpartition("</think>")[2]
     except (LookupError, TypeError, AttributeError):
         return "", "no answer of the protocol"
     if message.get("refusal") or end == "content_filter" or REFUSAL.match(text):
@@ -198,9 +202,9 @@ class Served:
         self.own, self.notes = describe, {}
 
     def note(self, step, prompt, model, date):
-        closed = check_server(self.url, model, self.client.allow_closed)
-        self.notes[step] = dict(step=step, by="model", model=model, licence=self.licence,
-                                prompt=digest(prompt)[:16], date=date) | ({"closed": True} if closed else {})
+        closed = {"closed": True} if check_server(self.url, model, self.client.allow_closed) else {}
+        self.notes[step, model] = dict(step=step, by="model", model=model, licence=self.licence,
+                                       prompt=digest(prompt)[:16], date=date, **closed)
 
     def ask(self, step, parse=str.strip, pictures=(), **about):
         """The answer to a step's prompt, parsed. What is empty or cannot be parsed is asked for once more."""
@@ -209,19 +213,16 @@ class Served:
                    *(dict(type="image_url", image_url=dict(url=url(p))) for p in pictures)]
         messages, trouble = [dict(role="user", content=content)], []
         for _ in range(2):
-            body = dict(model=self.model, temperature=0, max_tokens=1024, messages=messages)
+            body = dict(model=self.model, temperature=0, max_tokens=4096, messages=messages)
             kept = self.client.ask(step, self.url + "/chat/completions", digest(body), trouble, json=body)
             text, why = read_reply(kept["reply"])
-            if why == "no answer of the protocol":
-                break
-            # the reply says which model spoke, whatever was asked for
             self.note(step, PROMPTS[step], str(kept["reply"].get("model") or self.model), kept["date"])
             if why is None:
                 try:
                     return parse(text)
                 except (ValueError, KeyError):
                     why = "invalid JSON"
-            if why in ("refusal", "overlong answer"):
+            if why not in ("invalid JSON", "empty answer"):
                 break
             trouble = [why]
             messages = [*messages, dict(role="assistant", content=text),
@@ -242,7 +243,7 @@ class Served:
 
     def describe(self, t, picture):
         if self.own:
-            text, self.notes["describe"] = self.own(picture)
+            text, self.notes["describe", ""] = self.own(picture)
             return text
         return self.ask("describe", pictures=[picture], t=t)
 
@@ -449,7 +450,7 @@ def narration_of(path, duration, ears, narrator):
         return [], []
     said = [dict(s, end=min(float(duration if s["end"] is None else s["end"]), duration))
             for s in ears.transcribe(*sound) if s["text"] and s["start"] < duration]
-    return said, [dict(step="speech", by="people", who=narrator), ears.notes["narration"]]
+    return said, [dict(step="speech", by="people", who=narrator), *ears.notes.values()]
 
 
 def cut_clips(said, duration, longest):

@@ -119,8 +119,8 @@ class Work:
             with open(self.mark) as f:
                 ours = f.read()
         if self.contents() not in ("", ours):
-            raise ValueError(f"{self.file}: is not what was last written here, and would be lost; move it away, "
-                             f"or remove {self.made} and review it as it is now")
+            raise ValueError(f"{self.file}: is not what was last written here, and would be lost; move it "
+                             f"away, or remove {self.made} and review it as it is now")
 
     def finish(self):
         """Write FILE: what passed and what people said of it. Returns (lines, annotations) of it."""
