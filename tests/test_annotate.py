@@ -16,6 +16,7 @@ import time
 import wave
 from collections import Counter
 
+import av
 import numpy as np
 import pytest
 import requests
@@ -36,7 +37,7 @@ ANNOTATE = [sys.executable, os.path.join(ROOT, "annotate.py")]
 # ---- the page, in a browser --------------------------------------------------------------------------------
 
 class Browser:
-    """A headless Chromium, spoken to over pipes: JSON messages, a zero byte after each, on its fds 3 and 4."""
+    """A headless Chromium, spoken to over pipes: JSON messages, a zero byte after each, on its fds 3, 4."""
 
     def __init__(self, folder):
         to_browser, self.write = os.pipe()
@@ -277,35 +278,31 @@ def test_decisions_are_checked_and_outlive_a_crash(lines):
     assert work.finish() == (3, 4)
 
 
-@contextlib.contextmanager
-def review_command(lines):
-    """`annotate.py review` as a person starts it: yields (process, its address)."""
+def test_closing_the_review_in_any_way_loses_nothing(lines, capsys, monkeypatch):
+    """A signal ends it as Ctrl-C does; a session that was killed is made up for by the next one. Who only
+    looks changes nothing, and nobody's own changes to the file are lost."""
+    def look():
+        def ctrl_c(server):
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(Reviewer, "serve_forever", ctrl_c)
+            annotate.main(["review", lines, "--no-open"])
+        return open(lines).read()
+
+    before = open(lines).read()
+    assert look() == before
+    with reviewing(lines) as (_, url):  # and then it is not closed as it should be
+        key = requests.get(url + "row?i=2").json()["annotations"][0]["key"]
+        assert requests.post(url + "decide", json=dict(i=2, key=key, verdict="reject")).ok
+    assert open(lines).read() == before and "wall" not in look()
     p = subprocess.Popen([*ANNOTATE, "review", lines, "--no-open", "--who", "eve"], text=True, env=ENV,
                          stdout=subprocess.PIPE)
-    yield p, p.stdout.readline().split(": ")[1].split()[0]
-    p.kill()
-    p.wait()
-
-
-def test_closing_the_review_in_any_way_loses_nothing(lines, capsys):
-    """kill -9 after a decision: it is on disk, and the next session, or SIGTERM, brings it into the file. Who
-    only looks changes nothing."""
-    before = open(lines, "rb").read()
-    with review_command(lines) as (p, url):
-        assert requests.get(url + "rows").ok
-        p.send_signal(signal.SIGTERM)
-        assert p.wait(20) == 0 and open(lines, "rb").read() == before
-    with review_command(lines) as (p, url):
-        key = requests.get(url + "row?i=2").json()["annotations"][0]["key"]
-        assert requests.post(url + "decide", json=dict(i=2, key=key, verdict="reject")).status_code == 200
-        p.kill()
-    assert "wall" in open(lines).read()
-    with review_command(lines) as (p, url):
-        assert "wall" not in open(lines).read()
-        key = requests.get(url + "row?i=0").json()["annotations"][1]["key"]
-        requests.post(url + "decide", json=dict(i=0, key=key, verdict="reject"))
-        p.send_signal(signal.SIGTERM)
-        assert p.wait(20) == 0 and "2 lines, 2 annotations" in p.stdout.read()
+    url = p.stdout.readline().split(": ")[1].split()[0]
+    key = requests.get(url + "row?i=0").json()["annotations"][1]["key"]
+    requests.post(url + "decide", json=dict(i=0, key=key, verdict="reject"))
+    p.terminate()
+    assert "2 lines, 2 annotations" in p.communicate(timeout=20)[0] and p.returncode == 0
+    assert [d["who"] for d in said(lines)] == ["ann", "eve"]
     with open(lines, "a") as f:  # by hand, with an editor
         f.write(json.dumps(dict(annotations=[dict(task="text", prompt="2 + 2?", answer="4")])) + "\n")
     with pytest.raises(SystemExit) as e:
@@ -528,11 +525,31 @@ def test_a_run_killed_halfway_repeats_no_request_and_writes_the_same(tmp_path, m
     assert (tmp_path / "captions.jsonl").read_bytes() == resumed and resumed.count(b"\n") == 6
 
 
-def test_speech_is_transcribed_and_cut_into_clips(tmp_path, model):
-    """A narration that is sound goes to the server as a file; its pauses are where the video is cut."""
-    path = video(tmp_path / "a.mp4", n=24, fps=4)
-    with wave.open(str(tmp_path / "a.wav"), "wb") as f:
-        f.setnchannels(1), f.setsampwidth(2), f.setframerate(8000), f.writeframes(b"\0\1" * 800)
+def sounding_video(path):
+    """Six seconds of grey with a tone of half the loudness there is, 44,100 Hz in stereo."""
+    with av.open(path, "w") as container:
+        pictures = container.add_stream("mpeg4", rate=4)
+        pictures.width, pictures.height, pictures.pix_fmt = 48, 32, "yuv420p"
+        sound = container.add_stream("aac", rate=44100, layout="stereo")
+        for i in range(24):
+            grey = np.full((32, 48, 3), 10 * i, np.uint8)
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        tone = np.sin(np.arange(6 * 44100) / 20).astype(np.float32) / 2
+        frame = av.AudioFrame.from_ndarray(np.stack([tone, tone]), format="fltp", layout="stereo")
+        frame.rate = 44100
+        container.mux(sound.encode(frame))
+        container.mux(pictures.encode() + sound.encode())
+    return path
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_speech_is_transcribed_and_cut_into_clips(tmp_path, model, beside):
+    """A narration that is sound, beside the video or in it, goes to the server as a file; where it pauses the
+    video is cut."""
+    path = sounding_video(str(tmp_path / "a.mp4"))
+    if beside:
+        with wave.open(str(tmp_path / "a.wav"), "wb") as f:
+            f.setnchannels(1), f.setsampwidth(2), f.setframerate(8000), f.writeframes(b"\0\1" * 800)
     segments = [dict(start=k * 2.0, end=k * 2 + 1.5, text=f" The wall is getting lighter in part {k}. ")
                 for k in range(3)]
     spoken = 200, dict(text="", segments=segments), {}
@@ -543,7 +560,15 @@ def test_speech_is_transcribed_and_cut_into_clips(tmp_path, model):
     assert [(r["start"], r["end"], [s["text"][-7:] for s in r["narration"]]) for r in rows] == [
         (0.0, 4.0, ["part 0.", "part 1."]), (4.0, 6.0, ["part 2."])]
     form, = (body for step, body in server.asked if step == "narration")
-    assert (tmp_path / "a.wav").read_bytes() in form and b"verbose_json" in form and b"whisper" in form
+    assert b"verbose_json" in form and b"whisper" in form
+    if beside:
+        assert (tmp_path / "a.wav").read_bytes() in form
+    else:
+        with wave.open(io.BytesIO(form[form.index(b"RIFF"):])) as f:
+            assert (f.getnchannels(), f.getframerate()) == (1, 16000)
+            assert abs(f.getnframes() / 16000 - 6) < 0.1
+            heard = np.frombuffer(f.readframes(16000), np.int16)
+        assert abs(np.abs(heard).max() / 2 ** 15 - 0.5) < 0.05
     assert [p["step"] for p in rows[0]["provenance"]][:2] == ["speech", "narration"]
 
 
@@ -637,7 +662,9 @@ def test_narrations_are_read_as_people_write_them(tmp_path):
 
 @pytest.mark.parametrize("text, faults", [
     ("A man walks his dog along the river and then they both sit down on a bench.", []),
-    ("Nice.", ["too short", "not in en"]), ("the cat and the dog " * 8, ["repetition"]),
+    ("Nice wall, tall windows, green shutters.", ["too short"]),
+    (" ".join(f"wort{i}" for i in range(60)), ["not in en"]),
+    ("the cat and the dog " * 8, ["repetition"]),
     ("Ein Mann geht mit seinem Hund auf der Straße und das ist nicht weit.", ["not in en"]),
     ("the " + " ".join(f"thing{i} in a" for i in range(500)), ["too long"])])
 def test_captions_are_checked_for_length_repetition_and_language(text, faults):
@@ -690,7 +717,7 @@ def test_yes_and_no_stay_few_and_options_are_shuffled_by_the_row():
 
     args = annotate.parse(["qa", "x.jsonl", "--out", "y.jsonl", "--url", "stand-in"])
     row = dict(video="a.mp4", annotations=[dict(task="video_caption", answer="c")])
-    make = lambda name: annotate.question_row(row, name, args, Content())[0]["annotations"]
+    make = lambda name: annotate.question_row(dict(row, id=name), args, Content())[0]["annotations"]
     assert [a.get("left_out", "")[:6] for a in make("r")] == ["", "", "", "", "yes/no", "yes/no", "yes/no"]
     assert make("r") == make("r")
     places = Counter(a["correct"] for k in range(40) for a in make(f"row {k}")[:3])
