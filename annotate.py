@@ -33,6 +33,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,7 +124,6 @@ class Client:
         self.locks, self.lost = {}, 0
         key = os.environ.get("ANNOTATE_API_KEY")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        os.makedirs(self.folder, exist_ok=True)
 
     def ask(self, step, url, key, trouble=(), **request):
         """{step, reply, trouble: what went wrong before, date}, kept or new."""
@@ -778,13 +778,15 @@ def run_demo(args):
     by = ["--url", "stand-in"]
     for command in (["caption", *videos, "--out", captions, *by, "--narrator", STAND_IN],
                     ["qa", captions, "--out", qa, *by], ["report", captions], ["report", qa]):
-        shown = " ".join(command).replace(" ".join(videos), f"{videos[0]} ...")
+        shown = shlex.join(command).replace(shlex.join(videos), f"{videos[0]} ...")
         print(f"\n$ python annotate.py {shown}", flush=True)
         main(command)
     train = ["pretrain.py", "--config", "small", "--steps", "2", "--global_batch", "4", "--micro_batch", "2",
              "--seq_len", "512", "--data", captions, qa, "--out", os.path.join(args.out, "run")]
-    print("\n$ python", *train, flush=True)
-    subprocess.run([sys.executable, os.path.join(HERE, train[0]), *train[1:]], check=True)
+    print("\n$ python", shlex.join(train), flush=True)
+    failed = subprocess.run([sys.executable, os.path.join(HERE, train[0]), *train[1:]]).returncode
+    if failed:
+        sys.exit(failed)
     if args.review:
         print("\n$ python annotate.py review", qa, flush=True)
         main(["review", qa])

@@ -37,6 +37,7 @@ def digest(*parts):
 
 def write_whole(path, text):
     """A file that is there to the end or not at all."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     aside = f"{path}.{os.getpid()}.{threading.get_ident()}"
     with open(aside, "w", encoding="utf-8") as f:
         f.write(text)
@@ -64,7 +65,6 @@ class Work:
         self.file, self.folder = file, os.path.splitext(file)[0] + ".work"
         self.made, self.log, self.mark = (os.path.join(self.folder, name)
                                           for name in ("rows.jsonl", "decisions.jsonl", "written"))
-        os.makedirs(self.folder, exist_ok=True)
 
     def rows(self):
         """Every line as it was made, with a name of its own, its annotations with theirs. The lines of a file

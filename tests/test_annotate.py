@@ -353,9 +353,6 @@ class FakeModel(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
-    def steps(self):
-        return Counter(step for step, _ in self.asked)
-
 
 def chat(text, **more):
     choice = dict(message=dict(role="assistant", content=text), finish_reason="stop") | more
@@ -619,7 +616,7 @@ def test_a_closed_model_behind_an_open_name_is_found_out_and_does_not_train(tmp_
     with pytest.raises(SystemExit):
         annotate.main(["caption", *paths, *flags(tmp_path, server)])
     assert "model gpt-4o is a closed model's" in capsys.readouterr().err
-    assert not os.listdir(tmp_path / "captions.work" / "requests")  # set right, the server is asked again
+    assert not (tmp_path / "captions.work").exists()  # put right, the server is asked again
     annotate.main(["caption", *paths, *flags(tmp_path, server), "--allow_closed"])
     annotate.main(["caption", *paths, *flags(tmp_path, model(), "open")])
     # what is made of marked rows is marked
