@@ -463,8 +463,8 @@ def test_every_failure_of_a_server_is_counted_and_asked_again_where_it_helps(tmp
         return USUAL[step]
 
     server, paths = model(answer), clips(9)
-    command = ["caption", *paths, *flags(tmp_path, server), "--timeout", "0.4"]
-    annotate.main(command)
+    command = ["caption", *paths, *flags(tmp_path, server)]
+    annotate.main([*command, "--timeout", "0.4"])
     reasons = [row["annotations"][0].get("left_out") for row in all_rows(tmp_path)]
     assert reasons == [None, None, None, "merge: refusal", "merge: empty answer", None,
                        "merge: overlong answer", "merge: no answer of the protocol",
