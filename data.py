@@ -55,6 +55,8 @@ TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_poi
          "video_tracking": ("video", 2.0), "text": (None, 1.0)}
 # what a line may be about, and the kinds of points `format_points` knows
 MEDIA = ("image", "images", "video")
+# Rows left out on purpose: counted, but they do not stop a run.
+NOT_BAD = NO_VIDEO, CLOSED = "no reader for video in this stage", "from a closed model"
 MAX_LINE = 32 << 20  # bytes; a longer line is not read
 REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "datasets.tsv")
 
@@ -92,6 +94,9 @@ def parse_row(line):
     if not named or kind == "images" and not names:
         raise BadRow("wrong field", f"{kind} is {row[kind]!r}")
     check_size(row)
+    by = row.get("provenance", [])
+    if not isinstance(by, list) or not all(isinstance(p, dict) for p in by):
+        raise BadRow("wrong field", "provenance must be a list of objects")
     if kind == "video":
         check_clip(row)
     if not isinstance(row.get("annotations"), list) or not row["annotations"]:
@@ -290,7 +295,7 @@ class Planner:
         Two frames a second and the last one; of a longer clip as many evenly spread ones as fit.
         """
         if not self.max_frames:
-            raise BadRow("no reader for video in this stage", "--max_frames above 0 reads it")
+            raise BadRow(NO_VIDEO, "--max_frames above 0 reads it")
         tok, path = self.tokenizer, inside_folder(folder, row["video"])
         length, start = row.get("duration") or video_duration(path), row.get("start", 0.0)
         end = min(row.get("end", length), length)
@@ -740,15 +745,16 @@ class Stream:
     after them).
 
     mixture: [(Dataset, rate)]. The state is JSON; `rows(state)` continues right after the row it came with.
+    allow_closed: whether rows whose provenance names a closed model are used (annotate.py marks them).
     """
 
-    def __init__(self, mixture, planner, seed):
+    def __init__(self, mixture, planner, seed, allow_closed=False):
         total = sum(rate for _, rate in mixture)
         self.sets = {d.name: d for d, _ in mixture}
         assert len(self.sets) == len(mixture), f"two datasets of one name: {[d.name for d, _ in mixture]}"
         self.rates = {d.name: rate / total for d, rate in mixture}
         self.names, self.edges = list(self.sets), np.cumsum(list(self.rates.values()))
-        self.planner, self.seed = planner, seed
+        self.planner, self.seed, self.allow_closed = planner, seed, allow_closed
 
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
@@ -771,8 +777,10 @@ class Stream:
         i = shuffled(i, len(d), f"{self.seed} {name} {epoch}")
         line, folder, where = d.line(i)
         try:
-            plans, left_out = self.planner.plan(parse_row(line), folder,
-                                                random.Random(f"{self.seed} {name} {i} {epoch}"))
+            row = parse_row(line)
+            if not self.allow_closed and any(p.get("closed") for p in row.get("provenance", ())):
+                raise BadRow(CLOSED, "--allow_closed trains on it")
+            plans, left_out = self.planner.plan(row, folder, random.Random(f"{self.seed} {name} {i} {epoch}"))
         except BadMedia as e:
             raise BadRow("unreadable media", f"{where}: {e}") from None
         except BadRow as e:
@@ -815,7 +823,7 @@ class Stream:
             plans, left_out = self.plans(name, s["taken"][name])
         except BadRow as e:
             s["empty"] += 1
-            count("skipped" if e.reason.startswith("no reader") else "bad", e.reason)
+            count("skipped" if e.reason in NOT_BAD else "bad", e.reason)
             where, _, detail = e.detail.partition(": ")
             events.append([name, where, e.reason, detail])
             if s["empty"] == s["seen"] >= 200:

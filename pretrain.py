@@ -114,6 +114,7 @@ class Config:
     world: int = flag(0, "with --dry_run: ranks to reckon with, eight a node; 0 = as many as run")
     gpu_memory: float = flag(80.0, "with --dry_run: gigabytes of a card")
     max_bad: float = flag(0.05, "share of unusable rows above which the run stops")
+    allow_closed: bool = flag(False, "train on rows marked as made by a closed model too (annotate.py), else left out")
 
 
 PRESETS = {
@@ -459,7 +460,7 @@ def evaluate(cfg, model, planner, step, run, losses, world):
             if world.rank == 0:
                 weights.write_json(os.path.join(run, "samples", f"step_{step:07d}.json"), records)
     elif cfg.eval_data:
-        plans = [plan for d in find_datasets(cfg.eval_data)[0] for stream in [Stream([(d, 1.0)], planner, 0)]
+        plans = [plan for d in find_datasets(cfg.eval_data)[0] for stream in [Stream([(d, 1.0)], planner, 0, True)]
                  for k in range(min(len(d), 512)) for plan in stream.plans(d.name, k)[0]]
         sums = torch.zeros(2)
         for i in range(0, len(plans), world.dp):  # all ranks run the model equally often
@@ -584,7 +585,7 @@ def train(cfg, defaults, stop):
     token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
     planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames,
                       cfg.max_crops)
-    stream = Stream(mixture, planner, cfg.seed)
+    stream = Stream(mixture, planner, cfg.seed, cfg.allow_closed)
     if cfg.resume:
         check_same_data(saved["fingerprint"], stream.fingerprint())
     elif first:
