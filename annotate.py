@@ -763,7 +763,7 @@ def write_narrations(folder):
         text = wrong[i // 5 % 4] if i % 5 == 4 else row["annotations"][0]["answer"]
         text = re.sub(r"(, | and )a ", ". A ", text)
         parts, base = re.split(r"(?<=\.) ", text), os.path.splitext(os.path.join(folder, row["video"]))[0]
-        step, stamp = row["end"] / len(parts), lambda t: f"00:00:{t:06.3f}"
+        step, stamp = row["duration"] / len(parts), lambda t: f"00:00:{t:06.3f}"
         timed = [f"{stamp(k * step)} --> {stamp((k + 1) * step)}\n{part}\n" for k, part in enumerate(parts)]
         ending = (".srt", ".vtt", ".txt")[i % 3]
         write_whole(base + ending, {".txt": text, ".vtt": "WEBVTT\n\n" + "\n".join(timed),
