@@ -346,7 +346,7 @@ class Planner:
         # eighth of the row.
         lengths = [len(ids) for _, ids, _ in branches]
         need = max(min(sum(lengths), self.seq_len // 8),
-                   max([n for n in lengths if n <= self.seq_len * 3 // 4], default=0))
+                   max([n for n in lengths if n <= self.seq_len * 7 // 8], default=0))
         trunk, media = self.trunk(row, folder, self.seq_len - need)
         groups, left_out, room = [], [], 0
         for task, ids, learn in branches:

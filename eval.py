@@ -508,7 +508,7 @@ def main():
                         help="OpenAI-compatible server that judges captions, up to /v1; key in JUDGE_API_KEY")
     parser.add_argument("--judge_model", default="gpt-4.1-2025-04-14", help="its model [gpt-4.1-2025-04-14]")
     parser.add_argument("--max_new_tokens", type=int, help="length limit of answers [by task]")
-    parser.add_argument("--max_frames", type=int, default=128, help="of a video [128]")
+    parser.add_argument("--max_frames", type=int, help="of a video [as in training, at most 128]")
     parser.add_argument("--tiles", type=int, help="high-resolution crops of a picture [24; none for small]")
     parser.add_argument("--batch", type=int, default=32, help="questions at a time [32]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps [cpu]")

@@ -18,8 +18,8 @@ DEFAULTS = dataclasses.replace(
     max_frames=384, max_crops=384, recompute=True, save_every=500)
 
 PRESETS = {
-    "small": dict(sft.PRESETS["small"], steps=150, global_batch=2, micro_batch=1, seq_len=9 * 512, max_frames=48,
-                  max_crops=9 * 32, warmup_vit=10, warmup_connector=10, warmup_decoder=10, eval_clips=60),
+    "small": dict(sft.PRESETS["small"], steps=100, global_batch=2, micro_batch=1, seq_len=9 * 768, max_frames=48,
+                  max_crops=9 * 48, warmup_vit=10, warmup_connector=10, warmup_decoder=10, eval_clips=60),
     **{name: preset for name, preset in pretrain.PRESETS.items() if name != "small"},
 }
 

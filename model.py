@@ -91,7 +91,7 @@ OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0,
 QWEN3 = dict(norm_after=False, qk_norm="head", vocab=151936, layers=36, heads=32, kv_heads=8)
 PRESETS = {
     "small": ModelConfig(layers=3, width=128, heads=8, kv_heads=8, head_dim=16, mlp=256, vocab=1024,
-                         rope_theta=1e4, norm_after=False, qk_norm="head", max_positions=4608, crop=64,
+                         rope_theta=1e4, norm_after=False, qk_norm="head", max_positions=6912, crop=64,
                          patch=8, vit_width=128, vit_heads=8, vit_head_dim=16, vit_mlp=256,
                          vit_features=(2, 1)),
     "1b": ModelConfig(),
@@ -696,11 +696,11 @@ class Molmo2(nn.Module):
         import weights
         return weights.load(folder, vision)
 
-    def save_pretrained(self, folder):
-        """config.json and model.safetensors in the published layout, so that other tools can load them
-        too."""
+    def save_pretrained(self, folder, frames=384):
+        """config.json and model.safetensors in the published layout, so that other tools can load them too. frames: the
+        most it was shown of a video."""
         import weights
-        weights.save(self, folder)
+        weights.save(self, folder, frames)
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------

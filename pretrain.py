@@ -329,7 +329,7 @@ class Log:
 
 def write_files(tokenizer, about, model, folder):
     """What a checkpoint holds besides the optimiser: weights, tokenizer and what --resume needs to know."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, about["config"]["max_frames"])
     tokenizer.save(folder)
     weights.write_json(os.path.join(folder, "train_state", "state.json"), about)
 

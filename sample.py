@@ -21,18 +21,22 @@ from data import BadRow, Planner, parse_points, prompt_batch, to_device
 from media import BadMedia, load_frames, load_image, open_image, video_duration
 from model import Molmo2
 from points import Tokenizer
-from weights import BadCheckpoint
+from weights import BadCheckpoint, read_json
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
 
 
-def load(folder, device="cpu", tiles=None, max_frames=128, usual_tiles=8):
+def load(folder, device="cpu", tiles=None, max_frames=None, usual_tiles=8):
     """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per
-    picture; by default the usual ones, or none for a model too small to have seen any. max_frames: of a
-    video."""
+    picture; by default the usual ones, or none for a model too small to have seen any. max_frames: of a video; by
+    default as many as in training, at most 128."""
     model = Molmo2.from_pretrained(folder).to(device)
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
     tiles = tiles if tiles is not None else usual_tiles if model.cfg.crop >= 378 else 0
+    if max_frames is None:
+        path = os.path.join(folder, "video_preprocessor_config.json")
+        told = read_json(path).get("num_frames") if os.path.exists(path) else None
+        max_frames = min(told, 128) if isinstance(told, int) and told > 0 else 128
     return model, Planner(tokenizer, model.cfg, model.cfg.max_positions, tiles, max_frames=max_frames)
 
 
@@ -189,7 +193,8 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token [0]")
     parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0 [0]")
     parser.add_argument("--tiles", type=int, help="high-resolution crops [8; none for small]")
-    parser.add_argument("--max_frames", type=int, default=128, help="of a video, at 2 per second [128]")
+    parser.add_argument("--max_frames", type=int,
+                        help="of a video, at 2 per second [as in training, at most 128]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps [cpu]")
     args = parser.parse_args()
     try:

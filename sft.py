@@ -21,9 +21,9 @@ DEFAULTS = dataclasses.replace(
     residual_dropout=0.1, response_dropout=0.0, save_every=2000)
 
 PRESETS = {
-    # Twice the tokens of stage 1: a clip is six frames of nine tokens, its tracks are the longest answers there
-    # are. Few rows a step, many steps; the ViT, two thirds of the work here, stays as stage 1 left it.
-    "small": dict(pretrain.PRESETS["small"], steps=2600, global_batch=6, micro_batch=6, seq_len=512, max_crops=32,
+    # Three times the tokens of stage 1: ten seconds of real video and a track through them fit; of the toy world's clips
+    # four. Few rows a step, many steps; the ViT stays as stage 1 left it.
+    "small": dict(pretrain.PRESETS["small"], steps=3000, global_batch=4, micro_batch=4, seq_len=768, max_crops=48,
                   freeze=("vit",), lr_connector=1.5e-3, lr_decoder=1e-3, residual_dropout=0.0, save_every=500,
                   eval_clips=100, eval_first=True),
     **{name: preset for name, preset in pretrain.PRESETS.items() if name != "small"},

@@ -150,9 +150,9 @@ def hub_config(cfg):
                 text_config=text)
 
 
-def processor_configs(cfg, tiles=8):
-    """{file name: contents}: what other readers need to cut pictures and videos as this model was shown
-    them."""
+def processor_configs(cfg, frames=384, tiles=8):
+    """{file name: contents}: what other readers need to cut pictures and videos as this model was shown them, at most
+    `frames` of a video."""
     margin = round(cfg.crop / cfg.patch * 4 / 27)
     pixels = dict(size=dict(height=cfg.crop, width=cfg.crop), patch_size=cfg.patch, do_resize=True,
                   resample=2, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
@@ -161,7 +161,7 @@ def processor_configs(cfg, tiles=8):
                                              max_crops=tiles, overlap_margins=[margin, margin],
                                              pooling_size=[2, 2]),
             "video_preprocessor_config.json": dict(pixels, video_processor_type="Molmo2VideoProcessor",
-                                                   pooling_size=[3, 3], max_fps=2, num_frames=384,
+                                                   pooling_size=[3, 3], max_fps=2, num_frames=frames,
                                                    do_sample_frames=True),
             "processor_config.json": dict(processor_class="Molmo2Processor", image_use_col_tokens=True,
                                           video_use_col_tokens=False, use_single_crop_col_tokens=False,
@@ -453,10 +453,10 @@ def fill(model, found, folder, new=()):
         model.reset_parameters(new)
 
 
-def save(model, folder):
-    """Configuration and model.safetensors of `model` in `folder`, in the released names."""
+def save(model, folder, frames=384):
+    """Configuration and model.safetensors of `model` in `folder`, in the released names. frames: most of a video."""
     os.makedirs(folder, exist_ok=True)
     state = {their_name(n): p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     write_safetensors(os.path.join(folder, "model.safetensors"), state)
-    for name, contents in {"config.json": hub_config(model.cfg), **processor_configs(model.cfg)}.items():
+    for name, contents in {"config.json": hub_config(model.cfg), **processor_configs(model.cfg, frames)}.items():
         write_json(os.path.join(folder, name), contents)
