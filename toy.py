@@ -39,7 +39,7 @@ COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), 
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
 FOLDER = os.path.join("data", "toy")  # where every stage looks for it
-VERSION = 30  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 31  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -198,18 +198,18 @@ def counting(rng, scene):
 def pair(rng, scenes, trains=False):
     """Questions about two pictures: which one shows something, where it is in each, where in one of them; in training
     also what is in each, from which it is learned what belongs to which."""
-    out = [dict(task="multi_image_qa", prompt=f"What is in image {k}?", answer=listed(s["objects"]).capitalize() + ".")
+    out = [dict(task="multi_image_qa", prompt=f"What is in image {k}?", answer=listing([f"a {o['colour']} {o['shape']}" for o in s["objects"]]).capitalize() + ".")
            for k, s in enumerate(scenes)] if trains else []
     find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
     for _ in range(2):
-        some, other = (rng.choice(scenes[rng.randrange(2)]["objects"]) for _ in range(2))
-        shape = rng.choice((some["shape"], None))
-        where = sorted({k for k, _ in find(some["colour"], shape)})
-        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {some['colour']} {shape or 'shape'}?",
+        some = rng.choice(scenes[rng.randrange(2)]["objects"])
+        name = f"{some['colour']} {some['shape']}"
+        where = sorted({k for k, _ in find(some["colour"], some["shape"])})
+        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {name}?",
                         answer="Both." if len(where) == 2 else f"Image {where[0]}."))
-        shape = rng.choice((other["shape"], None))
-        label, found = plural(f"{other['colour']} {shape or 'shape'}"), find(other["colour"], shape)
-        one = rng.choice(sorted({k for k, _ in found})) if rng.random() < 0.3 else None
+        colour = some["colour"] if rng.random() < 0.7 else None
+        label, found = plural(f"{colour or ''} {some['shape']}".strip()), find(colour, some["shape"])
+        one = rng.choice(where) if rng.random() < 0.3 else None
         found = [(k, o) for k, o in found if one in (None, k)]
         out.append(dict(task="multi_image_pointing", label=label,
                         prompt=f"Point to the {label} in {'all images' if one is None else f'image {one}'}.",
@@ -395,22 +395,12 @@ def about_clip(rng, clip):
     return out, subtitles
 
 
-def listed(objects):
-    return listing([f"a {o['colour']} {o['shape']}" for o in objects]) if objects else "nothing"
-
-
-def lookups(rng, clip, n=2):
-    """What is there at a moment, and where something is then: a track is many of these, and one by one they are learned
-    sooner."""
+def lookups(rng, clip, n=3):
+    """Where something is at a given moment: a track is many of these, and one by one they are learned sooner."""
     seen = [(k, o) for k in range(clip["looks"]) for o in clip["objects"] if there(o, k)]
     asked = [(k, o, name_of(rng, o, k)) for k, o in rng.sample(seen, min(n, len(seen)))]
-    k = rng.randrange(clip["looks"])
-    there_then = sorted((dict(o, colour=colour_at(o, k)) for o in clip["objects"] if there(o, k)),
-                        key=lambda o: o["path"][k])
-    return [dict(task="video_qa", prompt=f"What is there at {k / 2:g} seconds?",
-                 answer=listed(there_then).capitalize() + ".")] + [
-        dict(task="video_pointing", prompt=f"Point to the {name} at {k / 2:g} seconds.", label=name,
-             points=[point(o, k)]) for k, o, name in asked]
+    return [dict(task="video_pointing", prompt=f"Point to the {name} at {k / 2:g} seconds.", label=name,
+                 points=[point(o, k)]) for k, o, name in asked]
 
 
 def still(rng, clip):
@@ -569,7 +559,7 @@ def without_masks(row):
 
 # Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets
 # most.
-FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.0, clips=2.4, tracks=2.4, stills=0.7,
+FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.0, clips=2.4, tracks=2.2, stills=0.7,
                long_clips=3.0, long_tracks=6.0)
 
 
