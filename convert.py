@@ -11,7 +11,6 @@ Points become shares of the sides. Times count from the start of the file, as ev
 say which clip of it is meant, and `data.py` makes times count from the clip's start.
 """
 import hashlib
-import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -118,7 +117,7 @@ def pixmo_caption(row, set):
     annotations = [dict(task="image_caption", answer=said(row["caption"]))]
     if spoken := [t for t in row.get("transcripts") or [] if t.strip()]:
         annotations.append(dict(task="image_caption", prompt="Describe the image as if you were speaking.",
-                                answer=spoken[pick(len(spoken), row["image_url"])].strip()))
+                                answer=spoken[pick(len(spoken), row["caption"])].strip()))
     yield picture(row["image_url"], annotations)
 
 
@@ -141,7 +140,7 @@ def pixmo_points(row, set):
     points, most = records(row["points"]), 60
     if len(points) > most:
         raise Skip(f"more than {most} points")
-    style = ("pointing", "point_count")[pick(2, row["image_url"], row["label"])]
+    style = ("pointing", "point_count")[pick(2, row["image_sha256"], row["label"])]
     pixels = set == "pixmo-count"  # pixels of the picture, whose size is known once it is here
     task = "counting" if pixels and style == "point_count" else "image_pointing"
     marks = [dict(x=float(p["x"]), y=float(p["y"])) for p in points] if pixels else spots(points)
@@ -213,13 +212,13 @@ def several_points(row, set):
     meant = row.get("normalized_labels") or [label.strip().lower() for label in labels]
     if len(labels) < 2:
         raise Skip("fewer than 2 pictures")
-    one = pick(len(labels), *row["image_urls"])
+    one = pick(len(labels), labels, row["image_sha256s"])
     marks = []
     for i, (m, here) in enumerate(zip(meant, points, strict=True)):
         marks += [dict(p, image=i) for p in spots(here)] if m == meant[one] else []
     if len(marks) > 60:
         raise Skip("more than 60 points")
-    style = ("multi_image_pointing", "multi_image_point_then_count")[pick(2, labels, *row["image_urls"])]
+    style = ("multi_image_pointing", "multi_image_point_then_count")[pick(2, row["image_sha256s"], labels)]
     yield picture(row["image_urls"], [dict(task="multi_image_pointing", style=style, label=labels[one].strip(),
                                            points=[dict(p, id=i) for i, p in enumerate(marks)])],
                   sha256=row.get("image_sha256s"))

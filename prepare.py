@@ -974,7 +974,7 @@ def data(args):
     for name, evaluation in select(args.names, registry):
         root = os.path.join(args.out, "eval") if evaluation else args.out
         os.makedirs(os.path.join(root, "media", name), exist_ok=True)
-        recipe, entry = (EVALS[name], {}) if evaluation else (RECIPES[name], registry[name])
+        recipe, entry = (EVALS[name], EVAL_ENTRY) if evaluation else (RECIPES[name], registry[name])
         try:
             barred = held_out(net, args.out) if recipe.media == "url" and not evaluation else ()
             maker = Maker(net, Manifest(os.path.join(root, "media", "manifest.jsonl")), root, name, recipe, entry, args.limit, barred)
@@ -992,6 +992,7 @@ def data(args):
     return code
 
 
+EVAL_ENTRY = {"license": "ODC-BY-1.0"}  # all of them; the videos under their own
 MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "video mirror (billed)", "archive": "archives of the hub",
               "hand": "by hand", "none": "text alone"}
 
@@ -1001,7 +1002,7 @@ def show_list(args):
     chosen = select([args.group], registry) if args.group else [(n, False) for n in registry] + [(n, True) for n in EVALS]
     print(f"{'name':35}{'stage':14}{'task':22}{'rows':>10}  {'media':23}{'licence':18}here")
     for name, evaluation in chosen:
-        e, root = ({}, os.path.join(args.out, "eval")) if evaluation else (registry[name], args.out)
+        e, root = (EVAL_ENTRY, os.path.join(args.out, "eval")) if evaluation else (registry[name], args.out)
         recipe, path = (EVALS if evaluation else RECIPES)[name], os.path.join(root, name + ".jsonl")
         here = f"{line_index(path)[1][1]:,} lines" if os.path.exists(path) else "media" if glob.glob(
             os.path.join(glob.escape(os.path.join(root, "media", name)), "*")) else "-"
