@@ -270,7 +270,7 @@ def video_captions(row, set):
 
 
 VIDEO_NAMES = ("video", "video_id", "vid_name", "vid_filename", "video_path", "video_filename", "gif_name", "vid",
-               "uni_clipped_id", "visual_input", "youtube_id")
+               "uni_clipped_id", "visual_input", "youtube_id", "_key")
 
 
 def options_of(row):

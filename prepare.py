@@ -621,10 +621,10 @@ def encode(root, folder, rate, first, last):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with av.open(f"{path}.part", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=round(rate), options={"crf": "20"})
-        stream.pix_fmt = "yuv420p"
+        width, height = image_size(os.path.join(root, folder, names[0]))
+        stream.width, stream.height, stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
         for n in names:
             frame = av.VideoFrame.from_ndarray(load_image(os.path.join(root, folder, n)), format="rgb24")
-            stream.width, stream.height = stream.width or frame.width // 2 * 2, stream.height or frame.height // 2 * 2
             container.mux(stream.encode(frame.reformat(stream.width, stream.height)))
         container.mux(stream.encode())
     os.replace(f"{path}.part", path)
