@@ -274,8 +274,9 @@ def receive(net, r, part, have, what, most, url):
                     raise NetError(f"{what}: more than {most} bytes")
         except requests.RequestException as e:
             return f"the connection broke ({type(e).__name__})"
-        f.flush()
-        os.fsync(f.fileno())
+        if not most:  # a weight file must outlive a power cut, a picture need not
+            f.flush()
+            os.fsync(f.fileno())
     return "" if total in (None, os.path.getsize(part)) else f"{os.path.getsize(part)} bytes came instead of {total}"
 
 
