@@ -439,7 +439,7 @@ SINGLE_OBJECT = {"trackingnet", "vasttrack", "got10k", "webuav", "lasot", "tnl2k
 
 def unpacked(rle):
     """A run-length mask with its runs as numbers. COCO writes them as text: 5 bits a character, least first, the sixth
-    says that more follow; from the third on a run is told as the difference from the one before the last."""
+    says that more follow; from the fourth on a run is told as the difference from the one before the last."""
     counts, text = [], rle["counts"]
     if not isinstance(text, str):
         return dict(size=list(rle["size"]), counts=list(text))

@@ -60,6 +60,7 @@ PICTURE_BYTES = 64 << 20   # a picture's file may have
 RESERVE = 1 << 30          # bytes of disk that stay free
 WHOLE = 20_000             # rows that are read a page at a time; more come as parquet
 BUCKETS = 64
+GROWTH = 1 << 30           # bytes that even a small archive may unpack to
 PLACEHOLDER = 5            # pictures of the same bytes are not pictures but a notice that they are gone
 
 
@@ -493,10 +494,10 @@ def file_rows(path):
 
 # ---- archives ----------------------------------------------------------------------------------------------
 
-def unpack(path, folder, most=20.0):
+def unpack(path, folder):
     """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that leads elsewhere is
-    an error, and so is an archive that grows more than `most` times (and 1 GiB): a bomb. Archives inside are unpacked too."""
-    room, inner = os.path.getsize(path) * most + (1 << 30), []
+    an error, and so is an archive that grows more than twenty times (and 1 GiB): a bomb. Archives inside are unpacked too."""
+    room, inner = os.path.getsize(path) * 20 + GROWTH, []
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
@@ -513,12 +514,12 @@ def unpack(path, folder, most=20.0):
                 while chunk := source.read(1 << 20):
                     room -= len(chunk)
                     if room < 0:
-                        raise BadMedia(f"{path}: unpacks to more than {most:.0f} times its size")
+                        raise BadMedia(f"{path}: unpacks to more than 20 times its size")
                     f.write(chunk)
             os.replace(f"{target}.part", target)
             inner += [target] if name.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")) else []
     for target in inner:
-        unpack(target, os.path.dirname(target), most)
+        unpack(target, os.path.dirname(target))
         os.remove(target)
 
 
