@@ -45,9 +45,9 @@ def records(value):
     return value or []
 
 
-def spots(points, side=100):
-    """[{x, y}] in per cent (or shares of another side) -> numbered points, from left to right."""
-    places = sorted((share(p["x"], side), share(p["y"], side)) for p in records(points))
+def numbered(points, width=100, height=100):
+    """[{x, y}] in per cent, or in pixels of a picture of this size -> shares of the sides, numbered from left to right."""
+    places = sorted((share(p["x"], width), share(p["y"], height)) for p in records(points))
     return [dict(x=x, y=y, id=i) for i, (x, y) in enumerate(places)]
 
 
@@ -143,7 +143,7 @@ def pixmo_points(row, set):
     style = ("pointing", "point_count")[pick(2, row["image_sha256"], row["label"])]
     pixels = set == "pixmo-count"  # pixels of the picture, whose size is known once it is here
     task = "counting" if pixels and style == "point_count" else "image_pointing"
-    marks = [dict(x=float(p["x"]), y=float(p["y"])) for p in points] if pixels else spots(points)
+    marks = [dict(x=float(p["x"]), y=float(p["y"])) for p in points] if pixels else numbered(points)
     yield picture(row["image_url"], [dict(task=task, style=style, label=row["label"].strip(), points=marks)],
                   sha256=[row.get("image_sha256")], **({"pixels": True} if pixels else {}))
 
@@ -151,7 +151,7 @@ def pixmo_points(row, set):
 def cosyn_points(row, set):
     """Three lists side by side: questions, points, names."""
     yield picture(row["image"], [
-        dict(task="image_pointing", prompt=q.strip(), label=str(name), points=spots(points))
+        dict(task="image_pointing", prompt=q.strip(), label=str(name), points=numbered(points))
         for q, points, name in zip(row["questions"], row["answer_points"], row["names"], strict=True)])
 
 
@@ -215,7 +215,7 @@ def several_points(row, set):
     one = pick(len(labels), labels, row["image_sha256s"])
     marks = []
     for i, (m, here) in enumerate(zip(meant, points, strict=True)):
-        marks += [dict(p, image=i) for p in spots(here)] if m == meant[one] else []
+        marks += [dict(p, image=i) for p in numbered(here)] if m == meant[one] else []
     if len(marks) > 60:
         raise Skip("more than 60 points")
     style = ("multi_image_pointing", "multi_image_point_then_count")[pick(2, row["image_sha256s"], labels)]

@@ -21,464 +21,95 @@ HF_HUB_OFFLINE=1 (only what is here), GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKE
 import argparse
 import contextlib
 import csv
-import email.utils
-import fnmatch
 import functools
 import glob
 import hashlib
-import importlib.util
-import ipaddress
+import itertools
 import json
 import os
-import random
 import shutil
-import socket
 import sys
 import tarfile
-import threading
-import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import av
-import requests
-from PIL import Image
 from tqdm import tqdm
 
 import convert
-from convert import EVALS, RECIPES, Skip, clip
+from convert import EVALS, RECIPES, Skip
 from data import BadRow, find_datasets, line_index, parse_row, read_registry
-from media import (BadMedia, image_size, inside_folder, load_frames, load_image, open_image, open_video,
-                   video_duration)
+from fetch import (PICTURE_BYTES, Manifest, Net, NetError, UserError, fetch_all, fetch_files, file_digest, hub_files,
+                   hub_rows, is_picture, is_video, origin, room_for)
+from fetch import patiently  # noqa: F401  public under this name too
+from media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
 
-TRIES, PAUSE = 5, 1.0   # of a request; seconds before the second try
-PER_HOST, WORKERS = 4, 16  # requests at a time
-PICTURE_BYTES = 64 << 20   # a picture's file may have
-RESERVE = 1 << 30          # bytes of disk that stay free
-WHOLE = 20_000             # rows that are read a page at a time; more come as parquet
-BUCKETS = 64
-GROWTH = 1 << 30           # bytes that even a small archive may unpack to
-PLACEHOLDER = 5            # pictures of the same bytes are not pictures but a notice that they are gone
+BUCKETS = 64       # files a spool has
+GROWTH = 1 << 30   # bytes that even a small archive may unpack to
+PLACEHOLDER = 5    # pictures of the same bytes are not pictures but a notice that they are gone
 
 
-class UserError(Exception):
-    """A mistake in the command or around it: one line, exit 2."""
+# ---- files of rows, archives -------------------------------------------------------------------------------
 
+class JsonReader:
+    """A JSON file in pieces: memory is that of one entry and one piece, however large the file."""
 
-class NetError(Exception):
-    """A request that failed for good: what was asked for, how often, and the last reason."""
+    def __init__(self, f, path, chunk):
+        self.f, self.path, self.chunk, self.text, self.at, self.decoder = f, path, chunk, "", 0, json.JSONDecoder()
 
+    def more(self):
+        new = self.f.read(max(self.chunk, len(self.text) - self.at))
+        self.text, self.at = self.text[self.at:] + new, 0
+        if not new:
+            raise BadRow("malformed JSON", f"{self.path} ends early, or near {self.text[:60]!r}")
 
-# ---- requests ----------------------------------------------------------------------------------------------
+    def peek(self, between=" \r\n\t,:"):
+        """The next character that is none of those between values."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in between:
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            self.more()
 
-def retry_after(response):
-    """Seconds a server asks to wait (a number, or a date), at most 300; None where it does not say."""
-    said = response.headers.get("Retry-After", "").strip()
-    if said.isdigit():
-        return min(int(said), 300)
-    try:
-        return min(max(email.utils.parsedate_to_datetime(said).timestamp() - time.time(), 0), 300)
-    except ValueError:
-        return None
+    def value(self):
+        self.peek()
+        while True:
+            with contextlib.suppress(ValueError):  # not all of it read yet
+                found, end = self.decoder.raw_decode(self.text, self.at)
+                if end < len(self.text):  # else a number might go on
+                    self.at = end
+                    return found
+            self.more()
 
-
-def patiently(send, what, tries=5, pause=1.0):
-    """send() -> requests.Response, sent again with exponential back-off and jitter after transport errors, 408, 429
-    and 5xx; honours Retry-After (seconds or a date, at most 300 s). Returns the first response with any other
-    status; raises NetError naming `what`, the number of tries and the last reason."""
-    for n in range(tries):
-        wait = pause * 2 ** n * random.uniform(0.5, 1.0)
-        try:
-            response = send()
-        except requests.RequestException as e:
-            if isinstance(e, ValueError):
-                raise NetError(f"{what}: {e}") from None  # no URL at all: asking again will not help
-            reason = f"{type(e).__name__}: {e}"
-        else:
-            if response.status_code not in (408, 429) and response.status_code < 500:
-                return response
-            reason, told = f"status {response.status_code} {response.reason}", retry_after(response)
-            reason += f" {response.headers.get('X-Error-Code', '')}".rstrip()
-            wait = wait if told is None else told
-            response.close()
-        if n + 1 < tries:
-            time.sleep(wait)
-    raise NetError(f"{what}: gave up after {tries} tries, the last: {reason}")
-
-
-def origin(url):
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port
-    except ValueError:
-        raise NetError(f"{url[:200]!r} is no URL") from None
-
-
-def is_loopback(host):
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class Net:
-    """Requests as this file makes them: https to public addresses alone, redirects followed by hand, the token sent to
-    the hub alone, four at a time to one host."""
-
-    def __init__(self):
-        self.hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        mirror = is_loopback(origin(self.hub)[1])
-        if not mirror and not self.hub.startswith("https://"):
-            raise UserError(f"HF_ENDPOINT {self.hub}: must be https, or on this machine")
-        self.viewer = self.hub if mirror else "https://datasets-server.huggingface.co"
-        self.own, self.mirror = {origin(self.hub), origin(self.viewer)}, mirror
-        self.token, self.offline = os.environ.get("HF_TOKEN"), os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        self.local, self.hosts, self.lock = threading.local(), {}, threading.Lock()
-
-    def slot(self, url):
-        """At most so many requests to one host at a time."""
-        with self.lock:
-            return self.hosts.setdefault(origin(url)[1], threading.BoundedSemaphore(PER_HOST))
-
-    def allow(self, url):
-        """NetError unless a URL is https and its host public: data and redirects must not reach into a network."""
-        scheme, host, port = origin(url)
-        if self.mirror and (scheme, host, port) in self.own:
-            return
-        if scheme != "https" or not host:
-            raise NetError(f"{url[:200]}: only https is read")
-        if any(requests.utils.get_environ_proxies(url)) and not host.replace(".", "").isdigit() and ":" not in host:
-            return  # names are the proxy's to resolve
-        try:
-            found = {a[4][0] for a in socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)}
-        except (OSError, UnicodeError) as e:
-            raise NetError(f"{url[:200]}: no such host ({e})") from None
-        if not all(ipaddress.ip_address(a.split("%")[0]).is_global for a in found):
-            raise NetError(f"{url[:200]}: {host} is a private address")
-
-    def get(self, url, what, headers=None, tries=None):
-        """The response to a GET, its body not yet read; `linked`: (size, sha256) of a hub file, as far as told."""
-        if self.offline:
-            raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set")
-        if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-
-        def send():
-            target, linked = url, (None, None)
-            for _ in range(6):
-                self.allow(target)
-                more = {"Authorization": f"Bearer {self.token}"} if self.token and origin(target) in self.own else {}
-                r = self.local.session.get(target, headers={"Accept-Encoding": "identity"} | (headers or {}) | more,
-                                           stream=True, timeout=(10, 60), allow_redirects=False)
-                etag = r.headers.get("X-Linked-Etag", "").strip('W/"')
-                if origin(target) in self.own and len(etag) == 64:
-                    linked = int(r.headers.get("X-Linked-Size", -1)), etag
-                if not r.is_redirect:
-                    r.linked = linked
-                    return r
-                target = urljoin(target, r.headers["Location"])
-                r.close()
-            raise NetError(f"{what}: more than 5 redirects")
-
-        return patiently(send, what, tries or TRIES, PAUSE)
-
-    def json(self, url, what, tries=None):
-        """(parsed answer, the next page's URL or None)"""
-        for _ in range(TRIES):
-            with self.slot(url), self.get(url, what, tries=tries) as r:
-                self.must(r, what)
-                with contextlib.suppress(requests.RequestException):  # it broke in the middle: again
-                    body = r.content
-                    try:
-                        return json.loads(body), r.links.get("next", {}).get("url")
-                    except ValueError:
-                        raise NetError(f"{what}: the answer is not JSON: {body[:80]!r}") from None
-        raise NetError(f"{what}: the connection broke {TRIES} times")
-
-    def must(self, r, what):
-        """NetError unless a response carries what was asked for."""
-        if r.status_code in (401, 403) and origin(r.url) in self.own:
-            raise NetError(f"{what}: status {r.status_code}, behind terms or private: accept them on its page at {self.hub} and "
-                           f"set HF_TOKEN{' to a token that may read it' if self.token else ''}")
-        if r.status_code not in (200, 206):
-            raise NetError(f"{what}: status {r.status_code} {r.reason}")
-
-
-def room_for(path, size=0):
-    """UserError when a file of so many bytes would fill the disk."""
-    free = shutil.disk_usage(os.path.dirname(path)).free
-    if free < size + RESERVE:
-        raise UserError(f"{os.path.dirname(path)}: {free / 1e9:.1f} GB free, {(size + RESERVE) / 1e9:.1f} needed; "
-                        "make room, or take less with --limit")
-
-
-def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=None, trust=None, tries=TRIES):
-    """One file: continued where an earlier try stopped, compared with its size and sha256, looked at by `trust`, renamed.
-
-    mark: what makes the contents what they are (a revision); a partial file of another one is not continued.
-    """
-    what, part, failed, problem = url[:200], f"{path}{mark and '.'}{mark}.part", 0, ""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    while failed < tries:
-        if failed:
-            time.sleep(PAUSE * 2 ** failed * random.uniform(0.5, 1))
-        have = os.path.getsize(part) if os.path.exists(part) else 0
-        sent = (headers or {}) | ({"Range": f"bytes={have}-"} if have else {})
-        with net.slot(url), net.get(url, what, sent, tries) as r:
-            size, sha256 = r.linked[0] if size is None else size, sha256 or r.linked[1]
-            problem = receive(net, r, part, have, what, most, url)
-        if not problem and size not in (None, os.path.getsize(part)):
-            problem = f"{os.path.getsize(part)} bytes instead of {size}"
-            os.remove(part)
-        elif not problem and sha256 and file_digest(part) != sha256:
-            problem = "its sha256 is not the one published"
-            os.remove(part)
-        if not problem:
-            try:
-                if trust:
-                    trust(part)
-            except BadMedia:
-                os.remove(part)
-                raise
-            os.replace(part, path)
-            return
-        # What brought something new is no failure: a long file may break any number of times.
-        failed = 0 if os.path.exists(part) and os.path.getsize(part) > have else failed + 1
-    raise NetError(f"{what}: gave up after {tries} tries, the last: {problem}")
-
-
-def receive(net, r, part, have, what, most, url):
-    """The body of a response into a partial file that has `have` bytes: what went wrong, or ""."""
-    if r.status_code == 416:  # nothing after what is here: all of it, or too much
-        if r.headers.get("Content-Range", "").endswith(f"/{have}"):
-            return ""
-        os.remove(part)
-        return "the server has less than was here"
-    if r.status_code == 403 and r.url != url:
-        return "status 403: the signed link has expired"  # what led there leads to a new one
-    net.must(r, what)
-    go_on = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-    length = r.headers.get("Content-Length", "")
-    total = int(length) + have * go_on if length.isdigit() else None
-    room_for(part, total or 0)
-    with open(part, "ab" if go_on else "wb") as f, \
-            tqdm(total=total, initial=f.tell(), unit="B", unit_scale=True, leave=False,
-                 disable=None if (total or 0) > 50 << 20 else True) as bar:
-        try:
-            for chunk in r.iter_content(1 << 20):
-                f.write(chunk)
-                bar.update(len(chunk))
-                if most and f.tell() > most:
-                    raise NetError(f"{what}: more than {most} bytes")
-        except requests.RequestException as e:
-            return f"the connection broke ({type(e).__name__})"
-        if not most:  # a weight file must outlive a power cut, a picture need not
-            f.flush()
-            os.fsync(f.fileno())
-    return "" if total in (None, os.path.getsize(part)) else f"{os.path.getsize(part)} bytes came instead of {total}"
-
-
-def file_digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-class Manifest:
-    """data/media/manifest.jsonl: one line for everything fetched or not, and why."""
-
-    def __init__(self, path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.path, self.lock, self.dead = path, threading.Lock(), {}
-        if os.path.exists(path):
-            with open(path, "rb") as f:
-                for line in f:
-                    with contextlib.suppress(ValueError):  # the line that a kill cut short
-                        entry = json.loads(line)
-                        self.dead.pop(entry["file"], None)
-                        if not entry["done"] and not entry["again"]:
-                            self.dead[entry["file"]] = entry["reason"]
-            with open(path, "rb+") as f:
-                if f.seek(0, os.SEEK_END):
-                    f.seek(-1, os.SEEK_END)
-                    f.write(b"\n" if f.read(1) != b"\n" else b"")
-
-    def note(self, file, url, reason="", again=False):
-        with self.lock, open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(dict(file=file, url=url, done=not reason, reason=reason, again=again)) + "\n")
-
-
-def is_picture(path, sha256=None):
-    """BadMedia unless a file is a picture, and the one whose sha256 was published: a notice that it is gone is not."""
-    image_size(path)
-    if sha256 and file_digest(path) != sha256:
-        raise BadMedia("not the picture that was annotated")
-
-
-def fetch_all(net, manifest, jobs, what, fresh=False):
-    """Fetch [(url, path, options of fetch)] side by side: {path: reason} of those that could not be had. Links that are
-    known to be dead are not asked for, unless they are fresh; what may be the network's fault is, the next time."""
-    failed = {}
-
-    def one(job):
-        url, path, options = job
-        if path in manifest.dead and not fresh:
-            failed[path] = manifest.dead[path]
-            return
-        try:
-            fetch(net, url, path, **options)
-            manifest.note(path, url)
-        except (NetError, BadMedia) as e:
-            failed[path] = reason = str(e).removeprefix(f"{path}.part: ").removeprefix(f"{url[:200]}: ")
-            manifest.note(path, url, reason, again=net.offline or any(
-                t in reason for t in ("gave up", "HF_TOKEN", "no such host")))
-
-    jobs = list({path: (url, path, options) for url, path, options in jobs if not os.path.exists(path)}.values())
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for _ in tqdm(pool.map(one, jobs), what, len(jobs), leave=False, disable=None if len(jobs) > 1 else True):
-            pass
-    return failed
-
-
-# ---- the hub -----------------------------------------------------------------------------------------------
-
-def hub_files(net, repo, patterns, kind="datasets"):
-    """The files of a hub repository that match, at its newest revision: [dict(url, name, size, sha256, mark)]."""
-    where = f"{net.hub}/api/{kind}/{repo}"
-    revision = net.json(where, f"{kind} {repo}")[0]["sha"]
-    page, found = f"{where}/tree/{quote(revision)}?recursive=true", []
-    while page:
-        entries, page = net.json(page, f"files of {repo}")
-        found += [e for e in entries if e["type"] == "file" and any(fnmatch.fnmatch(e["path"], p) for p in patterns)]
-    if not found:
-        raise NetError(f"{repo}: has no file {' or '.join(patterns)}")
-    head = f"{net.hub}/{'datasets/' if kind == 'datasets' else ''}{repo}/resolve/{quote(revision)}/"
-    return [dict(url=head + quote(e["path"]), name=e["path"], size=e["size"], sha256=(e.get("lfs") or {}).get("oid"),
-                 mark=revision[:8]) for e in found]
-
-
-def fetch_files(net, files, folder):
-    """Those of `files` that are not in `folder` yet; their paths. NetError names the first that cannot be had."""
-    os.makedirs(folder, exist_ok=True)
-    paths = [inside_folder(folder, f["name"]) for f in files]
-    jobs = [(f, path) for f, path in zip(files, paths) if not os.path.exists(path)]
-    room_for(os.path.join(folder, "x"), sum(f["size"] or 0 for f, _ in jobs))
-    with ThreadPoolExecutor(PER_HOST) as pool:
-        list(pool.map(lambda job: fetch(net, job[0]["url"], job[1], job[0]["size"], job[0]["sha256"], mark=job[0]["mark"]),
-                      jobs))
-    return paths
-
-
-def hub_page(net, repo, config, split, offset, length):
-    query = urlencode(dict(dataset=repo, config=config, split=split, offset=offset, length=length))
-    try:
-        return net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", TRIES if length == 1 else 3)[0]
-    except NetError as e:
-        if "gave up" not in str(e) or length == 1 or "429" in str(e):
-            raise
-        return hub_page(net, repo, config, split, offset, max(length // 10, 1))  # a page may be too big for the server
-
-
-def hub_rows(net, repo, config, split, limit, keep, length=100):
-    """The rows of a set on the hub, each a dict; keep(row, number, again) puts pictures inside it on the disk, and asks
-    for the page once more when their links have expired."""
-    offset, total = 0, None
-    while total is None or offset < total:
-        again = True
-        while again:
-            page = hub_page(net, repo, config, split, offset, min(length, (limit or length) - offset if limit else length))
-            again = keep(page["rows"])
-        total = min(page["num_rows_total"], limit or page["num_rows_total"])
-        if not limit and total > WHOLE:
-            yield from parquet_rows(net, repo, config, split, keep)
-            return
-        if page.get("partial") and not offset:
-            print(f"{repo} {config}: the hub offers only the first {page['num_rows_total']:,} rows this way")
-        if not page["rows"]:
-            return
-        yield from (r["row"] for r in page["rows"])
-        offset += len(page["rows"])
-
-
-def parquet_rows(net, repo, config, split, keep):
-    """All rows of a large set, from the hub's parquet files, by pyarrow if it is there."""
-    if not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"{repo} {config} {split}: more than {WHOLE:,} rows are read as parquet, which needs pyarrow "
-                        "(pip install pyarrow); or take some, with --limit")
-    import pyarrow.parquet
-    query = urlencode(dict(dataset=repo, config=config, split=split))
-    listed = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}")[0]["parquet_files"]
-    files = [dict(url=f["url"], name=f"{config}/{split}/{os.path.basename(f['filename'])}", size=f["size"], sha256=None, mark="")
-             for f in listed if (f["config"], f["split"]) == (config, split)]
-    number = 0
-    for path in fetch_files(net, files, keep.cache(repo)):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-            rows = [dict(row_idx=number + i, row=row) for i, row in enumerate(batch.to_pylist())]
-            number += len(rows)
-            keep(rows)
-            yield from (r["row"] for r in rows)
-
-
-# ---- files of rows -----------------------------------------------------------------------------------------
 
 def json_items(path, chunk=1 << 20):
-    """The entries of a JSON file, one at a time however large it is: of a list its objects; of an object of objects the
-    same with their name as `_key`; {"data": [...]} is a list."""
-    decoder, text, at = json.JSONDecoder(), "", 0
+    """The entries of a JSON file: of a list its objects; of an object of objects the same with their name as `_key`;
+    {"data": [...]} is a list."""
     with open(path, encoding="utf-8-sig") as f:
-        def skip(characters):
-            nonlocal text, at
-            while True:
-                while at < len(text) and text[at] in characters:
-                    at += 1
-                if at < len(text):
-                    return text[at]
-                text, at = f.read(chunk), 0
-                if not text:
-                    raise BadRow("malformed JSON", f"{path} ends early")
-
-        def value():
-            nonlocal text, at
-            while True:
-                try:
-                    found, end = decoder.raw_decode(text, at)
-                    if end < len(text):  # a number may go on behind the end
-                        at = end
-                        return found
-                except ValueError:
-                    pass  # not all of it read yet
-                more = f.read(max(chunk, len(text)))
-                if not more:
-                    raise BadRow("malformed JSON", f"{path}: near {text[at:at + 60]!r}")
-                text, at = text[at:] + more, 0
-
-        opening = skip(" \r\n\t")
-        closing = {"[": "]", "{": "}"}.get(opening)
-        if not closing:
+        reader = JsonReader(f, path, chunk)
+        opening = reader.peek()
+        if opening not in "[{":
             raise BadRow("malformed JSON", f"{path} is neither a list nor an object")
-        at += 1
-        while skip(" \r\n\t,") not in "]}":
-            if opening == "[":
-                yield value()
-                continue
-            key = value()
-            if skip(" \r\n\t:") == "[" and key in ("data", "annotations"):
-                opening, at = "[", at + 1
-                continue
-            entry = value()
-            if isinstance(entry, dict):
-                yield {"_key": key, **entry}
+        reader.at += 1
+        while reader.peek() not in "]}":
+            name = {} if opening == "[" else {"_key": reader.value()}
+            if name and reader.peek() == "[" and name["_key"] in ("data", "annotations"):
+                opening, reader.at = "[", reader.at + 1
+            elif isinstance(entry := reader.value(), dict):
+                yield name | entry
 
 
 def file_rows(path):
     """The rows of a JSON, JSONL, CSV or TSV file."""
     if path.endswith((".csv", ".tsv")):
         with open(path, newline="", encoding="utf-8-sig") as f:
-            head = f.readline()
+            tabs = "\t" in f.readline()
             f.seek(0)
-            yield from csv.DictReader(f, delimiter="\t" if "\t" in head else ",")
+            yield from csv.DictReader(f, delimiter="\t" if tabs else ",")
     elif path.endswith(".jsonl"):
         names = None
         with open(path, encoding="utf-8-sig") as f:
@@ -492,11 +123,10 @@ def file_rows(path):
         yield from json_items(path)
 
 
-# ---- archives ----------------------------------------------------------------------------------------------
-
 def unpack(path, folder):
-    """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that leads elsewhere is
-    an error, and so is an archive that grows more than twenty times (and 1 GiB): a bomb. Archives inside are unpacked too."""
+    """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that leads elsewhere
+    is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB). Archives in it are unpacked
+    too."""
     room, inner = os.path.getsize(path) * 20 + GROWTH, []
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
@@ -523,51 +153,12 @@ def unpack(path, folder):
         os.remove(target)
 
 
-# ---- media -------------------------------------------------------------------------------------------------
+# ---- media on this disk ------------------------------------------------------------------------------------
 
-def is_video(path):
-    open_video(path)[0].close()
-
-
-class Embedded:
-    """Pictures that come inside the rows of the hub: put on the disk, their names put into the rows."""
-
-    def __init__(self, net, manifest, root, name):
-        self.net, self.manifest, self.root, self.name, self.label, self.asked = net, manifest, root, name, "", 0
-
-    def __call__(self, rows):
-        """Whether to ask for the same rows once more, because links to their pictures have expired."""
-        jobs, named, failed = [], [], {}
-        for r in rows:
-            for column, cell in r["row"].items():
-                for k, c in enumerate(cell if isinstance(cell, list) else [cell]):
-                    if isinstance(c, dict) and ("src" in c or "bytes" in c):
-                        rel = f"{self.label}/{r['row_idx']:07d}-{column}-{k}"
-                        path = inside_folder(self.root, f"media/{self.name}/{rel}")
-                        if c.get("bytes") and not os.path.exists(path):
-                            save(path, c["bytes"])
-                        elif c.get("src"):
-                            jobs.append((c["src"], path, dict(most=PICTURE_BYTES, trust=is_picture)))
-                        named.append((r["row"], column, k, rel, path))
-        if jobs:
-            failed = fetch_all(self.net, self.manifest, jobs, "pictures", fresh=True)
-            self.asked += 1
-            if any("status 403" in reason for reason in failed.values()) and self.asked < 3:
-                return True
-        self.asked = 0
-        for row, column, k, rel, path in named:
-            here = rel if os.path.exists(path) else f"{rel}: {failed.get(path, 'no picture in the row')}"
-            if isinstance(row[column], list):
-                row[column][k] = here
-            else:
-                row[column] = here
-        return False
-
-
-def save(path, data):
+def save(path, content):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.part", "wb") as f:
-        f.write(data)
+        f.write(content)
     os.replace(f"{path}.part", path)
 
 
@@ -577,66 +168,82 @@ class Shelf:
     KINDS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".mpg", ".jpg", ".jpeg", ".png", ".webp")
 
     def __init__(self, root, *folders):
-        self.root, self.files, self.frames = root, defaultdict(list), defaultdict(list)
-        for folder in folders:
-            for at, dirs, names in os.walk(os.path.join(root, folder)):
-                dirs.sort()
-                rel = os.path.relpath(at, root)
-                pictures = 0
-                for n in sorted(names):
-                    stem, kind = os.path.splitext(n)
-                    if not n.endswith(".part"):
-                        pictures += kind.lower() in (".jpg", ".jpeg", ".png")
-                        self.files[stem if kind.lower() in self.KINDS else n].append(os.path.join(rel, n))
-                if pictures > 1:
-                    self.frames[os.path.basename(at)].append(rel)
+        self.files, self.folders = defaultdict(list), defaultdict(list)  # last part of the name -> paths under root
+        for at, _, names in (walked for folder in folders for walked in os.walk(os.path.join(root, folder))):
+            place = os.path.relpath(at, root)
+            for n in names:
+                if not n.endswith(".part"):
+                    self.files[self.stem(n)].append(os.path.join(place, n))
+            if sum(n.lower().endswith((".jpg", ".jpeg", ".png")) for n in names) > 1:
+                self.folders[os.path.basename(at)].append(place)
 
-    def pick(self, table, ref, stems):
-        """The one entry of a table whose path ends like `ref`. NAME is also sought as v_NAME, ytb_NAME and the like."""
-        tail = os.path.splitext(ref)[0] if os.path.splitext(ref)[1].lower() in self.KINDS else ref
-        base = os.path.basename(tail)
-        for stem in (base, *stems(base)):
-            want = "/" + os.path.join(os.path.dirname(tail), stem).strip("/")
-            found = [p for p in table.get(stem, ()) if ("/" + p).endswith(want) or ("/" + os.path.splitext(p)[0]).endswith(want)]
-            found = found or table.get(stem, ()) if len(table.get(stem, ())) == 1 else found
-            if found:
-                return min(found, key=lambda p: (p.count("/"), p))
+    def stem(self, name):
+        return os.path.splitext(name)[0] if name.lower().endswith(self.KINDS) else name
+
+    def pick(self, table, ref, spellings):
+        """The path whose end is `ref`, or the only one whose last part is."""
+        folder, base = os.path.split(self.stem(ref))
+        for spelling in spellings:
+            paths, want = table.get(spelling.format(base), []), "/" + os.path.join(folder, spelling.format(base)).strip("/")
+            exact = [p for p in paths if f"/{self.stem(p)}".endswith(want)]
+            if exact or len(paths) == 1:
+                return min(exact or paths, key=lambda p: (p.count("/"), p))
         return None
 
     def file(self, ref):
-        return self.pick(self.files, ref, lambda s: (f"v_{s}", f"ytb_{s}", f"vimeo_{s}", f"{s}_2fps"))
+        return self.pick(self.files, ref, ("{}", "v_{}", "ytb_{}", "vimeo_{}", "{}_2fps"))
 
     def folder(self, ref):
-        return self.pick(self.frames, ref, lambda s: ())
+        """A folder of frames."""
+        return self.pick(self.folders, ref, ("{}",))
 
 
-def encode(root, folder, rate, first, last):
+def encode(root, folder, rate, first=0, last=None):
     """A folder of frames, or some of them, as an H.264 clip at `rate` a second; its path under root."""
-    rel = os.path.join("media", "encoded", hashlib.sha256(f"{folder} {first} {last} {rate}".encode()).hexdigest()[:24] + ".mp4")
-    path = os.path.join(root, rel)
+    rel = f"media/encoded/{hashlib.sha256(f'{folder} {rate} {first} {last}'.encode()).hexdigest()[:24]}.mp4"
+    path, source = os.path.join(root, rel), os.path.join(root, folder)
     if os.path.exists(path):
         return rel
-    names = sorted(n for n in os.listdir(os.path.join(root, folder)) if n.lower().endswith((".jpg", ".jpeg", ".png")))
+    names = sorted(n for n in os.listdir(source) if n.lower().endswith((".jpg", ".jpeg", ".png")))
     names = names[first:None if last is None else last + 1]
     if not names:
         raise BadMedia(f"{folder}: has no frames {first} to {last}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with av.open(f"{path}.part", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=round(rate), options={"crf": "20"})
-        width, height = image_size(os.path.join(root, folder, names[0]))
+        width, height = image_size(os.path.join(source, names[0]))
         stream.width, stream.height, stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
         for n in names:
-            frame = av.VideoFrame.from_ndarray(load_image(os.path.join(root, folder, n)), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(load_image(os.path.join(source, n)), format="rgb24")
             container.mux(stream.encode(frame.reformat(stream.width, stream.height)))
         container.mux(stream.encode())
     os.replace(f"{path}.part", path)
     return rel
 
 
+def url_path(url):
+    digest = hashlib.sha256(url.encode()).hexdigest()
+    return f"media/url/{digest[:2]}/{digest}"
+
+
+def slow_copy(url):
+    """.../TOP/ID/ID.ext -> .../TOP-2fps/ID_2fps.mp4, the mirror's copy at 2 frames a second."""
+    parts = url.split("/")
+    return "/".join([*parts[:-3], parts[-3] + "-2fps", os.path.splitext(parts[-1])[0] + "_2fps.mp4"])
+
+
+def billing(url):
+    """Headers for the video mirror, whose readers pay for the traffic; they go there alone."""
+    project, token = os.environ.get("GOOGLE_CLOUD_PROJECT"), os.environ.get("GOOGLE_OAUTH_TOKEN")
+    if project and token and origin(url) == ("https", "storage.googleapis.com", None):
+        return {"x-goog-user-project": project, "Authorization": f"Bearer {token}"}
+    return {}
+
+
 # ---- one set -----------------------------------------------------------------------------------------------
 
 def refs_of(item):
-    """What an item's media are called, as a list."""
+    """What the media of an item, or of a line, are called."""
     return item.get("images") or [item[k] for k in ("image", "video") if k in item]
 
 
@@ -691,47 +298,74 @@ def merge(items):
 class Maker:
     """One set, from where it is published to root/NAME.jsonl."""
 
-    def __init__(self, net, manifest, root, name, recipe, entry, limit, held_out=()):
-        self.net, self.manifest, self.root, self.name, self.recipe, self.limit = net, manifest, root, name, recipe, limit
-        self.entry, self.held_out, self.here = entry, held_out, os.path.join(root, "media", name)
-        self.work = os.path.join(root, ".work", name)
-        splits = [c.strip() for c in (entry.get("config") or "default").split(",")]
-        self.sources = recipe.rows or tuple(("hub", entry["source"], config, entry["split"]) for config in splits)
+    def __init__(self, net, root, name, recipe, entry, limit, barred=()):
+        self.net, self.root, self.name, self.recipe, self.entry = net, root, name, recipe, entry
+        self.limit, self.barred, self.here = limit, barred, os.path.join(root, "media", name)
+        os.makedirs(self.here, exist_ok=True)
+        self.manifest = Manifest(os.path.join(root, "media", "manifest.jsonl"))
+        configs = (entry.get("config") or "default").split(",")
+        self.sources = recipe.rows or tuple(("hub", entry["source"], c.strip(), entry["split"]) for c in configs)
         if recipe.media == "youtube":
             self.sources += (("file", self.sources[0][1], "youtube_id_to_urls_mapping.json"),)
 
+    def cache(self, repo):
+        return os.path.join(self.root, ".work", "hub", repo.replace("/", "--"))
+
     def rows(self):
         """(row, where it is from) of all sources, `limit` of each at most."""
-        keep = Embedded(self.net, self.manifest, self.root, self.name)
-        keep.cache = lambda repo: os.path.join(self.root, ".work", "hub", repo.replace("/", "--"))
         for kind, *where in self.sources:
             if kind == "hub":
-                keep.label = f"{where[1]}-{where[2]}"
-                for row in hub_rows(self.net, *where[:3], self.limit, keep, *where[3:]):
+                keep = functools.partial(self.keep, f"{where[1]}-{where[2]}")
+                for row in hub_rows(self.net, *where, limit=self.limit, keep=keep, cache=self.cache(where[0])):
                     yield row | {"_config": where[1]}, where
                 continue
             if kind == "file":
-                files = fetch_files(self.net, hub_files(self.net, where[0], where[1:]), keep.cache(where[0]))
+                paths = fetch_files(self.net, hub_files(self.net, where[0], where[1:]), self.cache(where[0]))
             else:
-                files = sorted(glob.glob(os.path.join(glob.escape(self.here), *where)))
-                if not files:
+                paths = sorted(glob.glob(os.path.join(glob.escape(self.here), where[0])))
+                if not paths:
                     raise UserError(self.by_hand())
-            rows = (row for path in files for row in file_rows(path))
             # a list of links or subtitles is read whole: it does not say which of them the rows need
-            side = "mapping" in where[-1] or "subtitles" in where[-1]
-            for n, row in enumerate(rows):
-                if self.limit and n >= self.limit and not side:
-                    break
+            limit = None if "mapping" in where[-1] or "subtitles" in where[-1] else self.limit
+            for row in itertools.islice((row for path in paths for row in file_rows(path)), limit):
                 yield row, where
+
+    def keep(self, label, rows, asked=Counter()):
+        """Put the pictures inside rows of the hub on the disk, and their names into the rows. Whether to ask for the rows
+        once more, because links to their pictures have expired."""
+        jobs, named = [], []
+        for row, number in ((r["row"], r["row_idx"]) for r in rows):
+            for column, cell in row.items():
+                cells = cell if isinstance(cell, list) else [cell]
+                for k, c in enumerate(cells):
+                    if isinstance(c, dict) and ("src" in c or "bytes" in c):
+                        rel = f"{label}/{number:07d}-{column}-{k}"
+                        path = inside_folder(self.root, f"media/{self.name}/{rel}")
+                        if "src" in c:
+                            jobs.append((c["src"], path, dict(most=PICTURE_BYTES, trust=is_picture)))
+                        elif c["bytes"] and not os.path.exists(path):
+                            save(path, c["bytes"])
+                        named.append((row, column, k, rel))
+        fetch_all(self.net, self.manifest, jobs, "pictures", fresh=True)
+        asked[label] += 1
+        if asked[label] < 3 and any("status 403" in self.manifest.why.get(path, "") for _, path, _ in jobs):
+            return True
+        asked[label] = 0
+        for row, column, k, rel in named:
+            if isinstance(row[column], list):
+                row[column][k] = rel
+            else:
+                row[column] = rel
+        return False
 
     def items(self, counts):
         """Converted rows; `counts` gets what was read and what was left out, by reason."""
         convert.outside.clear()
         seen, bad = set(), None
         for row, where in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
-            if where[-1].startswith("youtube_id"):
+            if "mapping" in where[-1]:
                 if row["_key"] in seen:
-                    yield dict(video=row["_key"], link=row.get("gcp_url"), annotations=[])
+                    yield dict(video=row["_key"], link=row["gcp_url"], annotations=[])
                 continue
             counts["rows"] += 1
             try:
@@ -746,48 +380,49 @@ class Maker:
             for item in items:
                 if self.recipe.media == "youtube":
                     seen.add(item["video"])
-                if self.held_out and any(r in self.held_out for r in refs_of(item) + (item.get("sha256") or [])):
+                if self.barred and any(r in self.barred for r in refs_of(item) + (item.get("sha256") or [])):
                     counts["left out: picture is held out for evaluation"] += 1
-                elif item["annotations"] or "video" in item:
+                else:
                     yield item
         if bad:
             print(f"{self.name}: rows not in the published schema, the first: {bad}")
-        out, n = convert.outside["outside"], convert.outside["seen"]
-        if out > 3 + 0.001 * n:
-            raise UserError(f"{self.name}: {out:,} of {n:,} coordinates are off the picture: published in another unit than "
-                            "convert.py takes them to be")
+        outside, n = convert.outside["outside"], convert.outside["seen"]
+        if outside > 3 + 0.001 * n:
+            raise UserError(f"{self.name}: {outside:,} of {n:,} coordinates are off the picture: published in another "
+                            "unit than convert.py takes them to be")
 
     def by_hand(self):
-        files = f" and {self.recipe.rows[0][1]}" if self.recipe.rows[:1] and self.recipe.rows[0][0] == "here" else ""
-        text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: {self.entry.get('license') or 'see there'}. "
-                f"Put the media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
-        if files and self.recipe.convert is convert.plain:
-            text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), question, answer or "
-                     "options and correct, start and end in seconds if it is a clip; without a question a row is a caption.")
+        here = self.recipe.rows[:1] and self.recipe.rows[0][0] == "here"
+        text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: "
+                f"{self.entry.get('license') or 'see there'}. Put the media{f' and {self.recipe.rows[0][1]}' if here else ''} "
+                f"under {self.here}/ (names as in the rows, any folders) and run this again.")
+        if here and self.recipe.convert is convert.plain:
+            text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), question, "
+                     "answer or options and correct, start and end in seconds if it is a clip; without a question a row "
+                     "is a caption.")
         return text
 
     def run(self):
         """(lines written, Counter of everything else)"""
-        spool = Spool(os.path.join(self.work, "spool"))
-        counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.held_out))))
-        self.shelf = Shelf(self.root, os.path.join("media", self.name), os.path.join("media", "youtube"))
-        if self.recipe.archives and any(self.place(item) is None for items in spool.buckets() for item in items):
+        spool = Spool(os.path.join(self.root, ".work", self.name))
+        counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred))))
+        self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
+        if self.recipe.archives and any(None in self.find(i)[0] for items in spool.buckets() for i in items):
             self.unpack_archives()
-            self.shelf = Shelf(self.root, os.path.join("media", self.name), os.path.join("media", "youtube"))
+            self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
         out, written = os.path.join(self.root, self.name + ".jsonl"), 0
-        with open(f"{out}.part", "wb") as f, tqdm(total=BUCKETS, desc=f"{self.name} media", leave=False, disable=None) as bar:
-            for items in spool.buckets():
-                failed = self.fetch(items)
+        with open(f"{out}.part", "wb") as f:
+            for items in tqdm(spool.buckets(), f"{self.name} media", BUCKETS, leave=False, disable=None):
+                self.fetch(items)
                 for item in items:
                     try:
-                        line = json.dumps(self.line(item, failed), ensure_ascii=False).encode() + b"\n"
+                        line = json.dumps(self.line(item), ensure_ascii=False).encode() + b"\n"
                         parse_row(line)
                     except (BadMedia, BadRow, OSError) as e:
                         counts[f"left out: {reason_of(e)}"] += 1
                     else:
                         f.write(line)
                         written += 1
-                bar.update()
         if written:
             os.replace(f"{out}.part", out)
         else:
@@ -797,144 +432,113 @@ class Maker:
     def unpack_archives(self):
         for repo, pattern in self.recipe.archives:
             for file in hub_files(self.net, repo, [pattern]):
-                mark = os.path.join(self.work, "unpacked-" + hashlib.sha256(file["url"].encode()).hexdigest()[:16])
-                if os.path.exists(mark):
-                    continue
-                path, = fetch_files(self.net, [file], os.path.join(self.root, ".work", "hub", repo.replace("/", "--")))
-                try:
-                    unpack(path, self.here)
-                except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as e:
-                    raise BadMedia(f"{path}: a broken archive ({e})") from None
-                save(mark, b"")
-                os.remove(path)
+                mark = os.path.join(self.here, ".unpacked", hashlib.sha256(file["url"].encode()).hexdigest()[:16])
+                if not os.path.exists(mark):
+                    path, = fetch_files(self.net, [file], self.cache(repo))
+                    try:
+                        unpack(path, self.here)
+                    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as e:
+                        raise BadMedia(f"{path}: a broken archive ({e})") from None
+                    save(mark, b"")
+                    os.remove(path)
 
-    def place(self, item):
-        """Where the media of an item are, as paths under root; None if one is not here yet."""
-        refs, paths = refs_of(item), []
-        for ref in refs:
-            if "://" in ref:
-                rel = url_path(ref)
-                paths.append(rel if os.path.exists(os.path.join(self.root, rel)) else None)
-            elif self.recipe.media == "embedded":
-                paths.append(f"media/{self.name}/{ref}")
-            else:
-                found = self.shelf.file(ref)
-                if "cut" in item and (ref == item["cut"][0] or not found):
-                    found = None if self.cut(item) is None else ref
-                paths.append(found)
-        return None if None in paths else paths
-
-    def cut(self, item):
-        """Of a clip that is not a file of its own: (path under root, seconds its times are shifted by, its end)."""
-        source, first, last = item["cut"]
-        if whole := self.shelf.file(source):
-            rate = item["fps"]
-            return whole, first / rate, None if last is None else (last + 1) / rate
-        if folder := self.shelf.folder(item["video"]):
-            alone = item["video"] != source and os.path.basename(folder) != os.path.basename(source)
-            return folder, None, (0, None) if alone else (first, last)
-        if folder := self.shelf.folder(source):
-            return folder, None, (first, last)
-        return None
+    def find(self, item):
+        """(paths under root of an item's media, None for what is not here; the frames (first, last) that are meant, if
+        what is here is more than the clip). A clip is a file of its own, part of a file, or a folder of frames."""
+        if "cut" in item:
+            ref, (source, first, last) = item["video"], item["cut"]
+            for look in (self.shelf.file, self.shelf.folder):
+                if ref != source and (found := look(ref)):
+                    return [found], None
+                if found := look(source):
+                    return [found], (first, last)
+            return [None], None
+        if self.recipe.media in ("url", "embedded"):
+            paths = [url_path(r) if self.recipe.media == "url" else f"media/{self.name}/{r}" for r in refs_of(item)]
+            return [p if os.path.exists(os.path.join(self.root, p)) else None for p in paths], None
+        return [self.shelf.file(r) for r in refs_of(item)], None
 
     def fetch(self, items):
-        """Fetch what these items lack: {path under root or name: why it could not be had}."""
-        jobs, videos = [], {}
+        """Fetch what these items lack, as far as it can be."""
+        jobs, links = [], {}
         for item in items:
-            checks = item.get("sha256") or []
-            for k, ref in enumerate(refs_of(item)):
-                if "://" in ref:  # hosts that had only http when the rows were written have https by now
-                    jobs.append((ref.replace("http://", "https://", 1) if not self.net.mirror else ref, os.path.join(self.root, url_path(ref)),
-                                 dict(most=PICTURE_BYTES, tries=3, trust=functools.partial(
-                                     is_picture, sha256=checks[k] if k < len(checks) else None))))
+            for ref, sha256 in zip(refs_of(item), item.get("sha256") or itertools.repeat(None)):
+                if self.recipe.media == "url":  # hosts that had only http when the rows were written have https by now
+                    url = ref if self.net.mirror else ref.replace("http://", "https://", 1)
+                    jobs.append((url, os.path.join(self.root, url_path(ref)), dict(
+                        most=PICTURE_BYTES, tries=3, trust=functools.partial(is_picture, sha256=sha256))))
                 elif item.get("link") and not self.shelf.file(ref):
-                    videos[ref] = item["link"]
-        failed = {os.path.relpath(p, self.root): why
-                  for p, why in fetch_all(self.net, self.manifest, jobs, "pictures").items()}
-        # The frames people saw are in a smaller copy of 2 a second, of most videos.
-        for copy in (lambda u: slow_copy(u), lambda u: u):
-            rest = {ref: copy(link) for ref, link in videos.items() if copy(link)}
-            paths = {ref: inside_folder(self.root, "media/youtube/" + ref + os.path.splitext(urlsplit(u).path)[1]) for ref, u in rest.items()}
-            why = fetch_all(self.net, self.manifest, [(rest[ref], path, dict(trust=is_video, headers=billing(rest[ref])))
-                                                      for ref, path in paths.items()], "videos", fresh=True)
+                    links[ref] = item["link"]
+        fetch_all(self.net, self.manifest, jobs, "pictures")
+        # Of most videos there is a smaller copy of 2 frames a second: those that people saw who annotated.
+        for copy in (slow_copy, str):
+            paths = {ref: self.youtube(ref, copy(link)) for ref, link in links.items() if not self.shelf.file(ref)}
+            fetch_all(self.net, self.manifest, [(copy(links[ref]), path, dict(
+                trust=is_video, headers=billing(links[ref]))) for ref, path in paths.items()], "videos", fresh=True)
             for ref, path in paths.items():
-                if path in why:
-                    failed[ref] = why[path]
-                else:
-                    videos.pop(ref)
-                    failed.pop(ref, None)
-                    self.shelf.files[os.path.splitext(os.path.basename(path))[0]].append(os.path.relpath(path, self.root))
-        return failed
+                if os.path.exists(path):
+                    self.shelf.files[os.path.basename(ref)].append(os.path.relpath(path, self.root))
 
-    def line(self, item, failed):
+    def youtube(self, ref, url):
+        return inside_folder(self.root, f"media/youtube/{ref}{os.path.splitext(urlsplit(url).path)[1]}")
+
+    def line(self, item):
         """The row of an item whose media are here; BadMedia says why they are not."""
-        refs, paths = refs_of(item), self.place(item)
-        if paths is None or not all(paths):
-            why = next((failed[k] for ref in refs for k in (ref, "://" in ref and url_path(ref)) if k in failed), None)
-            raise BadMedia(why or ("media not here" if self.recipe.note or self.recipe.archives else "not on the mirror"))
-        row = dict(id=f"{self.name}-{hashlib.sha256(json.dumps([refs, item.get('start'), item.get('cut'), item['annotations']][:3 if refs else 4]).encode()).hexdigest()[:12]}")
+        refs, (paths, frames) = refs_of(item), self.find(item)
+        for ref, path in zip(refs, paths):
+            if path is None:
+                raise BadMedia(self.why(item, ref))
+        same = [refs, item.get("start"), item.get("cut"), item["annotations"] if not refs else 0]
+        row = dict(id=f"{self.name}-{hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]}")
         annotations = item["annotations"]
         if "image" in item:
-            row["image"] = paths[0]
-            row["width"], row["height"] = image_size(inside_folder(self.root, paths[0]))
+            row["image"], (row["width"], row["height"]) = paths[0], image_size(inside_folder(self.root, paths[0]))
             if item.get("pixels"):
-                annotations = [in_shares(a, row["width"], row["height"]) for a in annotations]
+                annotations = [dict(a, points=convert.numbered(a["points"], row["width"], row["height"]))
+                               for a in annotations]
         elif "images" in item:
             row["images"] = paths
-            for path in paths:
-                image_size(inside_folder(self.root, path))
         elif "video" in item:
-            row, annotations = self.video_line(row, item, paths[0])
-        if "width" in row:
-            annotations = [dict(a, masks=[m for m in a["masks"] if m["rle"]["size"] == [row["height"], row["width"]]])
-                           if "masks" in a else a for a in annotations]
+            row, annotations = self.video_line(row, item, paths[0], frames)
+        for a in annotations:
+            if "masks" in a:  # of a copy in another size they say nothing
+                a["masks"] = [m for m in a["masks"] if m["rle"]["size"] == [row["height"], row["width"]]]
         return row | dict(annotations=annotations)
 
-    def video_line(self, row, item, found):
-        shift, end, annotations = 0, None, item["annotations"]
-        if "cut" in item and found == item["video"]:
-            found, shift, end = self.cut(item)
-            if shift is None:
-                found, shift, end = encode(self.root, found, item["fps"], *end), 0, None
-        container, stream = open_video(inside_folder(self.root, found))
+    def why(self, item, ref):
+        """Why media that are not here are not."""
+        if self.recipe.media == "url":
+            path = os.path.join(self.root, url_path(ref))
+        elif self.recipe.media == "embedded":
+            path = os.path.join(self.here, ref)
+        elif self.recipe.media == "youtube" and not self.recipe.archives and "link" not in item:
+            return "not on the mirror"
+        else:
+            path = self.youtube(ref, item.get("link", ""))
+        return self.manifest.why.get(path, "media not here")
+
+    def video_line(self, row, item, found, frames):
+        """A video's row with what its header says, and the annotations; times shifted where the clip is part of it."""
+        if os.path.isdir(os.path.join(self.root, found)):
+            found, frames = encode(self.root, found, item["fps"], *frames or ()), None
+        path = inside_folder(self.root, found)
+        container, stream = open_video(path)
         with container:
-            row |= dict(video=found, width=stream.width, height=stream.height,
-                        duration=round(video_duration(container.name), 3), fps=round(float(stream.average_rate or 0), 3))
-        row |= {k: item[k] for k in ("start", "end", "subtitles") if k in item}
-        if shift or end:
-            row |= dict(start=round(shift, 3), end=round(end or row["duration"], 3))
-            later = lambda points: [dict(p, t=round(p["t"] + shift, 3)) for p in points]
-            annotations = [dict(a, **{k: later(a[k]) for k in ("points", "input_points", "masks") if k in a}) for a in annotations]
+            size = dict(width=stream.width, height=stream.height, duration=round(video_duration(path), 3),
+                        fps=round(float(stream.average_rate or 0), 3))
+        row |= dict(video=found) | size | {k: item[k] for k in ("start", "end", "subtitles") if k in item}
+        annotations = item["annotations"]
+        if frames and frames != (0, None):
+            first, last = frames
+            shift = first / item["fps"]
+            row |= dict(start=round(shift, 3), end=row["duration"] if last is None else round((last + 1) / item["fps"], 3))
+            annotations = [dict(a, **{k: [dict(p, t=round(p["t"] + shift, 3)) for p in a[k]]
+                                      for k in ("points", "input_points", "masks") if k in a}) for a in annotations]
         if row.get("start", 0) >= row["duration"]:
             raise BadMedia("the video ends before the clip begins")
         if "end" in row:
             row["end"] = min(row["end"], row["duration"])
         return row, annotations
-
-
-def url_path(url):
-    digest = hashlib.sha256(url.encode()).hexdigest()
-    return f"media/url/{digest[:2]}/{digest}"
-
-
-def slow_copy(url):
-    """.../TOP/ID/ID.ext -> .../TOP-2fps/ID_2fps.mp4, the mirror's copy at 2 frames a second."""
-    parts = url.split("/")
-    return "/".join([*parts[:-3], parts[-3] + "-2fps", os.path.splitext(parts[-1])[0] + "_2fps.mp4"])
-
-
-def billing(url):
-    """Headers for the video mirror, whose readers pay for the traffic; they go there alone."""
-    project, token = os.environ.get("GOOGLE_CLOUD_PROJECT"), os.environ.get("GOOGLE_OAUTH_TOKEN")
-    if project and token and origin(url) == ("https", "storage.googleapis.com", None):
-        return {"x-goog-user-project": project, "Authorization": f"Bearer {token}"}
-    return {}
-
-
-def in_shares(a, width, height):
-    """Points in pixels of a picture whose size is known now -> numbered shares of its sides."""
-    places = sorted((convert.share(p["x"], width), convert.share(p["y"], height)) for p in a["points"])
-    return dict(a, points=[dict(x=x, y=y, id=i) for i, (x, y) in enumerate(places)])
 
 
 def reason_of(e):
@@ -951,7 +555,7 @@ def held_out(net, root):
     if not os.path.exists(path):
         for recipe in (EVALS["pixmo-points-eval"], EVALS["pixmo-count"]):
             for _, *where in recipe.rows:
-                for row in hub_rows(net, *where[:3], None, lambda rows: False, *where[3:]):
+                for row in hub_rows(net, *where):
                     keys |= {row["image_url"], row.get("image_sha256") or row["image_url"]}
         save(path, json.dumps(sorted(keys)).encode())
     with open(path) as f:
@@ -975,11 +579,10 @@ def data(args):
     registry, net, code = read_registry(), Net(), 0
     for name, evaluation in select(args.names, registry):
         root = os.path.join(args.out, "eval") if evaluation else args.out
-        os.makedirs(os.path.join(root, "media", name), exist_ok=True)
         recipe, entry = (EVALS[name], EVAL_ENTRY) if evaluation else (RECIPES[name], registry[name])
         try:
             barred = held_out(net, args.out) if recipe.media == "url" and not evaluation else ()
-            maker = Maker(net, Manifest(os.path.join(root, "media", "manifest.jsonl")), root, name, recipe, entry, args.limit, barred)
+            maker = Maker(net, root, name, recipe, entry, args.limit, barred)
             written, counts = maker.run()
         except (NetError, BadMedia, BadRow, UserError) as e:
             print(f"{name}: {e}", file=sys.stderr)
