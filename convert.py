@@ -4,13 +4,14 @@ Upstream rows -> the project's rows: what each published data set looks like, an
     a row as published ─► converter ─► items: {image | images | video, start, end, subtitles, annotations}
                                        media: a URL, or a name under the set's own folder
 
-This is the leaf of `prepare.py` that holds knowledge and no machinery: no file is opened here and nothing is fetched.
-Sets of one shape share a converter; RECIPES at the end has one line for each set of datasets.tsv.
+This is the leaf of `prepare.py` that holds knowledge and no machinery: no file is opened here and nothing is
+fetched. Sets of one shape share a converter; RECIPES at the end has one line for each set of datasets.tsv.
 
-Points become shares of the sides. Times count from the start of the file, as everywhere in a line; `start` and `end`
-say which clip of it is meant, and `data.py` makes times count from the clip's start.
+Points become shares of the sides. Times count from the start of the file, as everywhere in a line; `start`
+and `end` say which clip of it is meant, and `data.py` makes times count from the clip's start.
 """
 import hashlib
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ outside = Counter()  # coordinates seen, and those that are not shares of a side
 
 
 def share(value, side):
-    """A coordinate as a share of its side, in [0, 1]. Slips of the annotators' mouse are clipped, and counted:
-    `prepare.py` stops a set whose coordinates are in another unit than this file thinks."""
+    """A coordinate as a share of its side, in [0, 1]. Slips of the annotators' mouse are clipped, and
+    counted: `prepare.py` stops a set whose coordinates are in another unit than this file thinks."""
     value = float(value) / side
     outside["seen"] += 1
     outside["outside"] += not -0.01 <= value <= 1.01
@@ -39,20 +40,23 @@ def pick(n, *key):
 
 
 def records(value):
-    """A list of structs, which the hub stores as such or as a struct of lists: {x: [1, 2]} -> [{x: 1}, {x: 2}]."""
+    """A list of structs, which the hub stores as such or as a struct of lists: {x: [1, 2]} -> [{x: 1}, {x:
+    2}]."""
     if isinstance(value, dict):
         return [dict(zip(value, cells)) for cells in zip(*value.values())]
     return value or []
 
 
 def numbered(points, width=100, height=100):
-    """[{x, y}] in per cent, or in pixels of a picture of this size -> shares of the sides, numbered from left to right."""
+    """[{x, y}] in per cent, or in pixels of a picture of this size -> shares of the sides, numbered from left
+    to right."""
     places = sorted((share(p["x"], width), share(p["y"], height)) for p in records(points))
     return [dict(x=x, y=y, id=i) for i, (x, y) in enumerate(places)]
 
 
 def said(value):
-    """Answers come as text, as a number or as a list of people's answers, of which the most frequent counts."""
+    """Answers come as text, as a number or as a list of people's answers, of which the most frequent
+    counts."""
     if isinstance(value, list):
         value = Counter(map(str, value)).most_common(1)[0][0]
     value = str(value).strip()
@@ -79,11 +83,21 @@ def choice(task, question, options, correct):
 
 
 def choice_among(task, question, right, wrong):
-    """Multiple choice of a right answer and distractors. The slot is drawn: a right answer that is always first would
-    be learned as such."""
+    """Multiple choice of a right answer and distractors. The slot is drawn: a right answer that is always
+    first would be learned as such."""
     options, slot = [str(w) for w in wrong], pick(len(wrong) + 1, question, right)
     options.insert(slot, str(right))
     return choice(task, question, options, slot)
+
+
+def dialogue(turns):
+    """[(role, text)] as messages; Skip unless user and assistant take turns and the assistant has the last
+    word."""
+    messages = [dict(role=role, content=text.strip()) for role, text in turns]
+    if not messages or len(messages) % 2 or any(m["role"] != ("user", "assistant")[i % 2] or not m["content"]
+                                                for i, m in enumerate(messages)):
+        raise Skip("not a dialogue")
+    return messages
 
 
 def first(row, *names):
@@ -102,7 +116,7 @@ def picture(refs, annotations, **more):
     return dict(dict(image=refs[0]) if len(refs) == 1 else dict(images=refs), annotations=annotations, **more)
 
 
-def clip(row, ref, annotations, start=None, end=None, **more):
+def clip(ref, annotations, start=None, end=None, **more):
     """An item about a video, or the part of it from start to end."""
     if not ref:
         raise Skip("no video")
@@ -122,16 +136,15 @@ def pixmo_caption(row, set):
 
 
 def pixmo_question(row, set):
-    yield picture(row["image_url"], [qa("image_qa", row["question"], row["answer"])], sha256=[row.get("image_sha256")])
+    yield picture(row["image_url"], [qa("image_qa", row["question"], row["answer"])],
+                  sha256=[row.get("image_sha256")])
 
 
 def pixmo_dialogue(row, set):
-    """`question` is a whole dialogue, "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]", `answer` its last turn."""
-    turns = (row["question"] + row["answer"]).replace("[USER]", "\0u").replace("[ASSISTANT]", "\0a").split("\0")[1:]
-    messages = [dict(role=("user", "assistant")[t[0] == "a"], content=t[1:].strip()) for t in turns]
-    if not messages or len(messages) % 2 or any(m["role"] != ("user", "assistant")[i % 2] or not m["content"]
-                                                for i, m in enumerate(messages)):
-        raise Skip("not a dialogue")
+    """`question` is a whole dialogue, "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]", `answer` its last
+    turn."""
+    _, *turns = re.split(r"\[(USER|ASSISTANT)\]", row["question"] + row["answer"])
+    messages = dialogue([(who.lower(), text) for who, text in zip(turns[::2], turns[1::2])])
     yield picture(row["image_url"], [dict(task="image_qa", messages=messages)])
 
 
@@ -156,8 +169,8 @@ def cosyn_points(row, set):
 
 
 def pairs(row, set):
-    """One or more drawn pictures and a list of question, explanation, answer. All but documents are answered with the
-    explanation first."""
+    """One or more drawn pictures and a list of question, explanation, answer. All but documents are answered
+    with the explanation first."""
     images = first(row, "images", "image", "image_urls")
     if len(images) > 5 and not isinstance(images, str):
         raise Skip("more than 5 pictures")
@@ -167,12 +180,14 @@ def pairs(row, set):
     for p in records(row["qa_pairs"]):
         why = (p.get("explanation") or "").strip() if set != "cosyn-document" else ""
         answer = said(p["answer"])
-        annotations.append(qa(task, p["question"], f"{why} Answer: {answer}" if why and why != answer else answer))
-    yield picture(images, annotations, **({"sha256": row["image_sha256s"]} if row.get("image_sha256s") else {}))
+        annotations.append(qa(task, p["question"],
+                              f"{why} Answer: {answer}" if why and why != answer else answer))
+    yield picture(images, annotations, sha256=row.get("image_sha256s"))
 
 
 def conversations(row, set):
-    """A picture or several, and a list of {user, assistant}: the shape one collection gives to dozens of sets."""
+    """A picture or several, and a list of {user, assistant}: the shape one collection gives to dozens of
+    sets."""
     images = row["images"]
     task = "counting" if set == "tallyqa" else "image_qa" if len(images) == 1 else "multi_image_qa"
     yield picture(images, [qa(task, t["user"], t["assistant"]) for t in records(row["texts"])])
@@ -187,8 +202,10 @@ def asked(row, set):
         raise Skip("no picture")
     annotations = []
     if "choices" in row:
-        annotations.append(choice("image_qa", question, row["choices"], first(row, "correct_choice_idx", "answer")))
-    if (answer := row.get("direct_answers") or row.get("answers") or row.get("label")) or "choices" not in row:
+        annotations.append(choice("image_qa", question, row["choices"],
+                                  first(row, "correct_choice_idx", "answer")))
+    if (answer := row.get("direct_answers") or row.get("answers")
+        or row.get("label")) or "choices" not in row:
         annotations.append(qa("image_qa", question, answer or row["answer"]))
     yield picture(row["image"], annotations)
 
@@ -200,14 +217,16 @@ def mantis(row, set):
     annotations = []
     for k in range(len(row["direct_answer"])):
         options = (row.get("choices") or [None] * (k + 1))[k]
-        annotations.append(choice("multi_image_qa", row["mc_question"][k], options, row["correct_choice_idx"][k])
-                           if options else qa("multi_image_qa", row["oe_question"][k], row["direct_answer"][k]))
+        annotations.append(choice("multi_image_qa", row["mc_question"][k], options,
+                                  row["correct_choice_idx"][k])
+                           if options else qa("multi_image_qa", row["oe_question"][k],
+                                              row["direct_answer"][k]))
     yield picture(row["images"], annotations)
 
 
 def several_points(row, set):
-    """One human label per picture, points in per cent; asked about all pictures under one of the wordings. `normalized_
-    labels`, where given, says which wordings mean the same; else only equal words do."""
+    """One human label per picture, points in per cent; asked about all pictures under one of the wordings.
+    `normalized_labels`, where given, says which wordings mean the same; else only equal words do."""
     labels, points = row["labels"], row["points"]
     meant = row.get("normalized_labels") or [label.strip().lower() for label in labels]
     if len(labels) < 2:
@@ -219,7 +238,8 @@ def several_points(row, set):
     if len(marks) > 60:
         raise Skip("more than 60 points")
     style = ("multi_image_pointing", "multi_image_point_then_count")[pick(2, row["image_sha256s"], labels)]
-    yield picture(row["image_urls"], [dict(task="multi_image_pointing", style=style, label=labels[one].strip(),
+    yield picture(row["image_urls"], [dict(task="multi_image_pointing", style=style,
+                                           label=labels[one].strip(),
                                            points=[dict(p, id=i) for i, p in enumerate(marks)])],
                   sha256=row.get("image_sha256s"))
 
@@ -231,8 +251,9 @@ def clock_face(row, set):
 # ---- text --------------------------------------------------------------------------------------------------
 
 def chat(row, set):
-    """A conversation. The system's words open the first question. Left out, as published: canned identities, code, and
-    text that is not English; the published columns for that are missing here, so fences and letters have to tell."""
+    """A conversation. The system's words open the first question. Left out, as published: canned identities,
+    code, and text that is not English; the published columns for that are missing here, so fences and letters
+    have to tell."""
     turns = [dict(role=m["role"], content=m["content"].strip()) for m in row["messages"]]
     if "hard_coded" in str(row.get("dataset")) or "hardcoded" in str(first(row, "dataset", "source", "id")):
         raise Skip("canned identity")
@@ -247,9 +268,7 @@ def chat(row, set):
         raise Skip("not English")
     if len(turns) % 2:
         turns.pop()  # a question nobody answered
-    if not turns or any(m["role"] != ("user", "assistant")[i % 2] or not m["content"] for i, m in enumerate(turns)):
-        raise Skip("not a dialogue")
-    yield dict(annotations=[dict(task="text", messages=turns)])
+    yield dict(annotations=[dict(task="text", messages=dialogue([(m["role"], m["content"]) for m in turns]))])
 
 
 def identity(row, set):
@@ -266,10 +285,11 @@ def video_captions(row, set):
              ("video_frame_merged_caption", "video_long_caption"))
     annotations = [dict(task="video_caption", style=style, answer=row[key].strip())
                    for key, style in kinds if (row.get(key) or "").strip()]
-    yield clip(row, row["video_id"], annotations, row.get("video_start") or 0, row.get("video_end"))
+    yield clip(row["video_id"], annotations, row.get("video_start") or 0, row.get("video_end"))
 
 
-VIDEO_NAMES = ("video", "video_id", "vid_name", "vid_filename", "video_path", "video_filename", "gif_name", "vid",
+VIDEO_NAMES = ("video", "video_id", "vid_name", "vid_filename", "video_path", "video_filename", "gif_name",
+               "vid",
                "uni_clipped_id", "visual_input", "youtube_id", "_key")
 
 
@@ -287,7 +307,8 @@ def options_of(row):
 
 
 def asked_of_video(row, set, video=None):
-    """One question about a video: with choices, with distractors, or open. Start, end and subtitles where given."""
+    """One question about a video: with choices, with distractors, or open. Start, end and subtitles where
+    given."""
     question = first(row, "question", "Question", "q", "q_body", "query", "instruction")
     if "NegativeAnswers" in row:
         annotation = choice_among("video_qa", question, row["Answer"], row["NegativeAnswers"])
@@ -299,13 +320,15 @@ def asked_of_video(row, set, video=None):
     more = dict(subtitles=[{k: s[k] for k in ("start", "end", "text")} for s in lines]) if lines else {}
     start, end = str(row.get("ts") or "-").split("-", 1)  # TVQA: "12.5-20.1"
     start, end = (start, end) if end and end != "nan" else (row.get("start") or 0, row.get("end"))
-    yield clip(row, video or first(row, *VIDEO_NAMES), [annotation], start, end, **more)
+    yield clip(video or first(row, *VIDEO_NAMES), [annotation], start, end, **more)
 
 
 def tvqa(row, set):
-    """Questions in one file, subtitles in another: a line of the second has a clip's words and asks nothing."""
+    """Questions in one file, subtitles in another: a line of the second has a clip's words and asks
+    nothing."""
     if "sub" in row:
-        yield clip(row, row["vid_name"], [], subtitles=[{k: s[k] for k in ("start", "end", "text")} for s in row["sub"]])
+        yield clip(row["vid_name"], [],
+                   subtitles=[{k: s[k] for k in ("start", "end", "text")} for s in row["sub"]])
     else:
         yield from asked_of_video(row, set)
 
@@ -319,7 +342,8 @@ def listed(row, set):
             if len(right) != 1:
                 continue  # CLEVRER: several or none are right
             q = dict(q, choices=[c["choice"] for c in q["choices"]], answer=right[0]["choice"])
-        yield from asked_of_video(dict({k: row[k] for k in ("subtitles", "start", "end") if k in row}, **q), set,
+        yield from asked_of_video(dict({k: row[k] for k in ("subtitles", "start", "end") if k in row}, **q),
+                                  set,
                                   first(row, *VIDEO_NAMES))
 
 
@@ -330,11 +354,9 @@ def star(row, set):
 
 def dialogue_of_video(row, set):
     """[{from: human | gpt, value}]; the first value opens with a line that stands for the video."""
-    turns = [dict(role=("user", "assistant")[t["from"] == "gpt"], content=t["value"].replace("<image>", "").strip())
+    turns = [({"human": "user", "gpt": "assistant"}[t["from"]], t["value"].replace("<image>", ""))
              for t in row["conversations"]]
-    if len(turns) % 2 or any(t["role"] != ("user", "assistant")[i % 2] for i, t in enumerate(turns)):
-        raise Skip("not a dialogue")
-    yield clip(row, row["video"], [dict(task="video_qa", messages=turns)])
+    yield clip(row["video"], [dict(task="video_qa", messages=dialogue(turns))])
 
 
 def moments(row, set):
@@ -342,45 +364,53 @@ def moments(row, set):
     windows = row["relevant_windows"]
     if not 0 < len(windows) <= 5:
         raise Skip("more than 5 windows")
-    yield clip(row, row["vid"], [qa("video_qa", f"When does this happen: {row['query']}? Give start and end in seconds.",
+    yield clip(row["vid"], [qa("video_qa",
+                                    f"When does this happen: {row['query']}? Give start and end in seconds.",
                                     ", ".join(f"{a} - {b}" for a, b in windows))])
 
 
 def motion_caption(row, set):
-    yield clip(row, row["video_path"], [dict(task="video_caption", answer=said(row["motion_caption"]))])
+    yield clip(row["video_path"], [dict(task="video_caption", answer=said(row["motion_caption"]))])
 
 
 def repetitions(row, set):
-    yield clip(row, row["video_path"], [qa("video_qa", f"How many times is this done: {row['class']}?", row["count"])])
+    yield clip(row["video_path"], [qa("video_qa", f"How many times is this done: {row['class']}?",
+                                           row["count"])])
 
 
 def plain(row, set):
-    """The layout asked for where the published one is not known: a row per question or caption, in the fields a line
-    of this project has."""
+    """The layout asked for where the published one is not known: a row per question or caption, in the fields
+    a line of this project has."""
     if "image" in row or "images" in row:
-        task = "image_caption" if "question" not in row else "image_qa" if "image" in row else "multi_image_qa"
-        a = dict(task=task, answer=said(row["answer"])) if "question" not in row else \
-            choice(task, row["question"], *options_of(row)) if options_of(row) else qa(task, row["question"], row["answer"])
-        yield picture(row.get("images") or row["image"], [a])
+        task, question, options = "image_qa" if "image" in row else "multi_image_qa", row.get("question"), options_of(row)
+        if options and question:
+            annotation = choice(task, question, *options)
+        else:
+            annotation = qa(task, question, row["answer"]) if question else \
+                dict(task="image_caption", answer=said(row["answer"]))
+        yield picture(row.get("images") or row["image"], [annotation])
     elif "question" in row:
         yield from asked_of_video(row, set)
     else:
-        yield clip(row, first(row, *VIDEO_NAMES), [dict(task="video_caption", answer=said(first(row, "answer", "caption")))],
+        yield clip(first(row, *VIDEO_NAMES),
+                   [dict(task="video_caption", answer=said(first(row, "answer", "caption")))],
                    row.get("start") or 0, row.get("end"))
 
 
 def video_points(row, set):
-    """points[i] are those of the moment two_fps_timestamps[i]; every point is an object of its own. Per cent."""
+    """points[i] are those of the moment two_fps_timestamps[i]; every point is an object of its own. Per
+    cent."""
     if row.get("annotator_unsure"):
         raise Skip("annotator unsure")
     at = first(row, "two_fps_timestamps", "timestamps")
     places = sorted((float(t), share(p["x"], 100), share(p["y"], 100))
                     for t, here in zip(at, row["points"] or [], strict=True) for p in records(here))
-    start, end, length = row.get("clip_start", row.get("clip_start_time")), row.get("clip_end",
-                                                                                row.get("clip_end_time")), row.get("video_duration")
-    if end is None and (length or 0) > 63:
-        raise Skip("longer than 63 s and no clip of it given")
-    if (length or 0) <= 63 and start in (None, 0):
+    start, end = row.get("clip_start", row.get("clip_start_time")), row.get("clip_end",
+                                                                            row.get("clip_end_time"))
+    if (row.get("video_duration") or 0) > 63:
+        if end is None:
+            raise Skip("longer than 63 s and no clip of it given")
+    elif start in (None, 0):
         start = end = None  # the whole video
     places = [p for p in places if end is None or start <= p[0] <= end]
     if len(places) > 60:
@@ -390,7 +420,8 @@ def video_points(row, set):
     label, ref = first(row, "label", "category").strip(), first(row, "video_id", "video_name")
     style = ("video_point", "video_point_count")[pick(2, ref, label)]
     points = [dict(t=t, x=x, y=y, id=i) for i, (t, x, y) in enumerate(places)]
-    yield clip(row, ref, [dict(task="video_pointing", style=style, label=label, points=points)], start or 0, end)
+    yield clip(ref, [dict(task="video_pointing", style=style, label=label, points=points)], start or 0,
+               end)
 
 
 def academic_points(row, set):
@@ -406,8 +437,9 @@ ACADEMIC = {"academic-video-point-" + name: subset for name, subset in (
 
 
 def tracks(row, set):
-    """The tracking schema: pixels, in the frames of a clip taken at sampling_fps; id = place in mask_id. The config says
-    what is asked for: all of it, where each object comes and goes, or what follows a given first point."""
+    """The tracking schema: pixels, in the frames of a clip taken at sampling_fps; id = place in mask_id. The
+    config says what is asked for: all of it, where each object comes and goes, or what follows a given first
+    point."""
     rate, wanted = row["fps"], row.get("sampling_fps") or row["fps"]
     if rate % wanted:
         raise Skip("fps is no multiple of sampling_fps")
@@ -425,21 +457,23 @@ def tracks(row, set):
             raise Skip("never visible")
         a["input_points"] = points[:1]
     # The clip is a file of its own, or frames start_frame to end_frame of the video.
-    yield clip(row, row.get("clip") or row["video"], [a], fps=rate,
+    yield clip(row.get("clip") or row["video"], [a], fps=rate,
                cut=[str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")])
 
 
 STYLES = {"track": "video_point_track_per_frame", "ground": "video_point_ground_start_end",
           "single_point_track": "video_single_point_track_per_frame"}
-SINGLE_OBJECT = {"trackingnet", "vasttrack", "got10k", "webuav", "lasot", "tnl2k", "webuot", "lvosv2", "latot", "uwcot",
+SINGLE_OBJECT = {"trackingnet", "vasttrack", "got10k", "webuav", "lasot", "tnl2k", "webuot", "lvosv2",
+                 "latot", "uwcot",
                  "lvosv1", "tnnlt"}
 
 
 # ---- held-out evaluation -----------------------------------------------------------------------------------
 
 def unpacked(rle):
-    """A run-length mask with its runs as numbers. COCO writes them as text: 5 bits a character, least first, the sixth
-    says that more follow; from the fourth on a run is told as the difference from the one before the last."""
+    """A run-length mask with its runs as numbers. COCO writes them as text: 5 bits a character, least first,
+    the sixth says that more follow; from the fourth on a run is told as the difference from the one before
+    the last."""
     counts, text = [], rle["counts"]
     if not isinstance(text, str):
         return dict(size=list(rle["size"]), counts=list(text))
@@ -469,7 +503,8 @@ def runs(mask):
 
 def eval_points(row, set):
     """Points in per cent, and a mask for each."""
-    places = [dict(x=share(p["x"], 100), y=share(p["y"], 100), id=i) for i, p in enumerate(records(row["points"]))]
+    places = [dict(x=share(p["x"], 100), y=share(p["y"], 100), id=i) for i,
+              p in enumerate(records(row["points"]))]
     masks = [dict(id=i, rle=runs(m)) for i, m in enumerate(row.get("masks") or [])][:len(places)]
     yield picture(row["image_url"], [dict(task="image_pointing", style="pointing", label=row["label"].strip(),
                                           points=places, masks=masks)], sha256=[row.get("image_sha256")])
@@ -477,33 +512,38 @@ def eval_points(row, set):
 
 def eval_count(row, set):
     if "image_url" in row:
-        yield picture(row["image_url"], [dict(task="counting", label=row["label"].strip(), answer=str(row["count"]))],
+        yield picture(row["image_url"], [dict(task="counting", label=row["label"].strip(),
+                                              answer=str(row["count"]))],
                       sha256=[row.get("image_sha256")])
     else:
-        yield clip(row, row["video_id"], [dict(task="counting", prompt=row["question"], label=row["label"],
+        yield clip(row["video_id"], [dict(task="counting", prompt=row["question"], label=row["label"],
                                                answer=str(row["count"]), category=row.get("category"))],
                    row.get("clip_start") or 0, row.get("clip_end"))
 
 
 def eval_captions(row, set):
-    yield clip(row, row["video_id"], [dict(task="video_caption", answer=said(row["aggregated_caption"]),
+    yield clip(row["video_id"], [dict(task="video_caption", answer=said(row["aggregated_caption"]),
                                            statements=list(row["atomic_statements"]))],
                row.get("video_start") or 0, row.get("video_end"))
 
 
 def eval_video_points(row, set):
-    """One point and one list of masks per instance; of the masks, half a second apart, the one at the point's time."""
+    """One point and one list of masks per instance; of the masks, half a second apart, the one at the point's
+    time."""
     points, masks = [], []
-    for i, (t, p, around) in enumerate(zip(row["two_fps_timestamps"], records(row["points"]), row["masks"], strict=True)):
+    for i, (t, p, around) in enumerate(zip(row["two_fps_timestamps"], records(row["points"]), row["masks"],
+                                           strict=True)):
         points.append(dict(t=float(t), x=share(p["x"], row["width"]), y=share(p["y"], row["height"]), id=i))
         near = min(records(around), key=lambda m: abs(m["frame_id"] / 2 - t), default=None)
         if near and abs(near["frame_id"] / 2 - t) < 0.25:
             masks.append(dict(t=float(t), id=i, rle=unpacked(near["rle"])))
-    yield clip(row, row["video_id"], [dict(task="video_pointing", label=row["label"].strip(), points=points, masks=masks)])
+    yield clip(row["video_id"], [dict(task="video_pointing", label=row["label"].strip(), points=points,
+                                           masks=masks)])
 
 
 def eval_tracks(row, set):
-    """A slot per frame of the clip: [x, y] in pixels, or null. Kept: one frame a second, as it is evaluated."""
+    """A slot per frame of the clip: [x, y] in pixels, or null. Kept: one frame a second, as it is
+    evaluated."""
     rate, ids = round(row["fps"]), {str(o): i for i, o in enumerate(row["mask_id"])}
     points, masks = [], []
     shapes = {str(m["object_id"]): m["masks"] for m in records(row["masks"])}
@@ -515,49 +555,63 @@ def eval_tracks(row, set):
                 points.append(dict(t=f / row["fps"], x=share(x, row["w"]), y=share(y, row["h"]), id=i))
                 if shapes.get(name) and shapes[name][f]:
                     masks.append(dict(t=f / row["fps"], id=i, rle=unpacked(shapes[name][f])))
-    yield clip(row, row.get("clip") or row["video"], [dict(task="video_tracking", label=row["exp"].strip(), fps=1,
-                                                           points=points, masks=masks)],
+    yield clip(row.get("clip") or row["video"],
+               [dict(task="video_tracking", label=row["exp"].strip(), fps=1,
+                     points=points, masks=masks)],
                fps=row["fps"], cut=[str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")])
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
 class Recipe(NamedTuple):
-    """How one set is made. rows: where annotations are, each ("hub", repo, config, split) for the hub's rows, ("file",
-    repo, pattern) for files in a hub repository or ("here", pattern) for files put into the set's own folder; none means
-    the repository, configs and split that datasets.tsv names. media: "url" in the rows, "embedded" in the rows, "youtube"
-    (a mirror that the repository lists), "archive" in a hub repository, by "hand", or "none"."""
+    """How one set is made.
+
+    rows: where its annotations are. ("hub", repo, config, split[, rows to a page]): rows of the hub; ("file",
+    repo, pattern): files in a repository; ("here", pattern): files put into the set's own folder. None given
+    means what datasets.tsv names. media: "url" in the rows, "embedded" in the rows, "youtube" (a mirror that
+    the repository lists), "archive" of a repository, by "hand", or "none".
+    """
     convert: callable
     media: str
     rows: tuple = ()
-    note: str = ""       # where the media are, and the annotations if those are by hand too
-    archives: tuple = ()  # (repo, pattern), opened in the set's folder
+    note: str = ""        # what is by hand, and where from
+    archives: tuple = ()  # (repo, pattern): unpacked into the set's folder
+
+
+def hub(repo, config="default", split="train", *page):
+    return (("hub", repo, config, split, *page),)
+
+
+def files(repo, *patterns):
+    return tuple(("file", repo, p) for p in patterns)
 
 
 def cauldron(config):
-    """Academic sets that need a login or dozens of archives elsewhere: their pictures inside the rows of a collection."""
-    return Recipe(conversations, "embedded", (("hub", "HuggingFaceM4/the_cauldron", config, "train"),))
+    """Academic sets that need a login or a dozen archives elsewhere: here with their pictures inside the
+    rows."""
+    return Recipe(conversations, "embedded", hub("HuggingFaceM4/the_cauldron", config))
 
 
-def by_hand(note, convert=plain, *rows):
-    return Recipe(convert, "hand", rows or (("here", "annotations.*"),), note)
+def mantis_of(folder):
+    return Recipe(mantis, "archive", hub(f"allenai/molmo2-mantis-instruct-{folder}"), "",
+                  (("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip"),))
 
 
-def tracking(note, archives=()):
+def llava_video(kind, *sets):
+    repo = "lmms-lab/LLaVA-Video-178K"
+    return Recipe(dialogue_of_video, "archive", files(repo, *(f"*_{s}/*_{kind}_*.json" for s in sets)), "",
+                  tuple((repo, f"*_{s}/*.tar.gz") for s in sets))
+
+
+def by_hand(note, convert=plain, file="annotations.*"):
+    return Recipe(convert, "hand", (("here", file),), note)
+
+
+def tracking(note, *archives):
     return Recipe(tracks, "archive" if archives else "hand", (), note, archives)
 
 
-YOUTUBE = "ids of YouTube videos, of which some are gone; name the files by id"
-PLAIN = {"moments-in-time": "moments.csail.mit.edu, after a form", "kinetics": "github.com/cvdfoundation/kinetics-dataset",
-         "ego4d": "ego4d-data.org, after signing a licence", "epic-kitchens": "epic-kitchens.github.io, after signing a licence",
-         "coin": "coin-dataset.github.io; " + YOUTUBE, "how2qa": "github.com/ych133/How2R-and-How2QA; " + YOUTUBE,
-         "activitynet": "activity-net.org, after a form; " + YOUTUBE, "youcook2": "youcook2.eecs.umich.edu; " + YOUTUBE,
-         "charades-sta": "prior.allenai.org/projects/charades for the videos, github.com/jiyanggao/TALL for the sentences",
-         "roadtextvqa": "github.com/georg3tom/RoadtextVQA", "paxion": "hub repository allenai/Molmo2-Paxion for the questions; "
-         "Something-Something v2 and Ego4D, each with its own licence, for the videos",
-         "video-localized-narratives": "google.github.io/video-localized-narratives: text_output/oops_train; videos of OOPS",
-         "video-localized-narratives-caption": "hub repository allenai/Molmo2-VideoLocalizedNarrativesCaptionHf; videos of OVIS, "
-         "UVO and OOPS", "sports-qa": "hub repository HopLeeTop/Sports-QA for the videos, figshare 57448480 for the questions"}
+YOUTUBE = "YouTube, of which some are gone; name the files by their ids"
 
 RECIPES = {
     # pictures behind URLs
@@ -575,18 +629,20 @@ RECIPES = {
     "molmo2-synmultiimageqa": Recipe(pairs, "embedded"),
     "chartqa": Recipe(asked, "embedded"),
     "scienceqa": Recipe(asked, "embedded"),
-    "docvqa": Recipe(asked, "embedded", (("hub", "HuggingFaceM4/DocumentVQA", "default", "train"),)),
-    "textvqa": Recipe(asked, "embedded", (("hub", "lmms-lab/textvqa", "default", "train"),)),
-    "a-okvqa": Recipe(asked, "embedded", (("hub", "HuggingFaceM4/A-OKVQA", "default", "train"),)),
-    "vqa-v2": cauldron("vqav2"), "tallyqa": cauldron("tallyqa"), "st-vqa": cauldron("st_vqa"), "ok-vqa": cauldron("okvqa"),
-    "infographicvqa": cauldron("infographic_vqa"), "tabmwp": cauldron("tabmwp"), "plotqa": cauldron("plotqa"),
-    "ai2d": cauldron("ai2d"), "dvqa": cauldron("dvqa"), "figureqa": cauldron("figureqa"),
-    # pictures in archives of the hub
-    **{name: Recipe(mantis, "archive", (("hub", f"allenai/molmo2-mantis-instruct-{folder}", "default", "train"),), "",
-                    (("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip"),))
-       for name, folder in (("llava-665k-multi", "llava_665k_multi"), ("nlvr2", "nlvr2"), ("spot-the-difference", "spot-the-diff"))},
-    "pixmo-clocks": Recipe(clock_face, "hand", (), "the rows name watch faces of facer.io and hold no picture; put drawn faces "
-                           "there as <example_id>.png"),
+    "docvqa": Recipe(asked, "embedded", hub("HuggingFaceM4/DocumentVQA")),
+    "textvqa": Recipe(asked, "embedded", hub("lmms-lab/textvqa")),
+    "a-okvqa": Recipe(asked, "embedded", hub("HuggingFaceM4/A-OKVQA")),
+    **{name: cauldron(config) for name, config in {
+        "vqa-v2": "vqav2", "tallyqa": "tallyqa", "st-vqa": "st_vqa", "ok-vqa": "okvqa", "ai2d": "ai2d",
+        "infographicvqa": "infographic_vqa", "tabmwp": "tabmwp", "plotqa": "plotqa", "dvqa": "dvqa",
+        "figureqa": "figureqa"}.items()},
+    # pictures in archives of the hub, or by hand
+    "llava-665k-multi": mantis_of("llava_665k_multi"),
+    "nlvr2": mantis_of("nlvr2"),
+    "spot-the-difference": mantis_of("spot-the-diff"),
+    "pixmo-clocks": Recipe(clock_face, "hand", (),
+                           "the rows name watch faces of facer.io and hold no picture; put "
+                           "drawn faces there as <example_id>.png"),
     # text
     "tulu-v2-sft-mixture": Recipe(chat, "none"),
     "molmo2-hardcodes": Recipe(identity, "none"),
@@ -594,82 +650,102 @@ RECIPES = {
     "molmo2-askmodelanything": Recipe(asked_of_video, "youtube"),
     "molmo2-videocapqa": Recipe(asked_of_video, "youtube"),
     "molmo2-videosubtitleqa": Recipe(asked_of_video, "youtube"),
-    "molmo2-videopoint": Recipe(video_points, "youtube", (), "videos of MammalNet: mammalnet.s3.amazonaws.com/trimmed_video.tar.gz",
-                                (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),)),
-    # videos by hand or from archives of the hub
-    "molmo2-cap": Recipe(video_captions, "hand", (), YOUTUBE + "; others are of LLaVA-Video-178K, InternVid, Koala, HD-VILA"),
-    "cinepile": Recipe(listed, "hand", (), YOUTUBE),
-    "camerabench": Recipe(listed, "hand", (("hub", "allenai/Molmo2-CameraBenchTrain", "default", "train"),),
-                          "the videos of CameraBench, under the names of the rows' video_path"),
-    "social-iq2": Recipe(asked_of_video, "hand", (), YOUTUBE),
-    "tgif": Recipe(asked_of_video, "hand", (("file", "allenai/Molmo2-TGIF", "Train_*_question.csv"),),
-                   "github.com/raingo/TGIF-Release: GIFs at Tumblr, many gone; as <gif_name>.gif or .mp4"),
-    "tvqa": Recipe(tvqa, "hand", (("file", "allenai/Molmo2-TVQA", "*train*.jsonl"),
-                                  ("file", "allenai/Molmo2-TVQA", "*subtitles*.jsonl")),
-                   "nlp.cs.unc.edu/data/tvqa, after a form: frames at 3 a second; made into <vid_name>.mp4"),
-    "countix": Recipe(repetitions, "hand", (("file", "allenai/Molmo2-Countix", "countix_train*.csv"),),
-                      "clips of Kinetics, under the names of the rows' video_path"),
-    "newsvideoqa": Recipe(asked_of_video, "hand", (("file", "allenai/Molmo2-NewsVideoQA", "*train*.json"),),
-                          "the videos of NewsVideoQA as <uni_clipped_id>.mp4"),
-    "motionbench-train": Recipe(motion_caption, "hand", (("file", "zai-org/MotionBench", "*aption*train*.jsonl"),),
-                                "hub repository zai-org/MotionBench, unpacked"),
-    "funqa": Recipe(asked_of_video, "archive", (("file", "fesvhtr/FunQA", "*FunQA_train.json"),), "",
+    "molmo2-videopoint": Recipe(
+        video_points, "youtube", (), "videos of MammalNet: mammalnet.s3.amazonaws.com/trimmed_video.tar.gz",
+        (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),)),
+    # videos in archives of the hub
+    "funqa": Recipe(asked_of_video, "archive", files("fesvhtr/FunQA", "*FunQA_train.json"), "",
                     (("fesvhtr/FunQA", "*train.zip"),)),
-    **{f"llava-video-academic-{kind}": Recipe(
-        dialogue_of_video, "archive", tuple(("file", "lmms-lab/LLaVA-Video-178K", f"*_{of}/*_{name}_*.json") for of in sets),
-        "", tuple(("lmms-lab/LLaVA-Video-178K", f"*_{of}/*.tar.gz") for of in sets))
-       for kind, name, sets in (("mc", "mc", ("nextqa", "perceptiontest")), ("oe", "oe", ("nextqa", "activitynetqa")))},
-    "next-qa": by_hand("github.com/doc-doc/NExT-QA: train.csv; videos of VidOR", asked_of_video, ("here", "train.csv")),
-    "intentqa": by_hand("github.com/JoseponLee/IntentQA: train.csv; videos of VidOR", asked_of_video, ("here", "train.csv")),
-    "sutd-trafficqa": by_hand("sutdcv.github.io/SUTD-TrafficQA, after a form: R2_train.jsonl and the clips", asked_of_video,
-                              ("here", "R2_train.jsonl")),
-    "clevrer": by_hand("clevrer.csail.mit.edu: train.json and video_train.zip, unpacked", listed, ("here", "train.json")),
-    "star": by_hand("bobbywu.com/STAR: STAR_train.json; videos of Charades", star, ("here", "STAR_train.json")),
-    "perception-test": by_hand("github.com/google-deepmind/perception_test: all_train.json and the training videos", listed,
-                               ("here", "all_train.json")),
-    "qvhighlights": by_hand("github.com/jayleicn/moment_detr: highlight_train_release.jsonl and the videos", moments,
-                            ("here", "highlight_train_release.jsonl")),
-    **{name: by_hand(note) for name, note in PLAIN.items()},
+    "llava-video-academic-mc": llava_video("mc", "nextqa", "perceptiontest"),
+    "llava-video-academic-oe": llava_video("oe", "nextqa", "activitynetqa"),
+    # annotations from the hub, videos by hand
+    "molmo2-cap": Recipe(video_captions, "hand", (),
+                         YOUTUBE + "; also LLaVA-Video-178K, InternVid, Koala, HD-VILA"),
+    "cinepile": Recipe(listed, "hand", (), YOUTUBE),
+    "social-iq2": Recipe(asked_of_video, "hand", (), YOUTUBE),
+    "camerabench": Recipe(listed, "hand", hub("allenai/Molmo2-CameraBenchTrain"),
+                          "the videos of CameraBench"),
+    "tgif": Recipe(asked_of_video, "hand", files("allenai/Molmo2-TGIF", "Train_*_question.csv"),
+                   "TGIF-Release: GIFs at Tumblr, many of them gone; as <gif_name>.gif or .mp4"),
+    "tvqa": Recipe(tvqa, "hand", files("allenai/Molmo2-TVQA", "*train*.jsonl", "*subtitles*.jsonl"),
+                   "tvqa.cs.unc.edu, after a form: frames at 3 a second, to be made into <vid_name>.mp4"),
+    "countix": Recipe(repetitions, "hand", files("allenai/Molmo2-Countix", "countix_train*.csv"),
+                      "clips of Kinetics, under the rows' video_path"),
+    "newsvideoqa": Recipe(asked_of_video, "hand", files("allenai/Molmo2-NewsVideoQA", "*train*.json"),
+                          "the videos of NewsVideoQA as <uni_clipped_id>.mp4"),
+    "motionbench-train": Recipe(motion_caption, "hand", files("zai-org/MotionBench", "*aption*train*.jsonl"),
+                                "hub repository zai-org/MotionBench, unpacked"),
+    # annotations by hand too, in the form they are published in
+    "next-qa": by_hand("NExT-QA; videos of VidOR", asked_of_video, "train.csv"),
+    "intentqa": by_hand("IntentQA; videos of VidOR", asked_of_video, "train.csv"),
+    "sutd-trafficqa": by_hand("SUTD-TrafficQA, after a form", asked_of_video, "R2_train.jsonl"),
+    "clevrer": by_hand("clevrer.csail.mit.edu: questions and video_train.zip", listed, "train.json"),
+    "star": by_hand("STAR; videos of Charades", star, "STAR_train.json"),
+    "perception-test": by_hand("github.com/google-deepmind/perception_test", listed, "all_train.json"),
+    "qvhighlights": by_hand("github.com/jayleicn/moment_detr", moments, "highlight_train_release.jsonl"),
+    # and in the form asked for here
+    "paxion": by_hand("questions: hub repository allenai/Molmo2-Paxion; videos: Something-Something v2 and Ego4D, each "
+                      "with its own licence"),
+    "sports-qa": by_hand("videos: hub repository HopLeeTop/Sports-QA; questions: figshare 57448480"),
+    "video-localized-narratives": by_hand("google.github.io/video-localized-narratives: text_output/oops_train; videos "
+                                          "of OOPS"),
+    "video-localized-narratives-caption": by_hand("captions: hub repository allenai/"
+                                                  "Molmo2-VideoLocalizedNarrativesCaptionHf; videos of OVIS, UVO, OOPS"),
+    "kinetics": by_hand("github.com/cvdfoundation/kinetics-dataset"),
+    "moments-in-time": by_hand("moments.csail.mit.edu, after a form"),
+    "ego4d": by_hand("ego4d-data.org, after signing its licence"),
+    "epic-kitchens": by_hand("epic-kitchens.github.io, with its licence"),
+    "charades-sta": by_hand("videos: Charades of prior.allenai.org; sentences: github.com/jiyanggao/TALL"),
+    "coin": by_hand("coin-dataset.github.io; " + YOUTUBE),
+    "activitynet": by_hand("activity-net.org; " + YOUTUBE),
+    "youcook2": by_hand("youcook2.eecs.umich.edu; " + YOUTUBE),
+    "how2qa": by_hand("How2QA; " + YOUTUBE),
+    "roadtextvqa": by_hand("RoadTextVQA of CVIT, IIIT Hyderabad"),
     # points in videos
-    **{name: Recipe(academic_points, "hand", (("hub", "allenai/molmo2-academic-video-points", "default", "train"),),
-                    f"the videos of {name.removeprefix('academic-video-point-')}, or folders of their frames at 2 a second, "
-                    "under the rows' video_name") for name in ACADEMIC},
-    # tracks
-    "molmo2-videotrack": tracking("16 sets, listed on the hub's page of allenai/Molmo2-VideoTrack, several after a form"),
-    "mevis": tracking("", (("FudanCVL/MeViS", "MeViS_release.zip"),)),
-    "refvos": tracking("Refer-YouTube-VOS: codalab.lisn.upsaclay.fr, competition 29139, with an account: train.zip"),
-    "revos": tracking("github.com/cilinyan/VISA: JPEGImages.zip on request"),
+    **{name: Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"), "the videos of "
+                    f"{name.removeprefix('academic-video-point-')}, at 2 frames a second, as the rows' video_name")
+       for name in ACADEMIC},
+    # tracks: a clip is a video, part of one, or a folder of frames
+    "molmo2-videotrack": tracking("16 sets, several after a form; the table is on the hub's page of "
+                                  "allenai/Molmo2-VideoTrack"),
+    "mevis": tracking("", ("FudanCVL/MeViS", "MeViS_release.zip")),
+    "refvos": tracking("Refer-YouTube-VOS: Codalab 29139, with an account: train.zip"),
+    "revos": tracking("ReVOS: JPEGImages.zip, on request"),
     "vicas": tracking("hub repository kumuji/ViCaS: folders videos, videos2, videos3"),
-    "lv-vis": tracking("github.com/haochenheheda/LVVIS: train.zip"),
-    "yt-vis": tracking("youtube-vos.org, with an account: train.zip"),
+    "lv-vis": tracking("LV-VIS: train.zip, at a drive"),
+    "yt-vis": tracking("YouTube-VIS: Codalab, with an account: train.zip"),
     "burst": tracking("hub repository chengyenhsieh/TAO-Amodal, after accepting its terms: frames/"),
-    "ref-davis17": tracking("data.vision.ee.ethz.ch/csergi/share/davis: DAVIS-2017-trainval-480p.zip, its JPEGImages"),
-    "moca-video": tracking("www.robots.ox.ac.uk/~vgg/data/MoCA: the frames"),
-    "trackingnet": tracking("hub repository SilvioGiancola/TrackingNet, 12 parts of 90 GB: TRAIN_*/zips, unpacked"),
-    "lasot": tracking("hub repository l-lt/LaSOT, a zip per class, unpacked"),
-    "got-10k": tracking("got-10k.aitestunion.com, with an account"),
-    "webuav": tracking("github.com/flyers/WebUAV-3M, after a form"),
-    "vasttrack": tracking("github.com/HengLan/VastTrack, 82 parts"),
-    "tnl2k": tracking("sites.google.com/view/langtrackbenchmark, 14 zips"),
-    "tnllt": tracking("github.com/Event-AHU/Open_VLTrack, several parts"),
-    "latot": tracking("github.com/983632847/Awesome-Multimodal-Object-Tracking lists LaTOT"),
-    "webuot": tracking("github.com/983632847/WebUOT-1M"),
-    "lvos-v1": tracking("lingyihongfd.github.io/lvos.github.io"),
-    "lvos-v2": tracking("lingyihongfd.github.io/lvos.github.io"),
-    "uw-cot220": tracking("github.com/983632847/Awesome-Multimodal-Object-Tracking lists UW-COT220"),
+    "ref-davis17": tracking("DAVIS-2017-trainval-480p.zip of ETH: JPEGImages"),
+    "moca-video": tracking("MoCA of the Visual Geometry Group, Oxford: the frames"),
+    "trackingnet": tracking("hub repository SilvioGiancola/TrackingNet: TRAIN_*/zips, 12 parts of 90 GB, unpacked"),
+    "lasot": tracking("hub repository l-lt/LaSOT: a zip per class, unpacked"),
+    "got-10k": tracking("GOT-10k, with an account"),
+    "webuav": tracking("WebUAV-3M, after a form"),
+    "vasttrack": tracking("VastTrack: 82 parts at a drive"),
+    "tnl2k": tracking("TNL2K: 14 zips at a drive"),
+    "tnllt": tracking("TNLLT: a tar in parts at a drive"),
+    "latot": tracking("LaTOT: a rar at a drive"),
+    "webuot": tracking("WebUOT-1M, at a drive"),
+    "lvos-v1": tracking("LVOS v1, at a drive"),
+    "lvos-v2": tracking("LVOS v2, at a drive"),
+    "uw-cot220": tracking("UW-COT220, at a drive"),
 }
 
-# Held out: what `prepare.py data eval` makes. The first two also say which pictures no training set may have.
+# Held out: what `prepare.py data eval` makes. No training set may have a picture of the first two.
 EVALS = {
-    "pixmo-points-eval": Recipe(eval_points, "url", (("hub", "allenai/pixmo-points-eval", "default", "test"),)),
-    "pixmo-count": Recipe(eval_count, "url", tuple(("hub", "allenai/pixmo-count", "default", split)
-                                                   for split in ("validation", "test"))),
-    "molmo2-capeval": Recipe(eval_captions, "archive", (("hub", "allenai/Molmo2-CapEval", "default", "test"),),
+    "pixmo-points-eval": Recipe(eval_points, "url", hub("allenai/pixmo-points-eval", "default", "test", 2)),
+    "pixmo-count": Recipe(eval_count, "url", hub("allenai/pixmo-count", "default", "validation")
+                          + hub("allenai/pixmo-count", "default", "test")),
+    "molmo2-capeval": Recipe(eval_captions, "archive", hub("allenai/Molmo2-CapEval", "default", "test"),
                              "clips of BDD100K and Ego4D, which are not in the repository",
                              (("allenai/Molmo2-CapEval", "vimeo_videos.zip"),)),
-    "molmo2-videopointeval": Recipe(eval_video_points, "youtube", (("hub", "allenai/Molmo2-VideoPointEval", "default", "val"),)),
-    "molmo2-videocounteval": Recipe(eval_count, "hand", (("hub", "allenai/Molmo2-VideoCountEval", "default", "val"),), YOUTUBE),
-    "molmo2-videotrackeval": Recipe(eval_tracks, "hand", tuple(("hub", "allenai/Molmo2-VideoTrackEval", domain, "test") for domain in
-                                                               ("animal", "person", "sports", "dance", "misc")),
-                                    "APTv2, PersonPath22, SportsMOT, DanceTrack and SA-V, several after a form"),
+    "molmo2-videopointeval": Recipe(eval_video_points, "youtube",
+                                    hub("allenai/Molmo2-VideoPointEval", "default", "val", 10)),
+    "molmo2-videocounteval": Recipe(eval_count, "hand",
+                                    hub("allenai/Molmo2-VideoCountEval", "default", "val"),
+                                    YOUTUBE),
+    "molmo2-videotrackeval": Recipe(
+        eval_tracks, "hand", sum((hub("allenai/Molmo2-VideoTrackEval", domain, "test", 10) for domain in
+                                  ("animal", "person", "sports", "dance", "misc")), ()),
+        "APTv2, PersonPath22, SportsMOT, DanceTrack and SA-V, several after a form"),
 }

@@ -1,13 +1,14 @@
 """
-Getting files and rows over a connection that breaks, from hosts that are busy, gone or not what they say.
+Getting files and rows over a connection that breaks, from hosts that are busy, gone, or not what they say.
 
-    patiently   one request: again after transport errors, 408, 429 and 5xx, when the server says or a little later
-    Net         https to public addresses alone, redirects by hand, the token for the hub alone, four at a time to a host
+    patiently   one request, again after transport errors, 408, 429 and 5xx: when the server says, or soon
+    Net         https to public addresses alone; redirects by hand; the token for the hub alone; 4 to a host
     fetch       one file: continued where it broke, size and sha256 compared, written aside and renamed
-    fetch_all   many: side by side, a manifest of what was had and what was not, and why
-    hub_files, hub_rows      what a repository has, at a fixed revision; its rows, 100 to a page or as parquet
+    fetch_all   many side by side; the manifest knows what was had and what was not, and why
+    hub_files   what a repository has, at one revision
+    hub_rows    the rows of a set, 100 to a page, or as parquet
 
-This leaf of `prepare.py` knows nothing of data sets.
+A leaf of `prepare.py`: it knows nothing of any data set.
 """
 import contextlib
 import email.utils
@@ -18,6 +19,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import threading
@@ -59,9 +61,9 @@ def retry_after(response):
 
 
 def patiently(send, what, tries=5, pause=1.0):
-    """send() -> requests.Response, sent again with exponential back-off and jitter after transport errors, 408, 429
-    and 5xx; honours Retry-After (seconds or a date, at most 300 s). Returns the first response with any other
-    status; raises NetError naming `what`, the number of tries and the last reason."""
+    """send() -> requests.Response, sent again with exponential back-off and jitter after transport errors,
+    408, 429 and 5xx; honours Retry-After (seconds or a date, at most 300 s). Returns the first response with
+    any other status; raises NetError naming `what`, the number of tries and the last reason."""
     for n in range(tries):
         wait = pause * 2 ** n * random.uniform(0.5, 1.0)
         try:
@@ -98,8 +100,8 @@ def is_loopback(host):
 
 
 class Net:
-    """Requests as this file makes them: https to public addresses alone, redirects followed by hand, the token sent to
-    the hub alone, four at a time to one host."""
+    """Requests as this file makes them: https to public addresses alone, redirects followed by hand, the
+    token sent to the hub alone, four at a time to one host."""
 
     def __init__(self):
         self.hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -108,7 +110,8 @@ class Net:
             raise UserError(f"HF_ENDPOINT {self.hub}: must be https, or on this machine")
         self.viewer = self.hub if mirror else "https://datasets-server.huggingface.co"
         self.own, self.mirror = {origin(self.hub), origin(self.viewer)}, mirror
-        self.token, self.offline = os.environ.get("HF_TOKEN"), os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        self.token = os.environ.get("HF_TOKEN")
+        self.offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         self.local, self.hosts, self.lock = threading.local(), {}, threading.Lock()
 
     def slot(self, url):
@@ -123,7 +126,8 @@ class Net:
             return  # as the user set it
         if scheme != "https" or not host:
             raise NetError(f"{url[:200]}: only https is read")
-        if any(requests.utils.get_environ_proxies(url)) and not host.replace(".", "").isdigit() and ":" not in host:
+        if requests.utils.get_environ_proxies(url) and re.search(r"[a-z]", host) and ":" not in host \
+                and host != "localhost":
             return  # names are the proxy's to resolve
         try:
             found = {a[4][0] for a in socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)}
@@ -133,7 +137,8 @@ class Net:
             raise NetError(f"{url[:200]}: {host} is a private address")
 
     def get(self, url, what, headers=None, tries=None):
-        """The response to a GET, its body not yet read; `linked`: (size, sha256) of a hub file, as far as told."""
+        """The response to a GET, its body not yet read; `linked`: (size, sha256) of a hub file, as far as
+        told."""
         if self.offline:
             raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set")
         if not hasattr(self.local, "session"):
@@ -143,39 +148,46 @@ class Net:
             target, linked = url, (None, None)
             for _ in range(6):
                 self.allow(target)
-                more = {"Authorization": f"Bearer {self.token}"} if self.token and origin(target) in self.own else {}
-                r = self.local.session.get(target, headers={"Accept-Encoding": "identity"} | (headers or {}) | more,
-                                           stream=True, timeout=(10, 60), allow_redirects=False)
-                etag = r.headers.get("X-Linked-Etag", "").strip('W/"')
-                if origin(target) in self.own and len(etag) == 64:
-                    linked = int(r.headers.get("X-Linked-Size", -1)), etag
+                own, sent = origin(target) in self.own, {"Accept-Encoding": "identity"} | (headers or {})
+                if self.token and own:
+                    sent["Authorization"] = f"Bearer {self.token}"
+                r = self.local.session.get(target, headers=sent, stream=True, timeout=(10, 60), allow_redirects=False)
+                etag, size = r.headers.get("X-Linked-Etag", "").strip('W/"'), r.headers.get("X-Linked-Size", "")
+                if own and len(etag) == 64:
+                    linked = int(size) if size.isdigit() else None, etag
                 if not r.is_redirect:
                     r.linked = linked
                     return r
-                target = urljoin(target, r.headers["Location"])
                 r.close()
+                try:
+                    target = urljoin(target, r.headers["Location"])
+                except ValueError:
+                    raise NetError(f"{what}: redirected to {r.headers['Location'][:200]!r}, which is no URL") from None
             raise NetError(f"{what}: more than 5 redirects")
 
         return patiently(send, what, tries or TRIES, PAUSE)
 
-    def json(self, url, what, tries=None):
-        """(parsed answer, the next page's URL or None)"""
+    def json(self, url, what, needs=None, tries=None):
+        """(parsed answer, the next page's URL or None); `needs` is a field that the answer must have."""
         for _ in range(TRIES):
             with self.slot(url), self.get(url, what, tries=tries) as r:
                 self.must(r, what)
                 with contextlib.suppress(requests.RequestException):  # it broke in the middle: again
                     body = r.content
                     try:
-                        return json.loads(body), r.links.get("next", {}).get("url")
+                        answer = json.loads(body)
                     except ValueError:
                         raise NetError(f"{what}: the answer is not JSON: {body[:80]!r}") from None
+                    if needs and not (isinstance(answer, dict) and needs in answer):
+                        raise NetError(f"{what}: the answer has no {needs}: {body[:80]!r}")
+                    return answer, r.links.get("next", {}).get("url")
         raise NetError(f"{what}: the connection broke {TRIES} times")
 
     def must(self, r, what):
         """NetError unless a response carries what was asked for."""
         if r.status_code in (401, 403) and origin(r.url) in self.own:
-            raise NetError(f"{what}: status {r.status_code}, behind terms or private: accept them on its page at {self.hub} and "
-                           f"set HF_TOKEN{' to a token that may read it' if self.token else ''}")
+            raise NetError(f"{what}: status {r.status_code}, behind terms or private: accept them on its page at "
+                           f"{self.hub} and set HF_TOKEN{' to a token that may read it' if self.token else ''}")
         if r.status_code not in (200, 206):
             raise NetError(f"{what}: status {r.status_code} {r.reason}")
 
@@ -184,12 +196,13 @@ def room_for(path, size=0):
     """UserError when a file of so many bytes would fill the disk."""
     free = shutil.disk_usage(os.path.dirname(path)).free
     if free < size + RESERVE:
-        raise UserError(f"{os.path.dirname(path)}: {free / 1e9:.1f} GB free, {(size + RESERVE) / 1e9:.1f} needed; "
+        raise UserError(f"{os.path.dirname(path)}: {free / 1e9:.1f} GB free, {(size + RESERVE) / 1e9:.1f} needed: "
                         "make room, or take less with --limit")
 
 
 def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=None, trust=None, tries=TRIES):
-    """One file: continued where an earlier try stopped, compared with its size and sha256, looked at by `trust`, renamed.
+    """One file: continued where an earlier try stopped, compared with its size and sha256, looked at by
+    `trust`, renamed.
 
     mark: what makes the contents what they are (a revision); a partial file of another one is not continued.
     """
@@ -233,7 +246,9 @@ def receive(net, r, part, have, what, most, url):
     if r.status_code == 403 and r.url != url:
         return "status 403: the signed link has expired"  # what led there leads to a new one
     net.must(r, what)
-    go_on = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    go_on = r.status_code == 206
+    if go_on and not r.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        return "the server sent another range than it was asked for"
     length = r.headers.get("Content-Length", "")
     total = int(length) + have * go_on if length.isdigit() else None
     room_for(part, total or 0)
@@ -251,7 +266,8 @@ def receive(net, r, part, have, what, most, url):
         if not most:  # a weight file must outlive a power cut, a picture need not
             f.flush()
             os.fsync(f.fileno())
-    return "" if total in (None, os.path.getsize(part)) else f"{os.path.getsize(part)} bytes came instead of {total}"
+    came = os.path.getsize(part)
+    return "" if total in (None, came) else f"{came} bytes came instead of {total}"
 
 
 def file_digest(path):
@@ -260,7 +276,7 @@ def file_digest(path):
 
 
 class Manifest:
-    """OUT/media/manifest.jsonl: a line for every file fetched, or not, and why; what is written last counts."""
+    """OUT/media/manifest.jsonl: a line for every file fetched, or not, and why; the last one counts."""
 
     def __init__(self, path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -290,7 +306,8 @@ class Manifest:
 
 
 def is_picture(path, sha256=None):
-    """BadMedia unless a file is a picture, and the one whose sha256 was published: a notice that it is gone is not."""
+    """BadMedia unless a file is a picture, and the one whose sha256 was published: a notice that it is gone
+    is not."""
     image_size(path)
     if sha256 and file_digest(path) != sha256:
         raise BadMedia("not the picture that was annotated")
@@ -301,8 +318,9 @@ def is_video(path):
 
 
 def fetch_all(net, manifest, jobs, what, fresh=False):
-    """Fetch [(url, path, options of `fetch`)] side by side; the manifest says which could not be had. Links known to be
-    dead are not asked for, unless they are fresh; what may be the network's fault is asked for the next time."""
+    """Fetch [(url, path, options of `fetch`)] side by side; the manifest says which could not be had. Links
+    known to be dead are not asked for, unless they are fresh; what may be the network's fault is asked for
+    the next time."""
     def one(job):
         url, path, options = job
         try:
@@ -316,29 +334,34 @@ def fetch_all(net, manifest, jobs, what, fresh=False):
     jobs = list({job[1]: job for job in jobs if not os.path.exists(job[1])
                  and (fresh or job[1] not in manifest.dead)}.values())
     with ThreadPoolExecutor(WORKERS) as pool:
-        for _ in tqdm(pool.map(one, jobs), what, len(jobs), leave=False, disable=None if len(jobs) > 1 else True):
+        for _ in tqdm(pool.map(one, jobs), what, len(jobs), leave=False,
+                      disable=None if len(jobs) > 1 else True):
             pass
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------
 
 def hub_files(net, repo, patterns, kind="datasets"):
-    """The files of a hub repository that match, at its newest revision: [dict(url, name, size, sha256, mark)]."""
+    """The files of a hub repository that match, at its newest revision: [dict(url, name, size, sha256,
+    mark)]."""
     where = f"{net.hub}/api/{kind}/{repo}"
-    revision = net.json(where, f"{kind} {repo}")[0]["sha"]
+    revision = net.json(where, f"{kind} {repo}", "sha")[0]["sha"]
     page, found = f"{where}/tree/{quote(revision)}?recursive=true", []
     while page:
         entries, page = net.json(page, f"files of {repo}")
-        found += [e for e in entries if e["type"] == "file" and any(fnmatch.fnmatch(e["path"], p) for p in patterns)]
+        found += [e for e in entries if e["type"] == "file"
+                  and any(fnmatch.fnmatch(e["path"], p) for p in patterns)]
     if not found:
         raise NetError(f"{repo}: has no file {' or '.join(patterns)}")
     head = f"{net.hub}/{'datasets/' if kind == 'datasets' else ''}{repo}/resolve/{quote(revision)}/"
-    return [dict(url=head + quote(e["path"]), name=e["path"], size=e["size"], sha256=(e.get("lfs") or {}).get("oid"),
+    return [dict(url=head + quote(e["path"]), name=e["path"], size=e["size"],
+                 sha256=(e.get("lfs") or {}).get("oid"),
                  mark=revision[:8]) for e in found]
 
 
 def fetch_files(net, files, folder):
-    """Those of `files` that are not in `folder` yet; their paths. NetError names the first that cannot be had."""
+    """Those of `files` that are not in `folder` yet; their paths. NetError names the first that cannot be
+    had."""
     os.makedirs(folder, exist_ok=True)
     paths = [inside_folder(folder, f["name"]) for f in files]
     jobs = [(f, path) for f, path in zip(files, paths) if not os.path.exists(path)]
@@ -350,25 +373,28 @@ def fetch_files(net, files, folder):
 
 
 def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows: False, cache=None):
-    """The rows of a set on the hub, each a dict, `length` to a page. keep(rows) puts pictures inside them on the disk, and
-    asks for the page once more when their links have expired. Large sets come as parquet files, into `cache`."""
+    """The rows of a set on the hub, each a dict, `length` to a page. keep(rows) puts pictures inside them on
+    the disk, and asks for the page once more when their links have expired. Large sets come as parquet files,
+    into `cache`."""
     offset, total = 0, None
     while total is None or offset < total:
         query = urlencode(dict(dataset=repo, config=config, split=split, offset=offset,
                                length=min(length, limit - offset) if limit else length))
         try:
-            page = net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", TRIES if length == 1 else 3)[0]
+            page = net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", "rows",
+                            TRIES if length == 1 else 3)[0]
         except NetError as e:
             if "gave up" not in str(e) or "status 429" in str(e) or length == 1:
                 raise
             length = max(length // 10, 1)  # a page may be too much for the server
             continue
-        total = min(page["num_rows_total"], limit or page["num_rows_total"])
+        total = page.get("num_rows_total", offset + len(page["rows"]))
+        total = min(total, limit or total)
         if not limit and total > WHOLE:
             yield from parquet_rows(net, repo, config, split, keep, cache)
             return
         if page.get("partial") and not offset:
-            print(f"{repo} {config}: the hub offers only the first {page['num_rows_total']:,} rows this way")
+            print(f"{repo} {config}: the hub offers only the first {total:,} rows this way")
         if not page["rows"]:
             return
         if not keep(page["rows"]):
@@ -379,12 +405,14 @@ def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows:
 def parquet_rows(net, repo, config, split, keep, cache):
     """All rows of a large set, from the hub's parquet files, by pyarrow if it is there."""
     if not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"{repo} {config} {split}: more than {WHOLE:,} rows are read as parquet, which needs pyarrow "
-                        "(pip install pyarrow); or take some, with --limit")
+        raise UserError(f"{repo} {config} {split}: more than {WHOLE:,} rows are read as parquet, which needs "
+                        "pyarrow (pip install pyarrow); or take some, with --limit")
     import pyarrow.parquet
     query = urlencode(dict(dataset=repo, config=config, split=split))
-    listed = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}")[0]["parquet_files"]
-    files = [dict(url=f["url"], name=f"{config}/{split}/{os.path.basename(f['filename'])}", size=f["size"], sha256=None,
+    listed = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}", "parquet_files")[0][
+        "parquet_files"]
+    files = [dict(url=f["url"], name=f"{config}/{split}/{os.path.basename(f['filename'])}", size=f["size"],
+                  sha256=None,
                   mark="") for f in listed if (f["config"], f["split"]) == (config, split)]
     number = 0
     for path in fetch_files(net, files, cache):

@@ -1,22 +1,24 @@
 """
-Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and weights/NAME, on a connection that breaks.
+Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and weights/NAME with one command.
 
-    python prepare.py list                                  # every set: what it is, where from, what is here already
-    python prepare.py data pixmo-points --limit 1000        # the first 1,000 rows of one set, with their pictures
-    python prepare.py data pretrain                         # all of stage 1; a group of `list` or `eval` goes as well
-    python prepare.py weights stage1                        # OLMo-2 1B and SigLIP 2; or Molmo2-8B, Qwen3-8B, ...
-    python prepare.py check data/                           # every line, every picture, every video
+    python prepare.py list                             # every set: what it is, where from, what is here
+    python prepare.py data pixmo-points --limit 1000   # the first 1,000 rows of a set, with their pictures
+    python prepare.py data pretrain                    # all of stage 1; a group of `list`, or `eval`, too
+    python prepare.py weights stage1                   # OLMo-2 1B and SigLIP 2; or Molmo2-8B, Qwen3-8B, ...
+    python prepare.py check data/                      # every line, every picture, every video
 
-    hub, files ─► rows ─► convert.py ─► items ─► spool, 64 files by media ─► one item of media, all its annotations
-                                                                               │
-                  data/NAME.jsonl ◄─ checked by data.py ◄─ sizes, durations ◄─ media here? else fetched
+    rows of the hub, files ─► convert.py ─► items ─► spool: 64 files by media ─► one item per picture, video
+                                                                                 │ or text, with all that is
+                                                                                 ▼ said about it
+            data/NAME.jsonl ◄─ as data.py accepts it ◄─ size, duration ◄─ its media: here, or fetched (fetch.py)
 
-Memory does not grow with a set: rows go through one at a time, and what is known about one picture meets in one spool
-file. Whatever stops it, the same command again does what is missing: rows are in the spool, media on the disk, partial
-files are continued, and links that are dead are listed in data/media/manifest.jsonl and not asked for again.
+Memory does not grow with a set: rows go through one at a time, and what is known about one picture meets in
+one spool file. Whatever stops it, the same command again does what is missing: rows are in the spool, media
+on the disk, partial files are continued, dead links are in data/media/manifest.jsonl and not asked again.
 
-Environment: HF_TOKEN (sets behind terms), HF_ENDPOINT (a mirror; on this machine it may be http and serves everything),
-HF_HUB_OFFLINE=1 (only what is here), GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN (the video mirror bills its readers).
+Environment: HF_TOKEN (sets behind terms), HF_ENDPOINT (a mirror; one on this machine may be http, and serves
+everything), HF_HUB_OFFLINE=1 (only what is here), GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN (the video
+mirror bills those who read it).
 """
 import argparse
 import contextlib
@@ -27,6 +29,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -42,8 +45,8 @@ from tqdm import tqdm
 import convert
 from convert import EVALS, RECIPES, Skip
 from data import BadRow, find_datasets, line_index, parse_row, read_registry
-from fetch import (PICTURE_BYTES, Manifest, Net, NetError, UserError, fetch_all, fetch_files, file_digest, hub_files,
-                   hub_rows, is_picture, is_video, origin, room_for)
+from fetch import (PICTURE_BYTES, Manifest, Net, NetError, UserError, fetch_all, fetch_files, file_digest,
+                   hub_files, hub_rows, is_picture, is_video, origin, room_for)
 from fetch import patiently  # noqa: F401  public under this name too
 from media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
 
@@ -58,7 +61,8 @@ class JsonReader:
     """A JSON file in pieces: memory is that of one entry and one piece, however large the file."""
 
     def __init__(self, f, path, chunk):
-        self.f, self.path, self.chunk, self.text, self.at, self.decoder = f, path, chunk, "", 0, json.JSONDecoder()
+        self.f, self.path, self.chunk, self.text, self.at = f, path, chunk, "", 0
+        self.decoder = json.JSONDecoder()
 
     def more(self):
         new = self.f.read(max(self.chunk, len(self.text) - self.at))
@@ -87,8 +91,8 @@ class JsonReader:
 
 
 def json_items(path, chunk=1 << 20):
-    """The entries of a JSON file: of a list its objects; of an object of objects the same with their name as `_key`;
-    {"data": [...]} is a list."""
+    """The entries of a JSON file: of a list its objects; of an object of objects the same with their name as
+    `_key`; {"data": [...]} is a list."""
     with open(path, encoding="utf-8-sig") as f:
         reader = JsonReader(f, path, chunk)
         opening = reader.peek()
@@ -105,28 +109,31 @@ def json_items(path, chunk=1 << 20):
 
 def file_rows(path):
     """The rows of a JSON, JSONL, CSV or TSV file."""
-    if path.endswith((".csv", ".tsv")):
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            tabs = "\t" in f.readline()
-            f.seek(0)
-            yield from csv.DictReader(f, delimiter="\t" if tabs else ",")
-    elif path.endswith(".jsonl"):
-        names = None
-        with open(path, encoding="utf-8-sig") as f:
-            for line in filter(str.strip, f):
-                row = json.loads(line)
-                if isinstance(row, list):  # the first line names the columns
-                    names, row = names or row, names and dict(zip(names, row))
-                if row:
-                    yield row
-    else:
-        yield from json_items(path)
+    try:
+        if path.endswith((".csv", ".tsv")):
+            with open(path, newline="", encoding="utf-8-sig") as f:
+                tabs = "\t" in f.readline()
+                f.seek(0)
+                yield from csv.DictReader(f, delimiter="\t" if tabs else ",")
+        elif path.endswith(".jsonl"):
+            names = None
+            with open(path, encoding="utf-8-sig") as f:
+                for line in filter(str.strip, f):
+                    row = json.loads(line)
+                    if isinstance(row, list):  # the first line names the columns
+                        names, row = names or row, names and dict(zip(names, row))
+                    if row:
+                        yield row
+        else:
+            yield from json_items(path)
+    except (ValueError, csv.Error) as e:
+        raise BadRow("unreadable", f"{path}: {e}") from None
 
 
-def unpack(path, folder):
-    """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that leads elsewhere
-    is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB). Archives in it are unpacked
-    too."""
+def unpack(path, folder, within=True):
+    """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that leads
+    elsewhere is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB). Archives
+    within it are unpacked too, those within them not."""
     room, inner = os.path.getsize(path) * 20 + GROWTH, []
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
@@ -148,8 +155,8 @@ def unpack(path, folder):
                     f.write(chunk)
             os.replace(f"{target}.part", target)
             inner += [target] if name.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")) else []
-    for target in inner:
-        unpack(target, os.path.dirname(target))
+    for target in inner if within else ():
+        unpack(target, os.path.dirname(target), False)
         os.remove(target)
 
 
@@ -163,12 +170,12 @@ def save(path, content):
 
 
 class Shelf:
-    """The media of one set that are on this disk, by the names rows use: with or without folder, with or without
-    extension, some with the prefix of where they came from."""
+    """The media of one set that are on this disk, by the names rows use: with or without folder, with or
+    without extension, some with the prefix of where they came from."""
     KINDS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".mpg", ".jpg", ".jpeg", ".png", ".webp")
 
     def __init__(self, root, *folders):
-        self.files, self.folders = defaultdict(list), defaultdict(list)  # last part of the name -> paths under root
+        self.files, self.folders = defaultdict(list), defaultdict(list)  # last part of a name -> paths under root
         for at, _, names in (walked for folder in folders for walked in os.walk(os.path.join(root, folder))):
             place = os.path.relpath(at, root)
             for n in names:
@@ -184,7 +191,8 @@ class Shelf:
         """The path whose end is `ref`, or the only one whose last part is."""
         folder, base = os.path.split(self.stem(ref))
         for spelling in spellings:
-            paths, want = table.get(spelling.format(base), []), "/" + os.path.join(folder, spelling.format(base)).strip("/")
+            name = spelling.format(base)
+            paths, want = table.get(name, []), "/" + os.path.join(folder, name).strip("/")
             exact = [p for p in paths if f"/{self.stem(p)}".endswith(want)]
             if exact or len(paths) == 1:
                 return min(exact or paths, key=lambda p: (p.count("/"), p))
@@ -247,9 +255,14 @@ def refs_of(item):
     return item.get("images") or [item[k] for k in ("image", "video") if k in item]
 
 
+def same(item):
+    """What items have in common that become one line: their media, or the part of a video."""
+    return json.dumps([refs_of(item)] + [item.get(k) for k in ("start", "end", "cut")])
+
+
 class Spool:
-    """Items on the disk, in files by their media: what is said about one picture on rows far apart meets in one file,
-    which fits into memory."""
+    """Items on the disk, in files by their media: what is said about one picture on rows far apart meets in
+    one file, which fits into memory."""
 
     def __init__(self, folder):
         self.folder, self.done = folder, os.path.join(folder, "done.json")
@@ -264,7 +277,8 @@ class Spool:
         os.makedirs(self.folder)
         counts = Counter()
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(os.path.join(self.folder, f"{i:02d}"), "w", encoding="utf-8")) for i in range(BUCKETS)]
+            files = [stack.enter_context(open(os.path.join(self.folder, f"{i:02d}"), "w", encoding="utf-8"))
+                     for i in range(BUCKETS)]
             for n, item in enumerate(items(counts)):
                 bucket = zlib.crc32(json.dumps(refs_of(item) or n).encode()) % BUCKETS
                 files[bucket].write(json.dumps(item, ensure_ascii=False, separators=(",", ":")) + "\n")
@@ -281,15 +295,15 @@ class Spool:
 
 
 def merge(items):
-    """Items about the same media become one. One that asks nothing (a clip's subtitles, a video's link) completes all of
-    its media's."""
+    """Items about the same media become one. One that asks nothing (a clip's subtitles, a video's link)
+    completes all of its media's."""
     groups, more = {}, defaultdict(dict)
     for n, item in enumerate(items):
-        media = json.dumps(refs_of(item) or n)
+        media = tuple(refs_of(item)) or n
         if not item["annotations"]:
             more[media] |= {k: v for k, v in item.items() if k not in ("annotations", "video")}
             continue
-        group = groups.setdefault((media, json.dumps([item.get(k) for k in ("start", "end", "cut")])), item)
+        group = groups.setdefault((media, same(item)), item)
         if group is not item:
             group["annotations"] += [a for a in item["annotations"] if a not in group["annotations"]]
     return [item | more.get(media, {}) for (media, _), item in groups.items()]
@@ -302,9 +316,11 @@ class Maker:
         self.net, self.root, self.name, self.recipe, self.entry = net, root, name, recipe, entry
         self.limit, self.barred, self.here = limit, barred, os.path.join(root, "media", name)
         os.makedirs(self.here, exist_ok=True)
+        self.asked = Counter()  # how often the page at hand
         self.manifest = Manifest(os.path.join(root, "media", "manifest.jsonl"))
         configs = (entry.get("config") or "default").split(",")
-        self.sources = recipe.rows or tuple(("hub", entry["source"], c.strip(), entry["split"]) for c in configs)
+        self.sources = recipe.rows or tuple(("hub", entry["source"], c.strip(), entry["split"])
+                                            for c in configs)
         if recipe.media == "youtube":
             self.sources += (("file", self.sources[0][1], "youtube_id_to_urls_mapping.json"),)
 
@@ -312,12 +328,13 @@ class Maker:
         return os.path.join(self.root, ".work", "hub", repo.replace("/", "--"))
 
     def rows(self):
-        """(row, where it is from) of all sources, `limit` of each at most."""
+        """(row, whether it is but a video's link) of all sources, `limit` of each at most."""
         for kind, *where in self.sources:
             if kind == "hub":
-                keep = functools.partial(self.keep, f"{where[1]}-{where[2]}")
-                for row in hub_rows(self.net, *where, limit=self.limit, keep=keep, cache=self.cache(where[0])):
-                    yield row | {"_config": where[1]}, where
+                repo, config, split, *_ = where
+                keep = functools.partial(self.keep, f"{config}-{split}")
+                for row in hub_rows(self.net, *where, limit=self.limit, keep=keep, cache=self.cache(repo)):
+                    yield row | {"_config": config}, False
                 continue
             if kind == "file":
                 paths = fetch_files(self.net, hub_files(self.net, where[0], where[1:]), self.cache(where[0]))
@@ -326,13 +343,14 @@ class Maker:
                 if not paths:
                     raise UserError(self.by_hand())
             # a list of links or subtitles is read whole: it does not say which of them the rows need
-            limit = None if "mapping" in where[-1] or "subtitles" in where[-1] else self.limit
+            links = "mapping" in where[-1]
+            limit = None if links or "subtitles" in where[-1] else self.limit
             for row in itertools.islice((row for path in paths for row in file_rows(path)), limit):
-                yield row, where
+                yield row, links
 
-    def keep(self, label, rows, asked=Counter()):
-        """Put the pictures inside rows of the hub on the disk, and their names into the rows. Whether to ask for the rows
-        once more, because links to their pictures have expired."""
+    def keep(self, label, rows):
+        """Put the pictures inside rows of the hub on the disk, and their names into the rows. Whether to ask
+        for the rows once more, because links to their pictures have expired."""
         jobs, named = [], []
         for row, number in ((r["row"], r["row_idx"]) for r in rows):
             for column, cell in row.items():
@@ -347,10 +365,11 @@ class Maker:
                             save(path, c["bytes"])
                         named.append((row, column, k, rel))
         fetch_all(self.net, self.manifest, jobs, "pictures", fresh=True)
-        asked[label] += 1
-        if asked[label] < 3 and any("status 403" in self.manifest.why.get(path, "") for _, path, _ in jobs):
+        self.asked[label] += 1
+        refused = any("status 403" in self.manifest.why.get(path, "") for _, path, _ in jobs)
+        if refused and self.asked[label] < 3:
             return True
-        asked[label] = 0
+        self.asked[label] = 0
         for row, column, k, rel in named:
             if isinstance(row[column], list):
                 row[column][k] = rel
@@ -362,9 +381,9 @@ class Maker:
         """Converted rows; `counts` gets what was read and what was left out, by reason."""
         convert.outside.clear()
         seen, bad = set(), None
-        for row, where in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
-            if "mapping" in where[-1]:
-                if row["_key"] in seen:
+        for row, is_link in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
+            if is_link:
+                if row["_key"] in seen and str(row.get("gcp_url")).startswith("http"):
                     yield dict(video=row["_key"], link=row["gcp_url"], annotations=[])
                 continue
             counts["rows"] += 1
@@ -388,24 +407,29 @@ class Maker:
             print(f"{self.name}: rows not in the published schema, the first: {bad}")
         outside, n = convert.outside["outside"], convert.outside["seen"]
         if outside > 3 + 0.001 * n:
-            raise UserError(f"{self.name}: {outside:,} of {n:,} coordinates are off the picture: published in another "
-                            "unit than convert.py takes them to be")
+            raise UserError(f"{self.name}: {outside:,} of {n:,} coordinates are off the picture: published in "
+                            "another unit than convert.py takes them to be")
 
     def by_hand(self):
-        here = self.recipe.rows[:1] and self.recipe.rows[0][0] == "here"
+        """What a user has to do, and why."""
+        here = [where for kind, *where in self.sources if kind == "here"]
         text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: "
-                f"{self.entry.get('license') or 'see there'}. Put the media{f' and {self.recipe.rows[0][1]}' if here else ''} "
+                f"{self.entry.get('license') or 'see there'}. Put the media{f' and {here[0][0]}' if here else ''} "
                 f"under {self.here}/ (names as in the rows, any folders) and run this again.")
         if here and self.recipe.convert is convert.plain:
-            text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), question, "
-                     "answer or options and correct, start and end in seconds if it is a clip; without a question a row "
-                     "is a caption.")
+            text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), "
+                     "question, answer or options and correct, start and end in seconds if it is a clip; without "
+                     "a question a row is a caption.")
         return text
 
     def run(self):
         """(lines written, Counter of everything else)"""
         spool = Spool(os.path.join(self.root, ".work", self.name))
-        counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred))))
+        mine = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for kind, *where in self.sources
+                for p in glob.glob(os.path.join(glob.escape(self.here), where[0])) if kind == "here"]
+        counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred), mine)))
+        for _, repo, *_ in self.sources:
+            shutil.rmtree(self.cache(repo), ignore_errors=True)  # all that was in there is in the spool
         self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
         if self.recipe.archives and any(None in self.find(i)[0] for items in spool.buckets() for i in items):
             self.unpack_archives()
@@ -432,7 +456,8 @@ class Maker:
     def unpack_archives(self):
         for repo, pattern in self.recipe.archives:
             for file in hub_files(self.net, repo, [pattern]):
-                mark = os.path.join(self.here, ".unpacked", hashlib.sha256(file["url"].encode()).hexdigest()[:16])
+                mark = os.path.join(self.here, ".unpacked",
+                                    hashlib.sha256(file["url"].encode()).hexdigest()[:16])
                 if not os.path.exists(mark):
                     path, = fetch_files(self.net, [file], self.cache(repo))
                     try:
@@ -443,8 +468,9 @@ class Maker:
                     os.remove(path)
 
     def find(self, item):
-        """(paths under root of an item's media, None for what is not here; the frames (first, last) that are meant, if
-        what is here is more than the clip). A clip is a file of its own, part of a file, or a folder of frames."""
+        """(paths under root of an item's media, None for what is not here; the frames (first, last) that are
+        meant, if what is here is more than the clip). A clip is a file of its own, part of a file, or a
+        folder of frames."""
         if "cut" in item:
             ref, (source, first, last) = item["video"], item["cut"]
             for look in (self.shelf.file, self.shelf.folder):
@@ -454,7 +480,8 @@ class Maker:
                     return [found], (first, last)
             return [None], None
         if self.recipe.media in ("url", "embedded"):
-            paths = [url_path(r) if self.recipe.media == "url" else f"media/{self.name}/{r}" for r in refs_of(item)]
+            paths = [url_path(r) if self.recipe.media == "url" else f"media/{self.name}/{r}"
+                     for r in refs_of(item)]
             return [p if os.path.exists(os.path.join(self.root, p)) else None for p in paths], None
         return [self.shelf.file(r) for r in refs_of(item)], None
 
@@ -463,7 +490,7 @@ class Maker:
         jobs, links = [], {}
         for item in items:
             for ref, sha256 in zip(refs_of(item), item.get("sha256") or itertools.repeat(None)):
-                if self.recipe.media == "url":  # hosts that had only http when the rows were written have https by now
+                if self.recipe.media == "url":  # hosts that once had http alone have https by now
                     url = ref if self.net.mirror else ref.replace("http://", "https://", 1)
                     jobs.append((url, os.path.join(self.root, url_path(ref)), dict(
                         most=PICTURE_BYTES, tries=3, trust=functools.partial(is_picture, sha256=sha256))))
@@ -472,9 +499,11 @@ class Maker:
         fetch_all(self.net, self.manifest, jobs, "pictures")
         # Of most videos there is a smaller copy of 2 frames a second: those that people saw who annotated.
         for copy in (slow_copy, str):
-            paths = {ref: self.youtube(ref, copy(link)) for ref, link in links.items() if not self.shelf.file(ref)}
-            fetch_all(self.net, self.manifest, [(copy(links[ref]), path, dict(
-                trust=is_video, headers=billing(links[ref]))) for ref, path in paths.items()], "videos", fresh=True)
+            links = {ref: url for ref, url in links.items() if not self.shelf.file(ref)}
+            paths = {ref: self.youtube(ref, copy(url)) for ref, url in links.items()}
+            jobs = [(copy(links[ref]), path, dict(trust=is_video, headers=billing(links[ref])))
+                    for ref, path in paths.items()]
+            fetch_all(self.net, self.manifest, jobs, "videos", fresh=True)
             for ref, path in paths.items():
                 if os.path.exists(path):
                     self.shelf.files[os.path.basename(ref)].append(os.path.relpath(path, self.root))
@@ -488,11 +517,13 @@ class Maker:
         for ref, path in zip(refs, paths):
             if path is None:
                 raise BadMedia(self.why(item, ref))
-        same = [refs, item.get("start"), item.get("cut"), item["annotations"] if not refs else 0]
-        row = dict(id=f"{self.name}-{hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]}")
         annotations = item["annotations"]
+        digest = hashlib.sha256((same(item) if refs else json.dumps(annotations)).encode()).hexdigest()
+        row, sizes = dict(id=f"{self.name}-{digest[:12]}"), []
+        if "video" not in item:
+            sizes = [image_size(inside_folder(self.root, path)) for path in paths]
         if "image" in item:
-            row["image"], (row["width"], row["height"]) = paths[0], image_size(inside_folder(self.root, paths[0]))
+            row |= dict(image=paths[0], width=sizes[0][0], height=sizes[0][1])
             if item.get("pixels"):
                 annotations = [dict(a, points=convert.numbered(a["points"], row["width"], row["height"]))
                                for a in annotations]
@@ -518,7 +549,8 @@ class Maker:
         return self.manifest.why.get(path, "media not here")
 
     def video_line(self, row, item, found, frames):
-        """A video's row with what its header says, and the annotations; times shifted where the clip is part of it."""
+        """A video's row with what its header says, and the annotations; times shifted where the clip is part
+        of it."""
         if os.path.isdir(os.path.join(self.root, found)):
             found, frames = encode(self.root, found, item["fps"], *frames or ()), None
         path = inside_folder(self.root, found)
@@ -531,9 +563,11 @@ class Maker:
         if frames and frames != (0, None):
             first, last = frames
             shift = first / item["fps"]
-            row |= dict(start=round(shift, 3), end=row["duration"] if last is None else round((last + 1) / item["fps"], 3))
+            row |= dict(start=round(shift, 3),
+                        end=row["duration"] if last is None else round((last + 1) / item["fps"], 3))
             annotations = [dict(a, **{k: [dict(p, t=round(p["t"] + shift, 3)) for p in a[k]]
-                                      for k in ("points", "input_points", "masks") if k in a}) for a in annotations]
+                                      for k in ("points", "input_points", "masks") if k in a})
+                           for a in annotations]
         if row.get("start", 0) >= row["duration"]:
             raise BadMedia("the video ends before the clip begins")
         if "end" in row:
@@ -543,8 +577,10 @@ class Maker:
 
 def reason_of(e):
     """What a failure is counted under: without the names in it."""
-    text = str(e).split(" (")[0]
-    return text.rsplit("/", 1)[-1].split(": ", 1)[-1] if text.startswith("/") else text
+    if isinstance(e, BadRow):
+        return e.reason
+    text = re.sub(r"[('].*", "", str(e), flags=re.S).strip()
+    return text.split(": ", 1)[-1] if text.startswith(("/", "http")) else text
 
 
 # ---- the commands ------------------------------------------------------------------------------------------
@@ -570,7 +606,7 @@ def select(names, registry):
                  if name in (n, e["group"], e["sft_group"]) or name in e["stage"].split(",")]
         found = [(n, True) for n in EVALS if name in ("eval", f"eval/{n}")] or found
         if not found:
-            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `python prepare.py list` shows them")
+            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `prepare.py list` shows them")
         chosen += [c for c in found if c not in chosen]
     return chosen
 
@@ -588,45 +624,49 @@ def data(args):
             print(f"{name}: {e}", file=sys.stderr)
             code = max(code, 2 if isinstance(e, UserError) else 1)
             continue
-        print(f"{name}: {counts.pop('rows', 0):,} rows read, {written:,} lines written to {os.path.join(root, name)}.jsonl")
+        print(f"{name}: {counts.pop('rows', 0):,} rows read, {written:,} lines written to "
+              f"{os.path.join(root, name)}.jsonl")
         for reason, n in sorted(counts.items(), key=lambda c: -c[1]):
             print(f"  {n:,} {reason}")
         if recipe.note and any("media not here" in reason for reason in counts):
             print(maker.by_hand())
+        if recipe.media == "youtube" and any("status 40" in reason for reason in counts):
+            print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN, or "
+                  f"put videos under {maker.root}/media/youtube/, named by their id.")
         code = code if written else max(code, 1)
     return code
 
 
 EVAL_ENTRY = {"license": "ODC-BY-1.0"}  # all of them; the videos under their own
-MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "video mirror (billed)", "archive": "archives of the hub",
-              "hand": "by hand", "none": "text alone"}
+MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "video mirror (billed)",
+              "archive": "archives of the hub", "hand": "by hand", "none": "text alone"}
 
 
 def show_list(args):
-    registry = read_registry()
-    chosen = select([args.group], registry) if args.group else [(n, False) for n in registry] + [(n, True) for n in EVALS]
+    registry, root = read_registry(), {True: os.path.join(args.out, "eval"), False: args.out}
+    chosen = select([args.group] if args.group else [*registry, "eval"], registry)
     print(f"{'name':35}{'stage':14}{'task':22}{'rows':>10}  {'media':23}{'licence':18}here")
-    for name, evaluation in chosen:
-        e, root = (EVAL_ENTRY, os.path.join(args.out, "eval")) if evaluation else (registry[name], args.out)
-        recipe, path = (EVALS if evaluation else RECIPES)[name], os.path.join(root, name + ".jsonl")
-        here = f"{line_index(path)[1][1]:,} lines" if os.path.exists(path) else "media" if glob.glob(
-            os.path.join(glob.escape(os.path.join(root, "media", name)), "*")) else "-"
-        stage = "eval" if evaluation else "+".join(s[:3] for s in e["stage"].split(","))
-        rows = f"{int(e['size']):,}" if e.get("size") else ""
-        print(f"{('eval/' if evaluation else '') + name:35}{stage:14}{e.get('task', ''):22}{rows:>10}  {MEDIA_FROM[recipe.media]:23}"
+    for name, held in chosen:
+        e, recipe = (EVAL_ENTRY, EVALS[name]) if held else (registry[name], RECIPES[name])
+        path, media = os.path.join(root[held], name + ".jsonl"), os.path.join(root[held], "media", name)
+        here = "media" if os.path.isdir(media) and os.listdir(media) else "-"
+        here = f"{line_index(path)[1][1]:,} lines" if os.path.exists(path) else here
+        stage = "eval" if held else "+".join(s[:3] for s in e["stage"].split(","))
+        print(f"{'eval/' * held + name:35}{stage:14}{e.get('task', ''):22}"
+              f"{format(int(e['size']), ',') if e.get('size') else '':>10}  {MEDIA_FROM[recipe.media]:23}"
               f"{e.get('license') or 'see there':18}{here}")
-    print(f"{sum(not e for _, e in chosen)} sets, {sum(e for _, e in chosen)} evaluations; pre, sft, lon: the stages")
+    held = sum(h for _, h in chosen)
+    print(f"{len(chosen) - held} sets, {held} evaluations; pre, sft, lon: the stages")
     return 0
 
 
-WEIGHTS = {"Molmo2-8B": "allenai/Molmo2-8B", "Molmo2-4B": "allenai/Molmo2-4B", "Molmo2-O-7B": "allenai/Molmo2-O-7B",
-           "OLMo-2-0425-1B": "allenai/OLMo-2-0425-1B", "Olmo-3-7B-Instruct": "allenai/Olmo-3-7B-Instruct",
-           "Qwen3-4B": "Qwen/Qwen3-4B", "Qwen3-8B": "Qwen/Qwen3-8B",
-           "siglip2-so400m-patch14-384": "google/siglip2-so400m-patch14-384"}
+WEIGHTS = {os.path.basename(repo): repo for repo in (
+    "allenai/Molmo2-8B", "allenai/Molmo2-4B", "allenai/Molmo2-O-7B", "allenai/OLMo-2-0425-1B",
+    "allenai/Olmo-3-7B-Instruct", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "google/siglip2-so400m-patch14-384")}
 
 
 def get_weights(args):
-    net, code = Net(), 0
+    net = Net()
     names = ["OLMo-2-0425-1B", "siglip2-so400m-patch14-384"] if args.names == ["stage1"] else args.names
     for name in names:
         if name not in WEIGHTS:
@@ -634,16 +674,18 @@ def get_weights(args):
     for name in names:
         folder = os.path.join(args.out, name)
         # Of a repository only what is read: no pickles, no code.
-        files = [f for f in hub_files(net, WEIGHTS[name], ("*.safetensors", "*.json", "*.jinja", "merges.txt"), "models")
+        files = [f for f in hub_files(net, WEIGHTS[name],
+                                      ("*.safetensors", "*.json", "*.jinja", "merges.txt"), "models")
                  if "/" not in f["name"]]
         fetch_files(net, files, folder)
         print(f"{folder}: {len(files)} files, {sum(f['size'] or 0 for f in files) / 1e9:.2f} GB")
     print(f"--init_from {' '.join(os.path.join(args.out, name) for name in names)}")
-    return code
+    return 0
 
 
 def look(path, video):
-    """What a media file is: (width, height, seconds or None, digest of its bytes). BadMedia if it cannot be decoded."""
+    """What a media file is: (width, height, seconds or None, digest of its bytes). BadMedia if it cannot be
+    decoded."""
     if not video:
         height, width, _ = load_image(path).shape
         return width, height, None, file_digest(path)
@@ -653,82 +695,6 @@ def look(path, video):
     seconds = video_duration(path)
     load_frames(path, [0.0, seconds])
     return width, height, seconds, file_digest(path)
-
-
-class Checked:
-    """The media that were looked at, each once."""
-
-    def __init__(self, pool):
-        self.pool, self.known, self.names = pool, {}, defaultdict(set)
-
-    def look(self, wanted):
-        """{path: what it is, or why it is none} of [(path, whether it is a video)]."""
-        fresh = {path: video for path, video in wanted if path not in self.known}
-
-        def one(job):
-            try:
-                return look(*job)
-            except (BadMedia, OSError, MemoryError) as e:
-                return reason_of(e)
-
-        for path, found in zip(fresh, self.pool.map(one, fresh.items())):
-            self.known[path] = found
-            if not isinstance(found, str):
-                self.names[found[3]].add(path)
-        return self.known
-
-
-def wrong(row, folder, checked):
-    """What is wrong with the media of a row, or ""."""
-    for name in refs_of(row):
-        found = checked.known[inside_folder(folder, name)]
-        if isinstance(found, str):
-            return found
-        if "images" not in row and "width" in row and (row["width"], row["height"]) != found[:2]:
-            return "another size than the line says"
-        if len(checked.names[found[3]]) >= PLACEHOLDER and found[2] is None:
-            return "placeholder picture"
-        if found[2] is not None and abs(row.get("duration", found[2]) - found[2]) > 0.1:
-            return "another duration than the line says"
-        if found[2] is not None and any(p["t"] > found[2] + 0.1 for a in row["annotations"] for p in a.get("points", ())):
-            return "point after the end of the video"
-    return ""
-
-
-def check(args):
-    paths = [args.path] + [p for p in [os.path.join(args.path, "eval")] if glob.glob(os.path.join(glob.escape(p), "*.jsonl"))]
-    try:
-        sets = [d for path in paths for d in find_datasets([path])[0]]
-    except (OSError, ValueError) as e:
-        raise UserError(str(e).replace("--data ", "")) from None
-    total, reports = 0, []
-    with ThreadPoolExecutor(args.workers) as pool, open(args.bad_rows, "w", encoding="utf-8") as bad:
-        checked = Checked(pool)
-        for d in sets:  # media first: a placeholder is known by how many look like it
-            for _, row, folder, _ in parsed(d):
-                with contextlib.suppress(BadMedia):
-                    checked.look([(inside_folder(folder, name), "video" in row) for name in (refs_of(row) if row else ())])
-        for d in sets:
-            reasons, lines = Counter(), set()
-            for where, row, folder, problem in parsed(d):
-                if row:
-                    text = json.dumps({k: v for k, v in row.items() if k != "id"}, sort_keys=True)
-                    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                    try:
-                        problem = wrong(row, folder, checked) or ("duplicate line" if digest in lines else "")
-                    except BadMedia as e:
-                        problem = reason_of(e)
-                    lines.add(digest)
-                if problem:
-                    reasons[problem] += 1
-                    bad.write(json.dumps(dict(file=where.rpartition(":")[0], line=int(where.rpartition(":")[2]), reason=problem)) + "\n")
-            reports.append((d, reasons))
-            total += sum(reasons.values())
-    print(f"{'set':40}{'lines':>10}{'bad':>8}")
-    for d, reasons in reports:
-        print(f"{d.name:40}{len(d):10,}{sum(reasons.values()):8,}  {', '.join(f'{n} {r}' for r, n in reasons.most_common())}")
-    print(f"{len(checked.known):,} media files looked at; " + (f"{total:,} bad lines, listed in {args.bad_rows}" if total else "all is well"))
-    return 1 if total else 0
 
 
 def parsed(dataset):
@@ -741,8 +707,96 @@ def parsed(dataset):
             yield where, None, folder, e.reason
 
 
+class Checked:
+    """The media that were looked at, each once: {path: what it is, or why it is none}."""
+
+    def __init__(self, workers):
+        self.workers, self.known, self.alike = workers, {}, Counter()
+
+    def look(self, wanted):
+        """wanted: {path: whether it is a video}"""
+        def one(job):
+            try:
+                return look(*job)
+            except (BadMedia, OSError, MemoryError) as e:
+                return reason_of(e)
+
+        fresh = {path: video for path, video in wanted.items() if path not in self.known}
+        with ThreadPoolExecutor(self.workers) as pool:
+            self.known |= zip(fresh, pool.map(one, fresh.items()))
+        self.alike.update(self.known[path][3] for path in fresh if not isinstance(self.known[path], str))
+
+    def wrong(self, row, folder):
+        """What is wrong with the media of a row, or ""."""
+        for name in refs_of(row):
+            found = self.known[inside_folder(folder, name)]
+            if isinstance(found, str):
+                return found
+            width, height, seconds, digest = found
+            if "images" not in row and "width" in row and (row["width"], row["height"]) != (width, height):
+                return "another size than the line says"
+            if seconds is None and self.alike[digest] >= PLACEHOLDER:
+                return "placeholder picture"
+            if seconds is not None and abs(row.get("duration", seconds) - seconds) > 0.1:
+                return "another duration than the line says"
+            if seconds is not None and any(p["t"] > seconds + 0.1 for a in row["annotations"]
+                                           for p in a.get("points", ())):
+                return "point after the end of the video"
+        return ""
+
+
+def problems(dataset, checked):
+    """(file:line, what is wrong) of every line that cannot be used."""
+    lines = set()
+    for where, row, folder, problem in parsed(dataset):
+        if row:
+            text = json.dumps({k: v for k, v in row.items() if k != "id"}, sort_keys=True)
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            try:
+                problem = checked.wrong(row, folder) or "duplicate line" * (digest in lines)
+            except BadMedia as e:
+                problem = reason_of(e)
+            lines.add(digest)
+        if problem:
+            yield where, problem
+
+
+def check(args):
+    held_out = os.path.join(args.path, "eval")
+    paths = [args.path] + [held_out] * bool(glob.glob(os.path.join(glob.escape(held_out), "*.jsonl")))
+    try:
+        sets = [d for path in paths for d in find_datasets([path])[0]]
+    except (OSError, ValueError) as e:
+        raise UserError(str(e).replace("--data ", "")) from None
+    checked, total, wanted = Checked(args.workers), 0, {}
+    for d in sets:  # all media before any line: a placeholder is known by how many look like it
+        for _, row, folder, _ in tqdm(parsed(d), d.name, len(d), leave=False, disable=None):
+            for name in refs_of(row) if row else ():
+                with contextlib.suppress(BadMedia):  # the line will be told
+                    wanted[inside_folder(folder, name)] = "video" in row
+            if len(wanted) >= 256:
+                checked.look(wanted)
+                wanted.clear()
+    checked.look(wanted)
+    print(f"{'set':40}{'lines':>10}{'bad':>8}")
+    with open(args.bad_rows, "w", encoding="utf-8") as bad:
+        for d in sets:
+            reasons = Counter()
+            for where, problem in problems(d, checked):
+                file, _, line = where.rpartition(":")
+                bad.write(json.dumps(dict(file=file, line=int(line), reason=problem)) + "\n")
+                reasons[problem] += 1
+            total += reasons.total()
+            print(f"{d.name:40}{len(d):10,}{reasons.total():8,}  "
+                  + ", ".join(f"{n} {r}" for r, n in reasons.most_common()))
+    print(f"{len(checked.known):,} media files looked at; "
+          + (f"{total:,} bad lines, listed in {args.bad_rows}" if total else "all is well"))
+    return 1 if total else 0
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, run, text):
@@ -762,13 +816,17 @@ def main(argv=None):
     p.add_argument("--out", default="weights", help="where to: OUT/NAME [weights]")
     p = command("check", check, "every line against the schema, every media file decoded")
     p.add_argument("path", help="a JSONL file, or a folder of them")
-    p.add_argument("--bad_rows", default="bad_rows.jsonl", help="where lines that cannot be used are listed [bad_rows.jsonl]")
+    p.add_argument("--bad_rows", default="bad_rows.jsonl",
+                   help="where lines that cannot be used are listed [bad_rows.jsonl]")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode [one per core]")
     args = parser.parse_args(argv)
     try:
         if getattr(args, "limit", None) is not None and args.limit < 1:
             raise UserError(f"--limit {args.limit}: at least 1")
         return args.run(args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -1,4 +1,5 @@
-"""Real data: every shape from request to training steps, and the ways in which a connection and its other end misbehave.
+"""Real data: every shape from request to training steps, and the ways in which a connection and its other end
+misbehave.
 
 The other end is Python's own server on loopback; `published.py` has what it serves and what must come of it.
 """
@@ -41,8 +42,8 @@ def drawn_picture(name):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A hub, its rows, a video mirror and a web of pictures. `faults` are asked first: fault(request, n) answers the n-th
-    request itself and returns True, or leaves it."""
+    """A hub, its rows, a video mirror and a web of pictures. `faults` are asked first: fault(request, n)
+    answers the n-th request itself and returns True, or leaves it."""
 
     def __init__(self, film):
         super().__init__(("127.0.0.1", 0), Request)
@@ -66,7 +67,8 @@ class Hub(http.server.ThreadingHTTPServer):
         return value.replace("URL/", self.url + "/") if isinstance(value, str) else value
 
     def content(self, path, value):
-        """Bytes of a file: as they are, text, JSON, or an archive of {name: content, "folder/": number of frames}."""
+        """Bytes of a file: as they are, text, JSON, or an archive of {name: content, "folder/": number of
+        frames}."""
         if isinstance(value, bytes):
             return value
         if isinstance(value, str):
@@ -75,7 +77,8 @@ class Hub(http.server.ThreadingHTTPServer):
             return json.dumps(self.fill(value)).encode()
         members = {}
         for name, inner in value.items():
-            members |= {f"{name}{i:05d}.png": drawn_picture(str(i)) for i in range(inner)} if name.endswith("/") else \
+            members |= {f"{name}{i:05d}.png": drawn_picture(str(i))
+                        for i in range(inner)} if name.endswith("/") else \
                 {name: self.content(name, inner)}
         out = io.BytesIO()
         if path.endswith(".zip"):
@@ -125,7 +128,8 @@ class Request(http.server.BaseHTTPRequestHandler):
         if start >= len(body) and start:
             self.reply(status=416, Content_Range=f"bytes */{len(body)}")
         elif start:
-            self.reply(body[start:], 206, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}", **headers)
+            self.reply(body[start:], 206, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}",
+                       **headers)
         else:
             self.reply(body, **headers)
 
@@ -137,14 +141,17 @@ class Request(http.server.BaseHTTPRequestHandler):
             rows, at, n = hub.rows.get(key), int(query["offset"]), int(query["length"])
             if rows is None or n > 100:
                 return self.reply(b'{"error": "no such set"}', 404)
-            page = [dict(row_idx=i, row=rows[i], truncated_cells=[]) for i in range(at, min(at + n, len(rows)))]
-            return self.reply(json.dumps(dict(features=[], rows=page, num_rows_total=len(rows), partial=False)).encode())
+            page = [dict(row_idx=i, row=rows[i], truncated_cells=[])
+                    for i in range(at, min(at + n, len(rows)))]
+            return self.reply(json.dumps(dict(features=[], rows=page, num_rows_total=len(rows),
+                                              partial=False)).encode())
         for (repo, name), body in hub.files.items():
             for kind, head in (("datasets", "/datasets/"), ("models", "/")):
                 if path == f"/api/{kind}/{repo}":
                     return self.reply(json.dumps(dict(sha="c0ffee00aa")).encode())
                 if path == f"/api/{kind}/{repo}/tree/c0ffee00aa":
-                    return self.reply(json.dumps([dict(type="file", path=n, size=len(b), lfs=dict(oid=hashlib.sha256(b).hexdigest()))
+                    return self.reply(json.dumps([dict(type="file", path=n, size=len(b),
+                                                       lfs=dict(oid=hashlib.sha256(b).hexdigest()))
                                                   for (r, n), b in hub.files.items() if r == repo]).encode())
                 if path == f"{head}{repo}/resolve/c0ffee00aa/{name}":
                     return self.ranged(body)
@@ -197,12 +204,14 @@ def in_order(row):
     return media[:15] if "/encoded/" in media else media, row.get("start", -1), row["annotations"][0].get("label", "")
 
 
-LOTS = {"STYLE": ("pointing", "point_count", "multi_image_pointing", "multi_image_point_then_count", "video_point",
+LOTS = {"STYLE": ("pointing", "point_count", "multi_image_pointing", "multi_image_point_then_count",
+                  "video_point",
                   "video_point_count"), "LABEL": ("cup", "Cup"), "TASK": ("counting", "image_pointing")}
 
 
 def same(found, wanted, where=""):
-    """Whether a line is what was written by hand; capitals stand for what is drawn by lot, and must be one of its values."""
+    """Whether a line is what was written by hand; capitals stand for what is drawn by lot, and must be one of
+    its values."""
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys(), (where, found)
         if wanted.get("options") == "OPTIONS":
@@ -210,7 +219,8 @@ def same(found, wanted, where=""):
             assert found["options"][found["correct"]] == wanted["correct"], where
             wanted = {k: v for k, v in wanted.items() if k not in ("options", "correct")}
         if wanted.get("task") == "TASK":
-            assert found["task"] == ("counting" if found["style"] == "point_count" else "image_pointing"), where
+            assert found["task"] == ("counting"
+                                     if found["style"] == "point_count" else "image_pointing"), where
         for k in wanted:
             same(found[k], wanted[k], f"{where}.{k}")
     elif isinstance(wanted, list):
@@ -234,11 +244,13 @@ def put_by_hand(hub, folder, files):
 
 
 def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, capsys, monkeypatch):
-    """A user would lose a set: each converter's lines are as written by hand, `data.py` takes them, stage 2 trains on them."""
+    """A user would lose a set: each converter's lines are as written by hand, `data.py` takes them, stage 2
+    trains on them."""
     out = tmp_path / "data"
     for name, served, by_hand, _ in CASES:
         hub.publish(served)
-        put_by_hand(hub, os.path.join(out, "eval" * name.startswith("eval/"), "media", name.removeprefix("eval/")), by_hand)
+        put_by_hand(hub, os.path.join(out, "eval" * name.startswith("eval/"), "media",
+                                      name.removeprefix("eval/")), by_hand)
     names = [name for name, *_ in CASES]
     code = prepare.main(["data", *names, "--out", str(out)])
     text = capsys.readouterr()
@@ -248,16 +260,20 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
         assert len({row.pop("id") for row in found}) == len(found)
         for f, w in zip(sorted(found, key=in_order), sorted(wanted, key=in_order), strict=True):
             same(f, w, name)
-    used = {r.convert for table, prefix in ((convert.RECIPES, ""), (convert.EVALS, "eval/")) for n, r in table.items()
+    used = {r.convert for table, prefix in ((convert.RECIPES, ""), (convert.EVALS, "eval/")) for n,
+            r in table.items()
             if prefix + n in names}
     assert used == {r.convert for table in (convert.RECIPES, convert.EVALS) for r in table.values()}
-    for needle in ("count and points differ", "picture is held out for evaluation", "annotator unsure", "status 404 Not Found",
-                   "fps is no multiple", "not the picture that was annotated", "more than 60 points", "annotation score below 3"):
+    for needle in ("count and points differ", "picture is held out for evaluation", "annotator unsure",
+                   "status 404 Not Found",
+                   "fps is no multiple", "not the picture that was annotated", "more than 60 points",
+                   "annotation score below 3"):
         assert needle in text.out, needle
     monkeypatch.setattr(sys, "argv", ["data.py", str(out), "--max_frames", "4"])
     data.main()
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == sum(not n.startswith("eval/") for n in names) and all("rows not used: none" in t for t in told), told
+    assert len(told) == sum(not n.startswith("eval/") for n in names) and all("rows not used: none" in t
+                                                                              for t in told), told
     flags = [*QUICK, "--seq_len", "512", "--steps", "2", "--save_every", "2", "--data", str(out)]
     code, text = stage_2(tmp_path, *flags)
     assert code == 0 and "molmo2-videotrack" in text, text
@@ -271,8 +287,10 @@ ASKED = "allenai/pixmo-ask-model-anything"
 def questions(hub, names, sha256=False):
     """A set of one question per picture, and nothing held out."""
     hub.publish({"rows": {(ASKED, "default", "train"): [
-        dict(image_url=f"URL/pic/{n}", image_sha256=f"SHA({n})" if sha256 else None, question="Colour?", answer=n) for n in names]}})
-    for repo, split in (("allenai/pixmo-points-eval", "test"), ("allenai/pixmo-count", "validation"), ("allenai/pixmo-count", "test")):
+        dict(image_url=f"URL/pic/{n}", image_sha256=f"SHA({n})" if sha256 else None, question="Colour?",
+             answer=n) for n in names]}})
+    for repo, split in (("allenai/pixmo-points-eval", "test"), ("allenai/pixmo-count", "validation"),
+                        ("allenai/pixmo-count", "test")):
         hub.rows[repo, "default", split] = []
 
 
@@ -315,7 +333,8 @@ def test_retry_after_is_honoured(hub):
     assert prepare.patiently(lambda: requests.get(hub.url), "a page", pause=0.01).status_code == 200
     assert 1 <= time.monotonic() - start < 5
     hub.faults = [lambda r, n: r.reply(status=503) or True]
-    with pytest.raises(prepare.NetError, match="a page: gave up after 3 tries, the last: status 503 Service Unavailable"):
+    with pytest.raises(prepare.NetError,
+                       match="a page: gave up after 3 tries, the last: status 503 Service Unavailable"):
         prepare.patiently(lambda: requests.get(hub.url), "a page", tries=3, pause=0.01)
 
 
@@ -330,12 +349,15 @@ def test_what_cannot_be_had_is_counted_by_name_and_not_asked_for_again(hub, tmp_
         "loop": lambda r: r.reply(status=302, Location=r.path), "busy": lambda r: r.reply(status=503),
         "other": lambda r: r.reply(drawn_picture("another"))}
     questions(hub, ["a", *answers], sha256=True)
-    hub.faults = [lambda r, n: (answers.get(r.path.removeprefix("/pic/"), lambda r: None)(r), r.path.removeprefix("/pic/") in answers)[1]]
+    hub.faults = [lambda r, n: (answers.get(r.path.removeprefix("/pic/"), lambda r: None)(r),
+                                r.path.removeprefix("/pic/") in answers)[1]]
     assert ask(tmp_path) == 0
     text = capsys.readouterr().out
     assert "10 rows read, 1 lines written" in text
-    for reason in ("1 left out: status 404", "1 left out: not a readable picture", "10.0.0.1 is a private address", "only https is read",
-                   "169.254.169.254 is a private address", "more than 5 redirects", "gave up after 3 tries, the last: status 503",
+    for reason in ("1 left out: status 404", "1 left out: not a readable picture",
+                   "10.0.0.1 is a private address", "only https is read",
+                   "169.254.169.254 is a private address", "more than 5 redirects",
+                   "gave up after 3 tries, the last: status 503",
                    "not the picture that was annotated"):
         assert reason in text, text
     manifest = [json.loads(line) for line in open(tmp_path / "media/manifest.jsonl")]
@@ -351,8 +373,10 @@ def test_the_token_goes_to_the_hub_and_addresses_are_checked(hub, monkeypatch):
     hub.faults = [lambda r, n: seen.append(r.headers.get("Authorization")) or r.reply(b"{}") or True]
     net.get(hub.url + "/x", "x").close()
     assert seen == ["Bearer hf_secret"]
-    for url in ("http://example.com/", "https://127.0.0.1/", "https://localhost/", "https://[::1]/", "https://192.168.1.1/", "ftp://a/",
-                "file:///etc/passwd", "https://[::ffff:10.0.0.1]/", "https:///x", "https://0.0.0.0/", "https://[bad"):
+    for url in ("http://example.com/", "https://127.0.0.1/", "https://localhost/", "https://[::1]/",
+                "https://192.168.1.1/", "ftp://a/",
+                "file:///etc/passwd", "https://[::ffff:10.0.0.1]/", "https:///x", "https://0.0.0.0/",
+                "https://[bad"):
         with pytest.raises(prepare.NetError):
             net.allow(url)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
@@ -368,7 +392,8 @@ def test_pictures_in_rows_whose_links_expire_are_asked_for_once_more(hub, tmp_pa
     hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [
         dict(image=hub.fill({"IMAGE": f"p{i}"}), query="How many?", label=["1"]) for i in range(150)]
     refused = []
-    hub.faults = [lambda r, n: r.path == "/pic/p120" and len(refused) < 1 and (refused.append(1), r.reply(status=403), True)[2]]
+    hub.faults = [lambda r, n: r.path == "/pic/p120" and len(refused) < 1
+                  and (refused.append(1), r.reply(status=403), True)[2]]
     assert prepare.main(["data", "chartqa", "--out", str(tmp_path), "--limit", "130"]) == 0
     assert "130 rows read, 130 lines written" in capsys.readouterr().out
     assert sum("offset=100" in path for path in hub.log) == 2 and hub.log.count("/pic/p119") == 1
@@ -379,7 +404,8 @@ def test_pictures_in_rows_whose_links_expire_are_asked_for_once_more(hub, tmp_pa
 
 def test_terms_that_are_not_accepted_are_said(hub, tmp_path, capsys, monkeypatch):
     questions(hub, ["a"])
-    hub.faults = [lambda r, n: "Authorization" not in r.headers and r.path.startswith("/rows") and (r.reply(status=401), True)[1]]
+    hub.faults = [lambda r, n: "Authorization" not in r.headers and r.path.startswith("/rows")
+                  and (r.reply(status=401), True)[1]]
     assert ask(tmp_path) == 1
     assert "behind terms" in (text := capsys.readouterr().err) and "HF_TOKEN" in text and "Traceback" not in text
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -392,7 +418,8 @@ def test_terms_that_are_not_accepted_are_said(hub, tmp_path, capsys, monkeypatch
 # ---- weights: large files ----------------------------------------------------------------------------------
 
 def put_weights(hub, body):
-    hub.files = {("allenai/Molmo2-8B", "model.safetensors"): body, ("allenai/Molmo2-8B", "pytorch_model.bin"): b"a pickle",
+    hub.files = {("allenai/Molmo2-8B", "model.safetensors"): body,
+                 ("allenai/Molmo2-8B", "pytorch_model.bin"): b"a pickle",
                  ("allenai/Molmo2-8B", "modeling.py"): b"code"}
     return "/allenai/Molmo2-8B/resolve/c0ffee00aa/model.safetensors"
 
@@ -402,7 +429,8 @@ def weights(out):
 
 
 def test_a_large_file_survives_what_connections_do(hub, tmp_path, capsys):
-    """Broken every 100 kB, a range ignored, a signed link expired, once damaged on the way: whole and right in the end."""
+    """Broken every 100 kB, a range ignored, a signed link expired, once damaged on the way: whole and right
+    in the end."""
     body = os.urandom(1 << 20)
     path, seen = put_weights(hub, body), []
 
@@ -432,16 +460,19 @@ def test_a_large_file_survives_what_connections_do(hub, tmp_path, capsys):
     hub.faults = [fault]
     assert weights(tmp_path) == 0
     folder = tmp_path / "Molmo2-8B"
-    assert open(folder / "model.safetensors", "rb").read() == body and os.listdir(folder) == ["model.safetensors"]  # no pickle, no code
+    assert open(folder / "model.safetensors",
+                "rb").read() == body and os.listdir(folder) == ["model.safetensors"]  # no pickle, no code
     assert len(set(seen)) == 3 and f"--init_from {folder}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what, served, told", [
-    ("size", b"short", "5 bytes instead of 1000"), ("sha256", b"x" * 1000, "its sha256 is not the one published"),
+    ("size", b"short", "5 bytes instead of 1000"),
+    ("sha256", b"x" * 1000, "its sha256 is not the one published"),
     ("gated", None, "behind terms")])
 def test_a_large_file_that_is_not_the_published_one_is_no_file(hub, tmp_path, capsys, what, served, told):
     path = put_weights(hub, b"y" * 1000)
-    hub.faults = [lambda r, n: r.path == path and (r.reply(served) if served else r.reply(status=403), True)[1]]
+    hub.faults = [lambda r, n: r.path == path and (r.reply(served) if served else r.reply(status=403),
+                                                   True)[1]]
     assert weights(tmp_path) == 1
     assert told in capsys.readouterr().err and not os.path.exists(tmp_path / "Molmo2-8B" / "model.safetensors")
 
@@ -463,7 +494,8 @@ def test_killed_in_the_middle_the_next_run_fetches_the_rest(hub, tmp_path):
         return True
 
     hub.faults = [fault]
-    p = subprocess.Popen([sys.executable, os.path.join(ROOT, "prepare.py"), "weights", "Molmo2-8B", "--out", str(tmp_path)])
+    p = subprocess.Popen([sys.executable, os.path.join(ROOT, "prepare.py"), "weights", "Molmo2-8B", "--out",
+                          str(tmp_path)])
     part = tmp_path / "Molmo2-8B" / "model.safetensors.c0ffee00.part"
     until = time.monotonic() + 60
     while not (os.path.exists(part) and os.path.getsize(part) >= 3 << 20) and time.monotonic() < until:
@@ -481,7 +513,8 @@ def test_killed_in_the_middle_the_next_run_fetches_the_rest(hub, tmp_path):
 def test_weights_that_were_fetched_load(hub, tmp_path):
     """A folder fetched file by file is one that --init_from takes."""
     tiny_model().save_pretrained(str(tmp_path / "made"))
-    hub.files = {("allenai/Molmo2-8B", n): open(tmp_path / "made" / n, "rb").read() for n in os.listdir(tmp_path / "made")}
+    hub.files = {("allenai/Molmo2-8B", n): open(tmp_path / "made" / n, "rb").read()
+                 for n in os.listdir(tmp_path / "made")}
     assert weights(tmp_path / "w") == 0
     Molmo2.from_pretrained(str(tmp_path / "w" / "Molmo2-8B"))
 
@@ -536,7 +569,8 @@ def test_archives_bring_no_links_and_no_bombs(tmp_path, monkeypatch):
 def test_json_is_read_entry_by_entry_wherever_its_pieces_end(tmp_path):
     rows = [dict(a=[1, {"b": "},]{"}], c="\u00e9\\\""), dict(a=2)]
     for text, wanted in ((json.dumps(rows), rows), (json.dumps(dict(info="x", data=rows), indent=1), rows),
-                         (json.dumps(dict(x=rows[0], y=rows[1])), [dict(_key="x", **rows[0]), dict(_key="y", **rows[1])]), ("[]", [])):
+                         (json.dumps(dict(x=rows[0], y=rows[1])),
+                          [dict(_key="x", **rows[0]), dict(_key="y", **rows[1])]), ("[]", [])):
         for chunk in (1, 2, 3, 7, 1000):
             with open(tmp_path / "x.json", "w") as f:
                 f.write(text)
@@ -549,14 +583,16 @@ def test_json_is_read_entry_by_entry_wherever_its_pieces_end(tmp_path):
 
 
 def test_masks_written_as_text_are_read():
-    """COCO's text, from hand: 5, 3, 2 as they are; 10 as 7 more than 3; 1 as one less than 2; 100 in two characters."""
+    """COCO's text, from hand: 5, 3, 2 as they are; 10 as 7 more than 3; 1 as one less than 2; 100 in two
+    characters."""
     assert convert.unpacked(dict(size=[3, 7], counts="5327O"))["counts"] == [5, 3, 2, 10, 1]
     assert convert.unpacked(dict(size=[10, 10], counts="T3"))["counts"] == [100]
     assert convert.runs([[False, True], [True, True]]) == dict(size=[2, 2], counts=[1, 3])
     assert convert.runs([[True, False]]) == dict(size=[1, 2], counts=[0, 1, 1])
 
 
-# ---- the whole -----------------------------------------------------------------------------------------------
+# ---- the whole
+# -----------------------------------------------------------------------------------------------
 
 def test_no_set_of_the_registry_is_neither_converted_nor_explained(hub, tmp_path, capsys):
     """All 102: a recipe for each; by hand means that it is said where from, and under which licence."""
@@ -573,12 +609,15 @@ def test_no_set_of_the_registry_is_neither_converted_nor_explained(hub, tmp_path
     by_hand = [n for n, r in convert.RECIPES.items() if r.rows and r.rows[0][0] == "here"]
     assert prepare.main(["data", *by_hand, "--out", str(tmp_path)]) == 2
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == len(by_hand) and all("Where from:" in t and "Licence:" in t and "Put the media" in t for t in told)
+    assert len(told) == len(by_hand) and all("Where from:" in t and "Licence:" in t and "Put the media" in t
+                                             for t in told)
 
 
 @pytest.mark.parametrize("argv, told", [
-    (["data", "pixmo"], "pixmo: no set, group or stage"), (["weights", "GPT"], "GPT: not one of stage1, Molmo2-8B"),
-    (["data", "pixmo-cap", "--limit", "0"], "--limit 0"), (["check", "nowhere"], "nowhere"), (["data", "pixmo-cap", "--lim", "1"], "--lim"),
+    (["data", "pixmo"], "pixmo: no set, group or stage"),
+    (["weights", "GPT"], "GPT: not one of stage1, Molmo2-8B"),
+    (["data", "pixmo-cap", "--limit", "0"], "--limit 0"), (["check", "nowhere"], "nowhere"),
+    (["data", "pixmo-cap", "--lim", "1"], "--lim"),
     (["lst"], "lst")])
 def test_mistakes_are_one_line(argv, told, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -592,7 +631,8 @@ def test_mistakes_are_one_line(argv, told, tmp_path, capsys, monkeypatch):
 def test_a_large_set_without_pyarrow_says_what_to_do(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fetch, "WHOLE", 50)
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
-    hub.rows["allenai/molmo2-hardcodes", "default", "train"] = [dict(questions=[f"Q{i}?"], response="A.") for i in range(230)]
+    hub.rows["allenai/molmo2-hardcodes", "default", "train"] = [dict(questions=[f"Q{i}?"], response="A.")
+                                                                for i in range(230)]
     assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path)]) == 2
     assert "needs pyarrow (pip install pyarrow); or take some, with --limit" in capsys.readouterr().err
     assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path), "--limit", "210"]) == 0
@@ -604,7 +644,8 @@ def test_another_unit_than_expected_stops_a_set(hub, tmp_path, capsys):
     """Points in pixels where per cent are published would train a model to point into corners."""
     questions(hub, [])
     hub.rows["allenai/pixmo-points", "default", "train"] = [hub.fill(dict(
-        image_url="URL/pic/a", image_sha256="SHA(a)", label="cup", points=[dict(x=300.0 + i, y=200.0)], count=1)) for i in range(5)]
+        image_url="URL/pic/a", image_sha256="SHA(a)", label="cup", points=[dict(x=300.0 + i, y=200.0)],
+        count=1)) for i in range(5)]
     assert prepare.main(["data", "pixmo-points", "--out", str(tmp_path)]) == 2
     assert "10 of 10 coordinates are off the picture" in capsys.readouterr().err
 
@@ -616,15 +657,19 @@ def test_columns_that_changed_are_named(hub, tmp_path, capsys):
 
 
 def test_many_rows_convert_in_little_memory(hub, tmp_path):
-    """2,000 rows a second and 300 MB, the project's libraries included; 100,000 rows are the same, only longer."""
+    """2,000 rows a second and 300 MB, the project's libraries included; 100,000 rows are the same, only
+    longer."""
     hub.rows["allenai/tulu-v2-sft-mixture", "default", "train"] = [
         dict(dataset="flan", id=str(i), messages=[dict(role="user", content=f"{i} " + "word " * 100),
-                                                  dict(role="assistant", content="answer " * 150)]) for i in range(10_000)]
+                                                  dict(role="assistant", content="answer " * 150)])
+        for i in range(10_000)]
     code = ("import sys, time, prepare\nstart = time.process_time()\nassert prepare.main(sys.argv[1:]) == 0\n"
             "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
             "print(time.process_time() - start, peak.split()[1])")
-    p = subprocess.run([sys.executable, "-c", code, "data", "tulu-v2-sft-mixture", "--out", str(tmp_path), "--limit", "10000"],
-                       env=dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"), text=True, capture_output=True)
+    p = subprocess.run([sys.executable, "-c", code, "data", "tulu-v2-sft-mixture", "--out", str(tmp_path),
+                        "--limit", "10000"],
+                       env=dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"), text=True,
+                       capture_output=True)
     assert p.returncode == 0, p.stderr
     seconds, kilobytes = map(float, p.stdout.split()[-2:])
     assert seconds < 5 and kilobytes < 300 * 1024, p.stdout
@@ -638,7 +683,8 @@ def test_check_counts_what_is_wrong(tmp_path, capsys):
     film, rows = video(tmp_path / "a.mp4"), []
     for n in "abcdefgh":
         picture(str(tmp_path / f"{n}.png"), (10 * ord(n) % 255, 0, 0))
-        rows.append(dict(id=n, image=f"{n}.png", width=30, height=24, annotations=[dict(task="image_caption", answer=n)]))
+        rows.append(dict(id=n, image=f"{n}.png", width=30, height=24,
+                         annotations=[dict(task="image_caption", answer=n)]))
     point = dict(task="video_pointing", label="dot", points=[dict(t=1.0, x=0, y=0, id=0)])
     rows.append(dict(id="v", video="a.mp4", width=48, height=32, duration=2.0, annotations=[point]))
     bad = tmp_path / "bad.jsonl"
@@ -654,15 +700,18 @@ def test_check_counts_what_is_wrong(tmp_path, capsys):
     for n in "12345":
         picture(str(tmp_path / f"gone{n}.png"), "gray")
     rows += [dict(rows[4], id="twice"), dict(rows[0], image="../out.png"), "{",
-             dict(rows[8], id="longer", duration=3.0), dict(rows[8], id="late", annotations=[dict(point, points=[dict(t=9, x=0, y=0, id=0)])])]
+             dict(rows[8], id="longer", duration=3.0),
+             dict(rows[8], id="late", annotations=[dict(point, points=[dict(t=9, x=0, y=0, id=0)])])]
     rows += [dict(rows[0], id=n, image=f"gone{n}.png") for n in "12345"]
     write_lines(tmp_path / "rows.jsonl", rows)
     assert check() == 1
     found = collections.Counter((r["line"], r["reason"]) for r in map(json.loads, open(bad)))
     reasons = collections.Counter(reason.split(" ")[0] for _, reason in found)
-    assert reasons == {"truncated": 1, "not": 1, "no": 1, "another": 2, "duplicate": 1, "media": 1, "malformed": 1, "point": 1,
+    assert reasons == {"truncated": 1, "not": 1, "no": 1, "another": 2, "duplicate": 1, "media": 1,
+                       "malformed": 1, "point": 1,
                        "placeholder": 5}, found
-    assert sorted(line for line, _ in found) == [1, 2, 3, 4, *range(10, 20)] and "14 bad lines" in capsys.readouterr().out
+    assert sorted(line for line, _ in found) == [1, 2, 3, 4,
+                                                 *range(10, 20)] and "14 bad lines" in capsys.readouterr().out
     assert film
 
 
