@@ -382,9 +382,9 @@ def plain(row, set):
     """The layout asked for where the published one is not known: a row per question or caption, in the fields
     a line of this project has."""
     if "image" in row or "images" in row:
-        task, question, options = "image_qa" if "image" in row else "multi_image_qa", row.get("question"), options_of(row)
-        if options and question:
-            annotation = choice(task, question, *options)
+        task, question = "image_qa" if "image" in row else "multi_image_qa", row.get("question")
+        if question and options_of(row):
+            annotation = choice(task, question, *options_of(row))
         else:
             annotation = qa(task, question, row["answer"]) if question else \
                 dict(task="image_caption", answer=said(row["answer"]))
@@ -684,13 +684,13 @@ RECIPES = {
     "perception-test": by_hand("github.com/google-deepmind/perception_test", listed, "all_train.json"),
     "qvhighlights": by_hand("github.com/jayleicn/moment_detr", moments, "highlight_train_release.jsonl"),
     # and in the form asked for here
-    "paxion": by_hand("questions: hub repository allenai/Molmo2-Paxion; videos: Something-Something v2 and Ego4D, each "
-                      "with its own licence"),
+    "paxion": by_hand("questions: hub repository allenai/Molmo2-Paxion; videos: Something-Something v2 and "
+                      "Ego4D, each with its own licence"),
     "sports-qa": by_hand("videos: hub repository HopLeeTop/Sports-QA; questions: figshare 57448480"),
-    "video-localized-narratives": by_hand("google.github.io/video-localized-narratives: text_output/oops_train; videos "
-                                          "of OOPS"),
-    "video-localized-narratives-caption": by_hand("captions: hub repository allenai/"
-                                                  "Molmo2-VideoLocalizedNarrativesCaptionHf; videos of OVIS, UVO, OOPS"),
+    "video-localized-narratives": by_hand("google.github.io/video-localized-narratives: text_output/oops_train; "
+                                          "videos of OOPS"),
+    "video-localized-narratives-caption": by_hand(
+        "hub repository allenai/Molmo2-VideoLocalizedNarrativesCaptionHf; videos of OVIS, UVO, OOPS"),
     "kinetics": by_hand("github.com/cvdfoundation/kinetics-dataset"),
     "moments-in-time": by_hand("moments.csail.mit.edu, after a form"),
     "ego4d": by_hand("ego4d-data.org, after signing its licence"),
@@ -702,8 +702,8 @@ RECIPES = {
     "how2qa": by_hand("How2QA; " + YOUTUBE),
     "roadtextvqa": by_hand("RoadTextVQA of CVIT, IIIT Hyderabad"),
     # points in videos
-    **{name: Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"), "the videos of "
-                    f"{name.removeprefix('academic-video-point-')}, at 2 frames a second, as the rows' video_name")
+    **{name: Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"),
+                    f"the videos of {name.removeprefix('academic-video-point-')}, as the rows' video_name")
        for name in ACADEMIC},
     # tracks: a clip is a video, part of one, or a folder of frames
     "molmo2-videotrack": tracking("16 sets, several after a form; the table is on the hub's page of "
@@ -717,7 +717,7 @@ RECIPES = {
     "burst": tracking("hub repository chengyenhsieh/TAO-Amodal, after accepting its terms: frames/"),
     "ref-davis17": tracking("DAVIS-2017-trainval-480p.zip of ETH: JPEGImages"),
     "moca-video": tracking("MoCA of the Visual Geometry Group, Oxford: the frames"),
-    "trackingnet": tracking("hub repository SilvioGiancola/TrackingNet: TRAIN_*/zips, 12 parts of 90 GB, unpacked"),
+    "trackingnet": tracking("hub repository SilvioGiancola/TrackingNet: 12 parts of 90 GB, unpacked"),
     "lasot": tracking("hub repository l-lt/LaSOT: a zip per class, unpacked"),
     "got-10k": tracking("GOT-10k, with an account"),
     "webuav": tracking("WebUAV-3M, after a form"),

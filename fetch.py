@@ -120,7 +120,7 @@ class Net:
             return self.hosts.setdefault(origin(url)[1], threading.BoundedSemaphore(PER_HOST))
 
     def allow(self, url):
-        """NetError unless a URL is https and its host public: data and redirects must not reach into a network."""
+        """NetError unless a URL is https and its host public: data and redirects do not reach into a network."""
         scheme, host, port = origin(url)
         if (scheme, host, port) in self.own:
             return  # as the user set it
@@ -151,8 +151,9 @@ class Net:
                 own, sent = origin(target) in self.own, {"Accept-Encoding": "identity"} | (headers or {})
                 if self.token and own:
                     sent["Authorization"] = f"Bearer {self.token}"
-                r = self.local.session.get(target, headers=sent, stream=True, timeout=(10, 60), allow_redirects=False)
-                etag, size = r.headers.get("X-Linked-Etag", "").strip('W/"'), r.headers.get("X-Linked-Size", "")
+                r = self.local.session.get(target, headers=sent, stream=True, timeout=(10, 60),
+                                           allow_redirects=False)
+                size, etag = r.headers.get("X-Linked-Size", ""), r.headers.get("X-Linked-Etag", "").strip('W/"')
                 if own and len(etag) == 64:
                     linked = int(size) if size.isdigit() else None, etag
                 if not r.is_redirect:
@@ -162,7 +163,7 @@ class Net:
                 try:
                     target = urljoin(target, r.headers["Location"])
                 except ValueError:
-                    raise NetError(f"{what}: redirected to {r.headers['Location'][:200]!r}, which is no URL") from None
+                    raise NetError(f"{what}: redirected to what is no URL") from None
             raise NetError(f"{what}: more than 5 redirects")
 
         return patiently(send, what, tries or TRIES, PAUSE)
@@ -186,8 +187,8 @@ class Net:
     def must(self, r, what):
         """NetError unless a response carries what was asked for."""
         if r.status_code in (401, 403) and origin(r.url) in self.own:
-            raise NetError(f"{what}: status {r.status_code}, behind terms or private: accept them on its page at "
-                           f"{self.hub} and set HF_TOKEN{' to a token that may read it' if self.token else ''}")
+            raise NetError(f"{what}: status {r.status_code}, behind terms or private: accept them on its "
+                           f"page at {self.hub} and set HF_TOKEN to a token that may read it")
         if r.status_code not in (200, 206):
             raise NetError(f"{what}: status {r.status_code} {r.reason}")
 
@@ -196,8 +197,8 @@ def room_for(path, size=0):
     """UserError when a file of so many bytes would fill the disk."""
     free = shutil.disk_usage(os.path.dirname(path)).free
     if free < size + RESERVE:
-        raise UserError(f"{os.path.dirname(path)}: {free / 1e9:.1f} GB free, {(size + RESERVE) / 1e9:.1f} needed: "
-                        "make room, or take less with --limit")
+        raise UserError(f"{os.path.dirname(path)}: {free / 1e9:.1f} GB free, {(size + RESERVE) / 1e9:.1f} "
+                        "needed: make room, or take less with --limit")
 
 
 def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=None, trust=None, tries=TRIES):

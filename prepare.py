@@ -10,7 +10,7 @@ Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and w
     rows of the hub, files ─► convert.py ─► items ─► spool: 64 files by media ─► one item per picture, video
                                                                                  │ or text, with all that is
                                                                                  ▼ said about it
-            data/NAME.jsonl ◄─ as data.py accepts it ◄─ size, duration ◄─ its media: here, or fetched (fetch.py)
+          data/NAME.jsonl ◄─ as data.py accepts it ◄─ size, duration ◄─ its media: here, or fetched (fetch.py)
 
 Memory does not grow with a set: rows go through one at a time, and what is known about one picture meets in
 one spool file. Whatever stops it, the same command again does what is missing: rows are in the spool, media
@@ -131,9 +131,9 @@ def file_rows(path):
 
 
 def unpack(path, folder, within=True):
-    """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that leads
-    elsewhere is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB). Archives
-    within it are unpacked too, those within them not."""
+    """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that
+    leads elsewhere is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB).
+    Archives within it are unpacked too, those within them not."""
     room, inner = os.path.getsize(path) * 20 + GROWTH, []
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
@@ -175,7 +175,8 @@ class Shelf:
     KINDS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".mpg", ".jpg", ".jpeg", ".png", ".webp")
 
     def __init__(self, root, *folders):
-        self.files, self.folders = defaultdict(list), defaultdict(list)  # last part of a name -> paths under root
+        # last part of a name -> paths under root
+        self.files, self.folders = defaultdict(list), defaultdict(list)
         for at, _, names in (walked for folder in folders for walked in os.walk(os.path.join(root, folder))):
             place = os.path.relpath(at, root)
             for n in names:
@@ -268,7 +269,7 @@ class Spool:
         self.folder, self.done = folder, os.path.join(folder, "done.json")
 
     def fill(self, items, key):
-        """Write all items; `key` says what they were made of, and a spool of the same is not written again."""
+        """Write all items, unless it was done; `key` says what they are made of."""
         with contextlib.suppress(OSError, ValueError, KeyError), open(self.done) as f:
             kept = json.load(f)
             if kept["key"] == key:
@@ -407,19 +408,19 @@ class Maker:
             print(f"{self.name}: rows not in the published schema, the first: {bad}")
         outside, n = convert.outside["outside"], convert.outside["seen"]
         if outside > 3 + 0.001 * n:
-            raise UserError(f"{self.name}: {outside:,} of {n:,} coordinates are off the picture: published in "
-                            "another unit than convert.py takes them to be")
+            raise UserError(f"{self.name}: {outside:,} of {n:,} coordinates are off the picture: published "
+                            "in another unit than convert.py takes them to be")
 
     def by_hand(self):
         """What a user has to do, and why."""
         here = [where for kind, *where in self.sources if kind == "here"]
-        text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: "
-                f"{self.entry.get('license') or 'see there'}. Put the media{f' and {here[0][0]}' if here else ''} "
-                f"under {self.here}/ (names as in the rows, any folders) and run this again.")
+        licence, files = self.entry.get("license") or "see there", f" and {here[0][0]}" if here else ""
+        text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put the "
+                f"media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
         if here and self.recipe.convert is convert.plain:
             text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), "
-                     "question, answer or options and correct, start and end in seconds if it is a clip; without "
-                     "a question a row is a caption.")
+                     "question, answer or options and correct, start and end in seconds if it is a clip; "
+                     "without a question a row is a caption.")
         return text
 
     def run(self):
@@ -631,8 +632,8 @@ def data(args):
         if recipe.note and any("media not here" in reason for reason in counts):
             print(maker.by_hand())
         if recipe.media == "youtube" and any("status 40" in reason for reason in counts):
-            print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN, or "
-                  f"put videos under {maker.root}/media/youtube/, named by their id.")
+            print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN, "
+                  f"or put videos under {maker.root}/media/youtube/, named by their id.")
         code = code if written else max(code, 1)
     return code
 

@@ -306,20 +306,20 @@ CASES = [
      {"s1.mp4": "film"}, [film("here/s1.mp4",
                                dict(task="video_qa", question="Why?", options=["x", "y", "z", "w"],
                                     correct=3))]),
-    ("tgif", {"files": {("allenai/Molmo2-TGIF",
-                         "Train_action_question.csv"): "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\n"
+    ("tgif", {"files": {("allenai/Molmo2-TGIF", "Train_action_question.csv"):
+                        "gif_name\tquestion\ta1\ta2\ta3\ta4\ta5\tanswer\n"
                         "g1\tWhat does it do?\thop\tsit\trun\teat\tnod\t2\n",
-                        ("allenai/Molmo2-TGIF",
-                         "Train_count_question.csv"): "gif_name\tquestion\tanswer\ng1\tHow often?\t3\n"}},
+                        ("allenai/Molmo2-TGIF", "Train_count_question.csv"):
+                        "gif_name\tquestion\tanswer\ng1\tHow often?\t3\n"}},
      {"g1.mp4": "film"},
      [film("here/g1.mp4", dict(task="video_qa", question="What does it do?",
                                options=["hop", "sit", "run", "eat", "nod"], correct=2),
            dict(task="video_qa", prompt="How often?", answer="3"))]),
-    ("tvqa", {"files": {("allenai/Molmo2-TVQA", "tvqa_train.jsonl"):
-                        '{"qid": 1, "q": "Who?", "a0": "A", "a1": "B", "a2": "C", "a3": "D", "a4": "E", "answer_idx": 1, "vid_name": "t1", '
-                        '"show_name": "x", "ts": "0.5-1.5"}\n',
-                        ("allenai/Molmo2-TVQA", "tvqa_preprocessed_subtitles.jsonl"):
-                        '{"vid_name": "t1", "sub": [{"start": 1, "end": 2, "text": "hi"}]}\n{"vid_name": "t9", "sub": []}\n'}},
+    ("tvqa", {"files": {("allenai/Molmo2-TVQA", "tvqa_train.jsonl"): [dict(
+        qid=1, q="Who?", a0="A", a1="B", a2="C", a3="D", a4="E", answer_idx=1, vid_name="t1", show_name="x",
+        ts="0.5-1.5")],
+        ("allenai/Molmo2-TVQA", "tvqa_preprocessed_subtitles.jsonl"): [
+            dict(vid_name="t1", sub=[dict(start=1, end=2, text="hi")]), dict(vid_name="t9", sub=[])]}},
      {"t1.mp4": "film"},
      [film("here/t1.mp4", dict(task="video_qa", question="Who?", options=["A", "B", "C", "D", "E"],
                                correct=1), start=0.5, end=1.5,
@@ -329,61 +329,68 @@ CASES = [
      {"x/k.mp4": "film"}, [film("here/x/k.mp4",
                                 dict(task="video_qa", prompt="How many times is this done: push up?",
                                      answer="5"))]),
-    ("newsvideoqa", {"files": {("allenai/Molmo2-NewsVideoQA", "json_files/raw_files/new_train.json"):
-                               '[{"uni_clipped_id": "n1", "question": "Where?", "answer": "Rome"}]'}},
+    ("newsvideoqa", {"files": {("allenai/Molmo2-NewsVideoQA", "json_files/raw_files/new_train.json"): [
+        dict(uni_clipped_id="n1", question="Where?", answer="Rome")]}},
      {"n1.mp4": "film"},
      [film("here/n1.mp4", dict(task="video_qa", prompt="Where?", answer="Rome"))]),
-    ("motionbench-train", {"files": {("zai-org/MotionBench", "MotionBenchCaption-train.jsonl"):
-                                     '{"video_path": "x/k.mp4", "motion_caption": "It turns."}\n'}},
+    ("motionbench-train", {"files": {("zai-org/MotionBench", "MotionBenchCaption-train.jsonl"): [
+        dict(video_path="x/k.mp4", motion_caption="It turns.")]}},
      {"x/k.mp4": "film"},
      [film("here/x/k.mp4", dict(task="video_caption", answer="It turns."))]),
-    ("funqa", {"files": {("fesvhtr/FunQA",
-                          "FunQA_train.json"): '[{"visual_input": "H_1.mp4", "task": "H1", "instruction": "Why funny?", '
-                         '"output": "It falls.", "ID": 1}]',
-                         ("fesvhtr/FunQA", "train.zip"): {"train/H_1.mp4": "film"}}}, {},
+    ("funqa", {"files": {("fesvhtr/FunQA", "FunQA_train.json"): [
+        dict(visual_input="H_1.mp4", task="H1", instruction="Why funny?", output="It falls.", ID=1)],
+        ("fesvhtr/FunQA", "train.zip"): {"train/H_1.mp4": "film"}}}, {},
      [film("here/train/H_1.mp4", dict(task="video_qa", prompt="Why funny?", answer="It falls."))]),
     ("llava-video-academic-oe", {"files": {
-        ("lmms-lab/LLaVA-Video-178K", "0_30_s_nextqa/0_30_s_nextqa_oe_qa_processed.json"):
-            '[{"id": "1", "video": "N/1/2.mp4", "data_source": "x", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, '
-            '{"from": "gpt", "value": "A dog."}]}]',
-        ("lmms-lab/LLaVA-Video-178K", "1_2_m_activitynetqa/1_2_m_activitynetqa_oe_qa_processed.json"): "[]",
+        ("lmms-lab/LLaVA-Video-178K", "0_30_s_nextqa/0_30_s_nextqa_oe_qa_processed.json"): [
+            {"id": "1", "video": "N/1/2.mp4", "data_source": "x", "conversations": [
+                {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]}],
+        ("lmms-lab/LLaVA-Video-178K", "1_2_m_activitynetqa/1_2_m_activitynetqa_oe_qa_processed.json"): [],
         ("lmms-lab/LLaVA-Video-178K", "0_30_s_nextqa/0_30_s_nextqa_videos_1.tar.gz"): {"N/1/2.mp4": "film"},
-        ("lmms-lab/LLaVA-Video-178K", "1_2_m_activitynetqa/1_2_m_activitynetqa_videos_1.tar.gz"): {"v_2.mp4": "film"}}}, {},
+        ("lmms-lab/LLaVA-Video-178K", "1_2_m_activitynetqa/1_2_m_activitynetqa_videos_1.tar.gz"): {
+            "v_2.mp4": "film"}}}, {},
      [film("here/N/1/2.mp4", dict(task="video_qa", messages=[user("What?"), bot("A dog.")]))]),
     # by hand: the annotations are put there as well
     ("next-qa", {}, {"train.csv": "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
                      "401,20,48,32,why,4,0,CW,p,q,r,s,t\n", "1164/401.mp4": "film"},
      [film("here/1164/401.mp4", dict(task="video_qa", question="why", options=["p", "q", "r", "s", "t"],
                                      correct=4))]),
-    ("sutd-trafficqa", {}, {"R2_train.jsonl": '["record_id", "vid_id", "vid_filename", "q_body", "q_type", "option0", "option1", "option2", '
-                            '"option3", "answer"]\n[1, 2, "b_1.mp4", "How many?", "x", "1", "2", "3", "4", 2]\n', "clips/b_1.mp4": "film"},
+    ("sutd-trafficqa", {}, {"R2_train.jsonl": [
+        ["record_id", "vid_id", "vid_filename", "q_body", "q_type", "option0", "option1", "option2",
+         "option3", "answer"],
+        [1, 2, "b_1.mp4", "How many?", "x", "1", "2", "3", "4", 2]], "clips/b_1.mp4": "film"},
      [film("here/clips/b_1.mp4", dict(task="video_qa", question="How many?", options=["1", "2", "3", "4"],
                                       correct=2))]),
-    ("clevrer", {}, {"train.json": '[{"scene_index": 0, "video_filename": "video_00000.mp4", "questions": [{"question": "How many?", "answer": '
-                     '"2", "question_type": "descriptive"}, {"question": "Why?", "choices": [{"choice": "a", "answer": "wrong"}, {"choice": '
-                     '"b", "answer": "correct"}]}, {"question": "Both?", "choices": [{"choice": "a", "answer": "correct"}, {"choice": "b", '
-                     '"answer": "correct"}]}]}]', "videos/video_00000.mp4": "film"},
+    ("clevrer", {}, {"train.json": [dict(scene_index=0, video_filename="video_00000.mp4", questions=[
+        dict(question="How many?", answer="2", question_type="descriptive"),
+        dict(question="Why?", choices=[dict(choice="a", answer="wrong"), dict(choice="b", answer="correct")]),
+        dict(question="Both?", choices=[dict(choice="a", answer="correct"),
+                                        dict(choice="b", answer="correct")])])],
+        "videos/video_00000.mp4": "film"},
      [film("here/videos/video_00000.mp4", dict(task="video_qa", prompt="How many?", answer="2"),
            dict(task="video_qa", question="Why?", options=["a", "b"], correct=1))]),
-    ("star", {}, {"STAR_train.json": '[{"question_id": "1", "question": "Which?", "video_id": "ABC", "start": 0.5, "end": 1.5, "answer": "The '
-                  'cup.", "choices": [{"choice_id": 0, "choice": "The cup."}, {"choice_id": 1, "choice": "The bag."}]}]', "ABC.mp4": "film"},
+    ("star", {}, {"STAR_train.json": [dict(
+        question_id="1", question="Which?", video_id="ABC", start=0.5, end=1.5, answer="The cup.",
+        choices=[dict(choice_id=0, choice="The cup."), dict(choice_id=1, choice="The bag.")])],
+                  "ABC.mp4": "film"},
      [film("here/ABC.mp4", dict(task="video_qa", question="Which?", options=["The cup.", "The bag."],
                                 correct=0), start=0.5, end=1.5)]),
-    ("perception-test", {}, {"all_train.json": '{"video_1": {"metadata": {}, "mc_question": [{"question": "Moved?", "options": ["no", "yes", '
-                             '"both"], "answer_id": 1}]}}', "video_1.mp4": "film"},
+    ("perception-test", {}, {"all_train.json": {"video_1": dict(metadata={}, mc_question=[
+        dict(question="Moved?", options=["no", "yes", "both"], answer_id=1)])}, "video_1.mp4": "film"},
      [film("here/video_1.mp4", dict(task="video_qa", question="Moved?", options=["no", "yes", "both"],
                                     correct=1))]),
-    ("qvhighlights", {}, {"highlight_train_release.jsonl": '{"qid": 1, "query": "A man eats", "duration": 2, "vid": "q_0_2", '
-                          '"relevant_windows": [[0, 1], [1.5, 2]]}\n', "q_0_2.mp4": "film"},
+    ("qvhighlights", {}, {"highlight_train_release.jsonl": [
+        dict(qid=1, query="A man eats", duration=2, vid="q_0_2", relevant_windows=[[0, 1], [1.5, 2]])],
+        "q_0_2.mp4": "film"},
      [film("here/q_0_2.mp4", dict(task="video_qa",
                                   prompt="When does this happen: A man eats? Give start and end in seconds.",
                                   answer="0 - 1, 1.5 - 2"))]),
-    ("kinetics", {}, {"annotations.csv": "video,question,answer,start,end\nk1,What is done?,juggling,,\nk1,And now?,bowing,1.0,1.5\n",
-                      "k1.mp4": "film"},
+    ("kinetics", {}, {"annotations.csv": "video,question,answer,start,end\n"
+                      "k1,What is done?,juggling,,\nk1,And now?,bowing,1.0,1.5\n", "k1.mp4": "film"},
      [film("here/k1.mp4", dict(task="video_qa", prompt="What is done?", answer="juggling")),
       film("here/k1.mp4", dict(task="video_qa", prompt="And now?", answer="bowing"), start=1.0, end=1.5)]),
     ("video-localized-narratives-caption", {},
-     {"annotations.jsonl": '{"video": "o1", "answer": "A man falls."}\n', "o1.mp4": "film"},
+     {"annotations.jsonl": [dict(video="o1", answer="A man falls.")], "o1.mp4": "film"},
      [film("here/o1.mp4", dict(task="video_caption", answer="A man falls."))]),
     # held out
     ("eval/pixmo-points-eval", table("allenai/pixmo-points-eval", dict(

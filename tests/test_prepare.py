@@ -20,7 +20,7 @@ import zipfile
 
 import pytest
 import requests
-from conftest import HERE, picture, tiny_model, video, write_lines
+from conftest import picture, tiny_model, video, write_lines
 from PIL import Image
 from published import CASES
 from test_pretrain import QUICK, ROOT
@@ -48,7 +48,8 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, film):
         super().__init__(("127.0.0.1", 0), Request)
         self.url, self.film = f"http://127.0.0.1:{self.server_port}", film
-        self.rows, self.files, self.faults, self.log, self.sent, self.lock = {}, {}, [], [], collections.Counter(), threading.Lock()
+        self.rows, self.files, self.faults, self.log = {}, {}, [], []
+        self.sent, self.lock = collections.Counter(), threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, address):
@@ -72,9 +73,11 @@ class Hub(http.server.ThreadingHTTPServer):
         if isinstance(value, bytes):
             return value
         if isinstance(value, str):
-            return self.film if value == "film" else drawn_picture(value) if len(value) == 1 else value.encode()
-        if path.endswith(".json"):
-            return json.dumps(self.fill(value)).encode()
+            named = self.film if value == "film" else drawn_picture(value)
+            return named if value == "film" or len(value) == 1 else value.encode()
+        if path.endswith((".json", ".jsonl")):
+            value = self.fill(value)
+            return "\n".join(map(json.dumps, value if path.endswith("l") else [value])).encode()
         members = {}
         for name, inner in value.items():
             members |= {f"{name}{i:05d}.png": drawn_picture(str(i))
@@ -83,14 +86,14 @@ class Hub(http.server.ThreadingHTTPServer):
         out = io.BytesIO()
         if path.endswith(".zip"):
             with zipfile.ZipFile(out, "w") as z:
-                for name, data in members.items():
-                    z.writestr(name, data)
+                for name, content in members.items():
+                    z.writestr(name, content)
         else:
             with tarfile.open(fileobj=out, mode="w:gz" if path.endswith("gz") else "w") as t:
-                for name, data in members.items():
+                for name, content in members.items():
                     info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    t.addfile(info, io.BytesIO(data))
+                    info.size = len(content)
+                    t.addfile(info, io.BytesIO(content))
         return out.getvalue()
 
     def publish(self, served):
@@ -124,7 +127,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.server.sent[self.path] += len(body)
 
     def ranged(self, body, **headers):
-        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers else 0
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         if start >= len(body) and start:
             self.reply(status=416, Content_Range=f"bytes */{len(body)}")
         elif start:
@@ -196,12 +199,14 @@ def places(value, hub, name):
         return value
     digest = hashlib.sha256(f"{hub.url}/pic/{value[1:]}".encode()).hexdigest()
     value = f"media/url/{digest[:2]}/{digest}" if value.startswith("@") else value
-    return "media/encoded/" if value == "ENCODED" else f"media/{name}/{value[5:]}" if value.startswith("here/") else value
+    value = f"media/{name}/{value[5:]}" if value.startswith("here/") else value
+    return "media/encoded/" if value == "ENCODED" else value
 
 
 def in_order(row):
     media = json.dumps(row.get("image") or row.get("images") or row.get("video"))
-    return media[:15] if "/encoded/" in media else media, row.get("start", -1), row["annotations"][0].get("label", "")
+    media = media[:15] if "/encoded/" in media else media
+    return media, row.get("start", -1), row["annotations"][0].get("label", "")
 
 
 LOTS = {"STYLE": ("pointing", "point_count", "multi_image_pointing", "multi_image_point_then_count",
@@ -274,9 +279,12 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
     told = capsys.readouterr().out.splitlines()
     assert len(told) == sum(not n.startswith("eval/") for n in names) and all("rows not used: none" in t
                                                                               for t in told), told
-    flags = [*QUICK, "--seq_len", "512", "--steps", "2", "--save_every", "2", "--data", str(out)]
+    flags = [*QUICK, "--seq_len", "512", "--steps", "2", "--global_batch", "8", "--save_every", "2",
+             "--data", str(out)]
     code, text = stage_2(tmp_path, *flags)
     assert code == 0 and "molmo2-videotrack" in text, text
+    log = [json.loads(line) for line in open(tmp_path / "out/small/sft/log.jsonl")]
+    assert len([row for row in log if row.get("loss", 0) > 0]) == 2
 
 
 # ---- a connection that breaks ------------------------------------------------------------------------------
@@ -407,7 +415,7 @@ def test_terms_that_are_not_accepted_are_said(hub, tmp_path, capsys, monkeypatch
     hub.faults = [lambda r, n: "Authorization" not in r.headers and r.path.startswith("/rows")
                   and (r.reply(status=401), True)[1]]
     assert ask(tmp_path) == 1
-    assert "behind terms" in (text := capsys.readouterr().err) and "HF_TOKEN" in text and "Traceback" not in text
+    assert "behind terms" in (text := capsys.readouterr().err) and "HF_TOKEN" in text
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert ask(tmp_path) == 0
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -429,7 +437,7 @@ def weights(out):
 
 
 def test_a_large_file_survives_what_connections_do(hub, tmp_path, capsys):
-    """Broken every 100 kB, a range ignored, a signed link expired, once damaged on the way: whole and right
+    """Broken every 400 kB, a range ignored, a signed link expired, once damaged on the way: whole and right
     in the end."""
     body = os.urandom(1 << 20)
     path, seen = put_weights(hub, body), []
@@ -474,7 +482,7 @@ def test_a_large_file_that_is_not_the_published_one_is_no_file(hub, tmp_path, ca
     hub.faults = [lambda r, n: r.path == path and (r.reply(served) if served else r.reply(status=403),
                                                    True)[1]]
     assert weights(tmp_path) == 1
-    assert told in capsys.readouterr().err and not os.path.exists(tmp_path / "Molmo2-8B" / "model.safetensors")
+    assert told in capsys.readouterr().err and os.listdir(tmp_path / "Molmo2-8B") == []
 
 
 def test_killed_in_the_middle_the_next_run_fetches_the_rest(hub, tmp_path):
@@ -530,18 +538,18 @@ def test_a_full_disk_is_said_before(hub, tmp_path, capsys, monkeypatch):
 def archive(path, members, kind="zip"):
     if kind == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-            for name, data in members:
-                z.writestr(name, data)
+            for name, content in members:
+                z.writestr(name, content)
     else:
         with tarfile.open(path, "w") as t:
-            for name, data in members:
+            for name, content in members:
                 info = tarfile.TarInfo(name)
-                if isinstance(data, str):
-                    info.type, info.linkname = tarfile.SYMTYPE, data
+                if isinstance(content, str):
+                    info.type, info.linkname = tarfile.SYMTYPE, content
                     t.addfile(info)
                 else:
-                    info.size = len(data)
-                    t.addfile(info, io.BytesIO(data))
+                    info.size = len(content)
+                    t.addfile(info, io.BytesIO(content))
     return str(path)
 
 
