@@ -687,8 +687,8 @@ RECIPES = {
     "paxion": by_hand("questions: hub repository allenai/Molmo2-Paxion; videos: Something-Something v2 and "
                       "Ego4D, each with its own licence"),
     "sports-qa": by_hand("videos: hub repository HopLeeTop/Sports-QA; questions: figshare 57448480"),
-    "video-localized-narratives": by_hand("google.github.io/video-localized-narratives: text_output/oops_train; "
-                                          "videos of OOPS"),
+    "video-localized-narratives": by_hand(
+        "google.github.io/video-localized-narratives: text_output/oops_train; videos of OOPS"),
     "video-localized-narratives-caption": by_hand(
         "hub repository allenai/Molmo2-VideoLocalizedNarrativesCaptionHf; videos of OVIS, UVO, OOPS"),
     "kinetics": by_hand("github.com/cvdfoundation/kinetics-dataset"),

@@ -120,7 +120,7 @@ class Net:
             return self.hosts.setdefault(origin(url)[1], threading.BoundedSemaphore(PER_HOST))
 
     def allow(self, url):
-        """NetError unless a URL is https and its host public: data and redirects do not reach into a network."""
+        """NetError unless a URL is https and its host public: no data, no redirect reaches into a network."""
         scheme, host, port = origin(url)
         if (scheme, host, port) in self.own:
             return  # as the user set it
@@ -153,7 +153,7 @@ class Net:
                     sent["Authorization"] = f"Bearer {self.token}"
                 r = self.local.session.get(target, headers=sent, stream=True, timeout=(10, 60),
                                            allow_redirects=False)
-                size, etag = r.headers.get("X-Linked-Size", ""), r.headers.get("X-Linked-Etag", "").strip('W/"')
+                size, etag = (r.headers.get(f"X-Linked-{k}", "").strip('W/"') for k in ("Size", "Etag"))
                 if own and len(etag) == 64:
                     linked = int(size) if size.isdigit() else None, etag
                 if not r.is_redirect:

@@ -415,8 +415,8 @@ class Maker:
         """What a user has to do, and why."""
         here = [where for kind, *where in self.sources if kind == "here"]
         licence, files = self.entry.get("license") or "see there", f" and {here[0][0]}" if here else ""
-        text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put the "
-                f"media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
+        text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put "
+                f"the media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
         if here and self.recipe.convert is convert.plain:
             text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), "
                      "question, answer or options and correct, start and end in seconds if it is a clip; "
@@ -632,8 +632,8 @@ def data(args):
         if recipe.note and any("media not here" in reason for reason in counts):
             print(maker.by_hand())
         if recipe.media == "youtube" and any("status 40" in reason for reason in counts):
-            print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN, "
-                  f"or put videos under {maker.root}/media/youtube/, named by their id.")
+            print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and "
+                  f"GOOGLE_OAUTH_TOKEN, or put videos under {maker.root}/media/youtube/, named by their id.")
         code = code if written else max(code, 1)
     return code
 
