@@ -40,8 +40,7 @@ def pick(n, *key):
 
 
 def records(value):
-    """A list of structs, which the hub stores as such or as a struct of lists: {x: [1, 2]} -> [{x: 1}, {x:
-    2}]."""
+    """A list of structs, which the hub stores so or as a struct of lists: {x: [1, 2]} -> [{x: 1}, {x: 2}]."""
     if isinstance(value, dict):
         return [dict(zip(value, cells)) for cells in zip(*value.values())]
     return value or []
@@ -55,8 +54,9 @@ def numbered(points, width=100, height=100):
 
 
 def said(value):
-    """Answers come as text, as a number or as a list of people's answers, of which the most frequent
-    counts."""
+    """An answer: text, a number, or a list of people's answers, of which the most frequent counts."""
+    if value is None or value == []:
+        raise Skip("no answer")
     if isinstance(value, list):
         value = Counter(map(str, value)).most_common(1)[0][0]
     value = str(value).strip()
@@ -91,8 +91,7 @@ def choice_among(task, question, right, wrong):
 
 
 def dialogue(turns):
-    """[(role, text)] as messages; Skip unless user and assistant take turns and the assistant has the last
-    word."""
+    """[(role, text)] as messages; Skip unless user and assistant take turns, the assistant last."""
     messages = [dict(role=role, content=text.strip()) for role, text in turns]
     if not messages or len(messages) % 2 or any(m["role"] != ("user", "assistant")[i % 2] or not m["content"]
                                                 for i, m in enumerate(messages)):
@@ -110,8 +109,8 @@ def first(row, *names):
 
 def picture(refs, annotations, **more):
     """An item about one picture or several."""
-    refs = [refs] if isinstance(refs, str) else [r for r in refs if r]
-    if not refs:
+    refs = [refs] if isinstance(refs, str) else refs
+    if not refs or not all(refs):
         raise Skip("no picture")
     return dict(dict(image=refs[0]) if len(refs) == 1 else dict(images=refs), annotations=annotations, **more)
 
@@ -120,13 +119,14 @@ def clip(ref, annotations, start=None, end=None, **more):
     """An item about a video, or the part of it from start to end."""
     if not ref:
         raise Skip("no video")
-    times = dict(start=round(float(start), 3), end=round(float(end), 3)) if end else {}
+    times = {k: round(float(t), 3) for k, t in (("start", start), ("end", end)) if t not in (None, "")}
+    times = {} if times == {"start": 0} else times
     return dict(video=str(ref), **times, annotations=annotations, **more)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
 
-def pixmo_caption(row, set):
+def pixmo_caption(row, name):
     """A caption, and one of the spoken descriptions it was written from."""
     annotations = [dict(task="image_caption", answer=said(row["caption"]))]
     if spoken := [t for t in row.get("transcripts") or [] if t.strip()]:
@@ -135,40 +135,40 @@ def pixmo_caption(row, set):
     yield picture(row["image_url"], annotations)
 
 
-def pixmo_question(row, set):
+def pixmo_question(row, name):
     yield picture(row["image_url"], [qa("image_qa", row["question"], row["answer"])],
                   sha256=[row.get("image_sha256")])
 
 
-def pixmo_dialogue(row, set):
-    """`question` is a whole dialogue, "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]", `answer` its last
+def pixmo_dialogue(row, name):
+    """`question` is a dialogue, "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]", `answer` its last
     turn."""
     _, *turns = re.split(r"\[(USER|ASSISTANT)\]", row["question"] + row["answer"])
     messages = dialogue([(who.lower(), text) for who, text in zip(turns[::2], turns[1::2])])
     yield picture(row["image_url"], [dict(task="image_qa", messages=messages)])
 
 
-def pixmo_points(row, set):
+def pixmo_points(row, name):
     """A label's points. Half of the labels are counted as well, the other half only pointed to."""
     points, most = records(row["points"]), 60
     if len(points) > most:
         raise Skip(f"more than {most} points")
     style = ("pointing", "point_count")[pick(2, row["image_sha256"], row["label"])]
-    pixels = set == "pixmo-count"  # pixels of the picture, whose size is known once it is here
+    pixels = name == "pixmo-count"  # pixels of the picture, whose size is known once it is here
     task = "counting" if pixels and style == "point_count" else "image_pointing"
     marks = [dict(x=float(p["x"]), y=float(p["y"])) for p in points] if pixels else numbered(points)
     yield picture(row["image_url"], [dict(task=task, style=style, label=row["label"].strip(), points=marks)],
                   sha256=[row.get("image_sha256")], **({"pixels": True} if pixels else {}))
 
 
-def cosyn_points(row, set):
+def cosyn_points(row, name):
     """Three lists side by side: questions, points, names."""
     yield picture(row["image"], [
-        dict(task="image_pointing", prompt=q.strip(), label=str(name), points=numbered(points))
-        for q, points, name in zip(row["questions"], row["answer_points"], row["names"], strict=True)])
+        dict(task="image_pointing", prompt=q.strip(), label=str(label), points=numbered(points))
+        for q, points, label in zip(row["questions"], row["answer_points"], row["names"], strict=True)])
 
 
-def pairs(row, set):
+def pairs(row, name):
     """One or more drawn pictures and a list of question, explanation, answer. All but documents are answered
     with the explanation first."""
     images = first(row, "images", "image", "image_urls")
@@ -178,22 +178,21 @@ def pairs(row, set):
         raise Skip("fewer than 2 pictures")
     task, annotations = "image_qa" if isinstance(images, str) or len(images) == 1 else "multi_image_qa", []
     for p in records(row["qa_pairs"]):
-        why = (p.get("explanation") or "").strip() if set != "cosyn-document" else ""
+        why = (p.get("explanation") or "").strip() if name != "cosyn-document" else ""
         answer = said(p["answer"])
         annotations.append(qa(task, p["question"],
                               f"{why} Answer: {answer}" if why and why != answer else answer))
     yield picture(images, annotations, sha256=row.get("image_sha256s"))
 
 
-def conversations(row, set):
-    """A picture or several, and a list of {user, assistant}: the shape one collection gives to dozens of
-    sets."""
+def conversations(row, name):
+    """Pictures and a list of {user, assistant}: the shape that one collection gives to dozens of sets."""
     images = row["images"]
-    task = "counting" if set == "tallyqa" else "image_qa" if len(images) == 1 else "multi_image_qa"
+    task = "counting" if name == "tallyqa" else "image_qa" if len(images) == 1 else "multi_image_qa"
     yield picture(images, [qa(task, t["user"], t["assistant"]) for t in records(row["texts"])])
 
 
-def asked(row, set):
+def asked(row, name):
     """One picture, one question: with an answer, with people's answers, or with choices."""
     question = first(row, "question", "query").strip()
     if hint := (row.get("hint") or "").strip():
@@ -202,29 +201,25 @@ def asked(row, set):
         raise Skip("no picture")
     annotations = []
     if "choices" in row:
-        annotations.append(choice("image_qa", question, row["choices"],
-                                  first(row, "correct_choice_idx", "answer")))
-    if (answer := row.get("direct_answers") or row.get("answers")
-        or row.get("label")) or "choices" not in row:
-        annotations.append(qa("image_qa", question, answer or row["answer"]))
+        right = first(row, "correct_choice_idx", "answer")
+        annotations.append(choice("image_qa", question, row["choices"], right))
+    if "choices" not in row or "direct_answers" in row:
+        answer = first(row, "direct_answers", "answers", "label", "answer")
+        annotations.append(qa("image_qa", question, answer))
     yield picture(row["image"], annotations)
 
 
-def mantis(row, set):
+def mantis(row, name):
     """Several pictures and lists side by side: questions with choices, without, and answers."""
     if len(row["images"]) < 2:
         raise Skip("fewer than 2 pictures")
-    annotations = []
-    for k in range(len(row["direct_answer"])):
-        options = (row.get("choices") or [None] * (k + 1))[k]
-        annotations.append(choice("multi_image_qa", row["mc_question"][k], options,
-                                  row["correct_choice_idx"][k])
-                           if options else qa("multi_image_qa", row["oe_question"][k],
-                                              row["direct_answer"][k]))
-    yield picture(row["images"], annotations)
+    lists = ("mc_question", "choices", "correct_choice_idx", "oe_question", "direct_answer")
+    yield picture(row["images"], [
+        choice("multi_image_qa", lettered, options, right) if options else qa("multi_image_qa", open_, answer)
+        for lettered, options, right, open_, answer in zip(*(row[k] for k in lists), strict=True)])
 
 
-def several_points(row, set):
+def several_points(row, name):
     """One human label per picture, points in per cent; asked about all pictures under one of the wordings.
     `normalized_labels`, where given, says which wordings mean the same; else only equal words do."""
     labels, points = row["labels"], row["points"]
@@ -244,40 +239,38 @@ def several_points(row, set):
                   sha256=row.get("image_sha256s"))
 
 
-def clock_face(row, set):
+def clock_face(row, name):
     yield picture(f"{row['example_id']}.png", [qa("image_qa", "What time is shown?", row["watch_time"])])
 
 
 # ---- text --------------------------------------------------------------------------------------------------
 
-def chat(row, set):
+def chat(row, name):
     """A conversation. The system's words open the first question. Left out, as published: canned identities,
     code, and text that is not English; the published columns for that are missing here, so fences and letters
     have to tell."""
-    turns = [dict(role=m["role"], content=m["content"].strip()) for m in row["messages"]]
-    if "hard_coded" in str(row.get("dataset")) or "hardcoded" in str(first(row, "dataset", "source", "id")):
+    turns = [(m["role"], m["content"].strip()) for m in row["messages"]]
+    if re.search("hard_?coded", str(row.get("dataset") or row.get("source"))):
         raise Skip("canned identity")
-    if turns and turns[0]["role"] == "system":
-        system = turns.pop(0)["content"]
-        if turns:
-            turns[0]["content"] = f"{system}\n\n{turns[0]['content']}".strip()
-    text = "".join(m["content"] for m in turns)
+    if len(turns) > 1 and turns[0][0] == "system":
+        turns = [(turns[1][0], f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
+    text = "".join(said for _, said in turns)
     if "```" in text:
         raise Skip("code")
     if sum(c > "\x7f" for c in text) > 0.1 * len(text):
         raise Skip("not English")
     if len(turns) % 2:
         turns.pop()  # a question nobody answered
-    yield dict(annotations=[dict(task="text", messages=dialogue([(m["role"], m["content"]) for m in turns]))])
+    yield dict(annotations=[dict(task="text", messages=dialogue(turns))])
 
 
-def identity(row, set):
+def identity(row, name):
     yield dict(annotations=[qa("text", q, row["response"]) for q in row["questions"]])
 
 
 # ---- videos ------------------------------------------------------------------------------------------------
 
-def video_captions(row, set):
+def video_captions(row, name):
     """Up to three captions of a video, short, whole, and with every frame's details."""
     if (row.get("annotation_score") or 3) < 3:
         raise Skip("annotation score below 3")
@@ -285,30 +278,30 @@ def video_captions(row, set):
              ("video_frame_merged_caption", "video_long_caption"))
     annotations = [dict(task="video_caption", style=style, answer=row[key].strip())
                    for key, style in kinds if (row.get(key) or "").strip()]
-    yield clip(row["video_id"], annotations, row.get("video_start") or 0, row.get("video_end"))
+    yield clip(row["video_id"], annotations, row.get("video_start"), row.get("video_end"))
 
 
 VIDEO_NAMES = ("video", "video_id", "vid_name", "vid_filename", "video_path", "video_filename", "gif_name",
-               "vid",
-               "uni_clipped_id", "visual_input", "youtube_id", "_key")
+               "vid", "uni_clipped_id", "visual_input", "youtube_id", "_key")
 
 
 def options_of(row):
-    """Choices and the place of the right one, in any of the spellings around: ([...], i), or None."""
-    numbered = [k for stem in ("a", "option") for k in (f"{stem}{i}" for i in range(6)) if k in row]
-    options = row.get("options") or row.get("choices") or [row[k] for k in numbered]
-    for name in ("correct", "answer_idx", "answer_id", "answer_key_position", "correct_choice_idx", "answer"):
-        at = row.get(name)
-        if options and isinstance(at, str) and at in options:
+    """Choices and the place of the right one, in any of the spellings around: ([...], i), or None. Of columns
+    a0, a1, ... the answer is the number; of a list it may be the text."""
+    columns = [row[k] for stem in ("a", "option") for k in (f"{stem}{i}" for i in range(6)) if k in row]
+    options = columns or row.get("options") or row.get("choices") or []
+    for field in ("correct", "answer_idx", "answer_id", "answer_key_position", "correct_choice_idx",
+                  "answer"):
+        at = row.get(field)
+        if at in options and isinstance(at, str) and not columns:
             return options, options.index(at)
-        if options and isinstance(at, (int, str)) and str(at).strip().isdigit():
+        if options and at is not None and str(at).strip().isdigit():
             return options, int(at)
     return None
 
 
-def asked_of_video(row, set, video=None):
-    """One question about a video: with choices, with distractors, or open. Start, end and subtitles where
-    given."""
+def asked_of_video(row, name, video=None):
+    """One question about a video: with choices, with distractors, or open."""
     question = first(row, "question", "Question", "q", "q_body", "query", "instruction")
     if "NegativeAnswers" in row:
         annotation = choice_among("video_qa", question, row["Answer"], row["NegativeAnswers"])
@@ -318,48 +311,46 @@ def asked_of_video(row, set, video=None):
         annotation = qa("video_qa", question, first(row, "answer", "output"))
     lines = row.get("subtitle") or row.get("subtitles") or []
     more = dict(subtitles=[{k: s[k] for k in ("start", "end", "text")} for s in lines]) if lines else {}
-    start, end = str(row.get("ts") or "-").split("-", 1)  # TVQA: "12.5-20.1"
-    start, end = (start, end) if end and end != "nan" else (row.get("start") or 0, row.get("end"))
+    start, end = row.get("start"), row.get("end")
+    if re.fullmatch(r"[\d.]+-[\d.]+", row.get("ts") or ""):  # TVQA
+        start, end = row["ts"].split("-")
     yield clip(video or first(row, *VIDEO_NAMES), [annotation], start, end, **more)
 
 
-def tvqa(row, set):
-    """Questions in one file, subtitles in another: a line of the second has a clip's words and asks
-    nothing."""
+def tvqa(row, name):
+    """Questions in one file, subtitles in another: a line of the second asks nothing."""
     if "sub" in row:
         yield clip(row["vid_name"], [],
                    subtitles=[{k: s[k] for k in ("start", "end", "text")} for s in row["sub"]])
     else:
-        yield from asked_of_video(row, set)
+        yield from asked_of_video(row, name)
 
 
-def listed(row, set):
+def listed(row, name):
     """A video with a list of questions."""
-    names = ("examples", "mc_question", "mc_qa_list", "qa_list", "questions", "annotations")
-    for q in first(row, *names):
-        if isinstance(q.get("choices"), list) and q["choices"] and isinstance(q["choices"][0], dict):
-            right = [c for c in q["choices"] if c.get("answer") == "correct"]
+    video = first(row, *VIDEO_NAMES)
+    for q in first(row, "examples", "mc_question", "mc_qa_list", "questions"):
+        if q.get("choices") and isinstance(q["choices"][0], dict):
+            right = [c["choice"] for c in q["choices"] if c["answer"] == "correct"]
             if len(right) != 1:
                 continue  # CLEVRER: several or none are right
-            q = dict(q, choices=[c["choice"] for c in q["choices"]], answer=right[0]["choice"])
-        yield from asked_of_video(dict({k: row[k] for k in ("subtitles", "start", "end") if k in row}, **q),
-                                  set,
-                                  first(row, *VIDEO_NAMES))
+            q = dict(q, choices=[c["choice"] for c in q["choices"]], answer=right[0])
+        yield from asked_of_video({"subtitles": row.get("subtitles"), **q}, name, video)
 
 
-def star(row, set):
+def star(row, name):
     """Choices come as {choice_id, choice}, the answer as its text."""
-    yield from asked_of_video(dict(row, choices=[c["choice"] for c in row["choices"]]), set)
+    yield from asked_of_video(dict(row, choices=[c["choice"] for c in row["choices"]]), name)
 
 
-def dialogue_of_video(row, set):
+def dialogue_of_video(row, name):
     """[{from: human | gpt, value}]; the first value opens with a line that stands for the video."""
     turns = [({"human": "user", "gpt": "assistant"}[t["from"]], t["value"].replace("<image>", ""))
              for t in row["conversations"]]
     yield clip(row["video"], [dict(task="video_qa", messages=dialogue(turns))])
 
 
-def moments(row, set):
+def moments(row, name):
     """When does it happen? Windows in seconds."""
     windows = row["relevant_windows"]
     if not 0 < len(windows) <= 5:
@@ -369,16 +360,16 @@ def moments(row, set):
                                     ", ".join(f"{a} - {b}" for a, b in windows))])
 
 
-def motion_caption(row, set):
+def motion_caption(row, name):
     yield clip(row["video_path"], [dict(task="video_caption", answer=said(row["motion_caption"]))])
 
 
-def repetitions(row, set):
+def repetitions(row, name):
     yield clip(row["video_path"], [qa("video_qa", f"How many times is this done: {row['class']}?",
                                            row["count"])])
 
 
-def plain(row, set):
+def plain(row, name):
     """The layout asked for where the published one is not known: a row per question or caption, in the fields
     a line of this project has."""
     if "image" in row or "images" in row:
@@ -390,23 +381,21 @@ def plain(row, set):
                 dict(task="image_caption", answer=said(row["answer"]))
         yield picture(row.get("images") or row["image"], [annotation])
     elif "question" in row:
-        yield from asked_of_video(row, set)
+        yield from asked_of_video(row, name)
     else:
         yield clip(first(row, *VIDEO_NAMES),
                    [dict(task="video_caption", answer=said(first(row, "answer", "caption")))],
-                   row.get("start") or 0, row.get("end"))
+                   row.get("start"), row.get("end"))
 
 
-def video_points(row, set):
-    """points[i] are those of the moment two_fps_timestamps[i]; every point is an object of its own. Per
-    cent."""
+def video_points(row, name):
+    """points[i] are those of the moment timestamps[i], in per cent; every point is an object of its own."""
     if row.get("annotator_unsure"):
         raise Skip("annotator unsure")
     at = first(row, "two_fps_timestamps", "timestamps")
     places = sorted((float(t), share(p["x"], 100), share(p["y"], 100))
                     for t, here in zip(at, row["points"] or [], strict=True) for p in records(here))
-    start, end = row.get("clip_start", row.get("clip_start_time")), row.get("clip_end",
-                                                                            row.get("clip_end_time"))
+    start, end = (row.get(f"clip_{k}", row.get(f"clip_{k}_time")) for k in ("start", "end"))
     if (row.get("video_duration") or 0) > 63:
         if end is None:
             raise Skip("longer than 63 s and no clip of it given")
@@ -420,15 +409,14 @@ def video_points(row, set):
     label, ref = first(row, "label", "category").strip(), first(row, "video_id", "video_name")
     style = ("video_point", "video_point_count")[pick(2, ref, label)]
     points = [dict(t=t, x=x, y=y, id=i) for i, (t, x, y) in enumerate(places)]
-    yield clip(ref, [dict(task="video_pointing", style=style, label=label, points=points)], start or 0,
-               end)
+    yield clip(ref, [dict(task="video_pointing", style=style, label=label, points=points)], start, end)
 
 
-def academic_points(row, set):
+def academic_points(row, name):
     """One published table holds six sets."""
-    if row["subset"] != ACADEMIC[set]:
+    if row["subset"] != ACADEMIC[name]:
         raise Skip("of another set")
-    yield from video_points(dict(row, label=row.get("category") or row.get("label")), set)
+    yield from video_points(dict(row, label=row.get("category") or row.get("label")), name)
 
 
 ACADEMIC = {"academic-video-point-" + name: subset for name, subset in (
@@ -436,7 +424,7 @@ ACADEMIC = {"academic-video-point-" + name: subset for name, subset in (
     ("ref-davis17", "refdavis17"))}
 
 
-def tracks(row, set):
+def tracks(row, name):
     """The tracking schema: pixels, in the frames of a clip taken at sampling_fps; id = place in mask_id. The
     config says what is asked for: all of it, where each object comes and goes, or what follows a given first
     point."""
@@ -464,8 +452,7 @@ def tracks(row, set):
 STYLES = {"track": "video_point_track_per_frame", "ground": "video_point_ground_start_end",
           "single_point_track": "video_single_point_track_per_frame"}
 SINGLE_OBJECT = {"trackingnet", "vasttrack", "got10k", "webuav", "lasot", "tnl2k", "webuot", "lvosv2",
-                 "latot", "uwcot",
-                 "lvosv1", "tnnlt"}
+                 "latot", "uwcot", "lvosv1", "tnnlt"}
 
 
 # ---- held-out evaluation -----------------------------------------------------------------------------------
@@ -501,16 +488,16 @@ def runs(mask):
     return dict(size=[len(mask), len(mask[0])], counts=counts)
 
 
-def eval_points(row, set):
+def eval_points(row, name):
     """Points in per cent, and a mask for each."""
-    places = [dict(x=share(p["x"], 100), y=share(p["y"], 100), id=i) for i,
-              p in enumerate(records(row["points"]))]
+    places = [dict(x=share(p["x"], 100), y=share(p["y"], 100), id=i)
+              for i, p in enumerate(records(row["points"]))]
     masks = [dict(id=i, rle=runs(m)) for i, m in enumerate(row.get("masks") or [])][:len(places)]
     yield picture(row["image_url"], [dict(task="image_pointing", style="pointing", label=row["label"].strip(),
                                           points=places, masks=masks)], sha256=[row.get("image_sha256")])
 
 
-def eval_count(row, set):
+def eval_count(row, name):
     if "image_url" in row:
         yield picture(row["image_url"], [dict(task="counting", label=row["label"].strip(),
                                               answer=str(row["count"]))],
@@ -518,18 +505,17 @@ def eval_count(row, set):
     else:
         yield clip(row["video_id"], [dict(task="counting", prompt=row["question"], label=row["label"],
                                                answer=str(row["count"]), category=row.get("category"))],
-                   row.get("clip_start") or 0, row.get("clip_end"))
+                   row.get("clip_start"), row.get("clip_end"))
 
 
-def eval_captions(row, set):
+def eval_captions(row, name):
     yield clip(row["video_id"], [dict(task="video_caption", answer=said(row["aggregated_caption"]),
                                            statements=list(row["atomic_statements"]))],
-               row.get("video_start") or 0, row.get("video_end"))
+               row.get("video_start"), row.get("video_end"))
 
 
-def eval_video_points(row, set):
-    """One point and one list of masks per instance; of the masks, half a second apart, the one at the point's
-    time."""
+def eval_video_points(row, name):
+    """A point and masks half a second apart for each instance; of them the one at the point's time."""
     points, masks = [], []
     for i, (t, p, around) in enumerate(zip(row["two_fps_timestamps"], records(row["points"]), row["masks"],
                                            strict=True)):
@@ -541,24 +527,22 @@ def eval_video_points(row, set):
                                            masks=masks)])
 
 
-def eval_tracks(row, set):
-    """A slot per frame of the clip: [x, y] in pixels, or null. Kept: one frame a second, as it is
-    evaluated."""
+def eval_tracks(row, name):
+    """A slot per frame of the clip: [x, y] in pixels, or null. One frame a second is evaluated, and kept."""
     rate, ids = round(row["fps"]), {str(o): i for i, o in enumerate(row["mask_id"])}
     points, masks = [], []
     shapes = {str(m["object_id"]): m["masks"] for m in records(row["masks"])}
     for o in records(row["points"]):
-        i, name = ids[str(o["object_id"])], str(o["object_id"])
+        i, shape = ids[str(o["object_id"])], shapes.get(str(o["object_id"]))
         for f in range(0, len(o["points"]), rate):
             if o["points"][f]:
                 x, y = o["points"][f]
                 points.append(dict(t=f / row["fps"], x=share(x, row["w"]), y=share(y, row["h"]), id=i))
-                if shapes.get(name) and shapes[name][f]:
-                    masks.append(dict(t=f / row["fps"], id=i, rle=unpacked(shapes[name][f])))
-    yield clip(row.get("clip") or row["video"],
-               [dict(task="video_tracking", label=row["exp"].strip(), fps=1,
-                     points=points, masks=masks)],
-               fps=row["fps"], cut=[str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")])
+                if shape and shape[f]:
+                    masks.append(dict(t=f / row["fps"], id=i, rle=unpacked(shape[f])))
+    a = dict(task="video_tracking", label=row["exp"].strip(), fps=1, points=points, masks=masks)
+    yield clip(row.get("clip") or row["video"], [a], fps=row["fps"],
+               cut=[str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")])
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

@@ -352,8 +352,8 @@ CASES = [
      [film("here/N/1/2.mp4", dict(task="video_qa", messages=[user("What?"), bot("A dog.")]))]),
     # by hand: the annotations are put there as well
     ("next-qa", {}, {"train.csv": "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
-                     "401,20,48,32,why,4,0,CW,p,q,r,s,t\n", "1164/401.mp4": "film"},
-     [film("here/1164/401.mp4", dict(task="video_qa", question="why", options=["p", "q", "r", "s", "t"],
+                     "401,20,48,32,why,4,0,CW,4,3,2,1,0\n", "1164/401.mp4": "film"},
+     [film("here/1164/401.mp4", dict(task="video_qa", question="why", options=["4", "3", "2", "1", "0"],
                                      correct=4))]),
     ("sutd-trafficqa", {}, {"R2_train.jsonl": [
         ["record_id", "vid_id", "vid_filename", "q_body", "q_type", "option0", "option1", "option2",
