@@ -355,9 +355,8 @@ def moments(row, name):
     windows = row["relevant_windows"]
     if not 0 < len(windows) <= 5:
         raise Skip("more than 5 windows")
-    yield clip(row["vid"], [qa("video_qa",
-                                    f"When does this happen: {row['query']}? Give start and end in seconds.",
-                                    ", ".join(f"{a} - {b}" for a, b in windows))])
+    question = f"When does this happen: {row['query']}? Give start and end in seconds."
+    yield clip(row["vid"], [qa("video_qa", question, ", ".join(f"{a} - {b}" for a, b in windows))])
 
 
 def motion_caption(row, name):
@@ -365,8 +364,8 @@ def motion_caption(row, name):
 
 
 def repetitions(row, name):
-    yield clip(row["video_path"], [qa("video_qa", f"How many times is this done: {row['class']}?",
-                                           row["count"])])
+    question = f"How many times is this done: {row['class']}?"
+    yield clip(row["video_path"], [qa("video_qa", question, row["count"])])
 
 
 def plain(row, name):
@@ -504,13 +503,13 @@ def eval_count(row, name):
                       sha256=[row.get("image_sha256")])
     else:
         yield clip(row["video_id"], [dict(task="counting", prompt=row["question"], label=row["label"],
-                                               answer=str(row["count"]), category=row.get("category"))],
+                                          answer=str(row["count"]), category=row.get("category"))],
                    row.get("clip_start"), row.get("clip_end"))
 
 
 def eval_captions(row, name):
     yield clip(row["video_id"], [dict(task="video_caption", answer=said(row["aggregated_caption"]),
-                                           statements=list(row["atomic_statements"]))],
+                                      statements=list(row["atomic_statements"]))],
                row.get("video_start"), row.get("video_end"))
 
 
@@ -524,7 +523,7 @@ def eval_video_points(row, name):
         if near and abs(near["frame_id"] / 2 - t) < 0.25:
             masks.append(dict(t=float(t), id=i, rle=unpacked(near["rle"])))
     yield clip(row["video_id"], [dict(task="video_pointing", label=row["label"].strip(), points=points,
-                                           masks=masks)])
+                                      masks=masks)])
 
 
 def eval_tracks(row, name):
@@ -571,8 +570,7 @@ def files(repo, *patterns):
 
 
 def cauldron(config):
-    """Academic sets that need a login or a dozen archives elsewhere: here with their pictures inside the
-    rows."""
+    """Academic sets that need logins or archives elsewhere: here with their pictures inside the rows."""
     return Recipe(conversations, "embedded", hub("HuggingFaceM4/the_cauldron", config))
 
 

@@ -55,6 +55,10 @@ GROWTH = 1 << 30   # bytes that even a small archive may unpack to
 PLACEHOLDER = 5    # pictures of the same bytes are not pictures but a notice that they are gone
 
 
+class ByHand(Exception):
+    """A set of which something has to be put there by hand; the message says what, and where from."""
+
+
 # ---- files of rows, archives -------------------------------------------------------------------------------
 
 class JsonReader:
@@ -342,7 +346,7 @@ class Maker:
             else:
                 paths = sorted(glob.glob(os.path.join(glob.escape(self.here), where[0])))
                 if not paths:
-                    raise UserError(self.by_hand())
+                    raise ByHand(self.by_hand())
             # a list of links or subtitles is read whole: it does not say which of them the rows need
             links = "mapping" in where[-1]
             limit = None if links or "subtitles" in where[-1] else self.limit
@@ -415,8 +419,8 @@ class Maker:
         """What a user has to do, and why."""
         here = [where for kind, *where in self.sources if kind == "here"]
         licence, files = self.entry.get("license") or "see there", f" and {here[0][0]}" if here else ""
-        text = (f"{self.name} is in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put "
-                f"the media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
+        text = (f"{self.name}: in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put the "
+                f"media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
         if here and self.recipe.convert is convert.plain:
             text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), "
                      "question, answer or options and correct, start and end in seconds if it is a clip; "
@@ -425,12 +429,14 @@ class Maker:
 
     def run(self):
         """(lines written, Counter of everything else)"""
+        if self.recipe.media == "hand" and not os.listdir(self.here):
+            raise ByHand(self.by_hand())
         spool = Spool(os.path.join(self.root, ".work", self.name))
         mine = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for kind, *where in self.sources
                 for p in glob.glob(os.path.join(glob.escape(self.here), where[0])) if kind == "here"]
         counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred), mine)))
-        for _, repo, *_ in self.sources:
-            shutil.rmtree(self.cache(repo), ignore_errors=True)  # all that was in there is in the spool
+        for _, repo, *_ in self.sources:  # all that was in there is in the spool
+            shutil.rmtree(self.cache(repo), ignore_errors=True)
         self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
         if self.recipe.archives and any(None in self.find(i)[0] for items in spool.buckets() for i in items):
             self.unpack_archives()
@@ -613,7 +619,7 @@ def select(names, registry):
 
 
 def data(args):
-    registry, net, code = read_registry(), Net(), 0
+    registry, net, code, total = read_registry(), Net(), 0, 0
     for name, evaluation in select(args.names, registry):
         root = os.path.join(args.out, "eval") if evaluation else args.out
         recipe, entry = (EVALS[name], EVAL_ENTRY) if evaluation else (RECIPES[name], registry[name])
@@ -621,6 +627,9 @@ def data(args):
             barred = held_out(net, args.out) if recipe.media == "url" and not evaluation else ()
             maker = Maker(net, root, name, recipe, entry, args.limit, barred)
             written, counts = maker.run()
+        except ByHand as e:
+            print(e)
+            continue
         except (NetError, BadMedia, BadRow, UserError) as e:
             print(f"{name}: {e}", file=sys.stderr)
             code = max(code, 2 if isinstance(e, UserError) else 1)
@@ -634,8 +643,9 @@ def data(args):
         if recipe.media == "youtube" and any("status 40" in reason for reason in counts):
             print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and "
                   f"GOOGLE_OAUTH_TOKEN, or put videos under {maker.root}/media/youtube/, named by their id.")
+        total += written
         code = code if written else max(code, 1)
-    return code
+    return code if total else max(code, 1)
 
 
 EVAL_ENTRY = {"license": "ODC-BY-1.0"}  # all of them; the videos under their own
