@@ -13,9 +13,11 @@ A leaf of `prepare.py`: it knows nothing of any data set.
 import contextlib
 import email.utils
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import ipaddress
+import itertools
 import json
 import os
 import random
@@ -24,6 +26,7 @@ import shutil
 import socket
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
@@ -50,8 +53,11 @@ class NetError(Exception):
 # ---- requests ----------------------------------------------------------------------------------------------
 
 def retry_after(response):
-    """Seconds a server asks to wait (a number, or a date), at most 300; None where it does not say."""
+    """Seconds a server asks to wait (a number, or a date), at most 300; None where it does not say. The hub
+    also says so in a header of its own: RateLimit: "api";r=0;t=55."""
     said = response.headers.get("Retry-After", "").strip()
+    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    said = said or limit and limit[1] or ""
     if said.isdigit():
         return min(int(said), 300)
     try:
@@ -149,6 +155,8 @@ class Net:
             for _ in range(6):
                 self.allow(target)
                 own, sent = origin(target) in self.own, {"Accept-Encoding": "identity"} | (headers or {})
+                if origin(target) != origin(url):  # elsewhere nobody is told who asks
+                    sent = {k: v for k, v in sent.items() if k in ("Accept-Encoding", "Range")}
                 if self.token and own:
                     sent["Authorization"] = f"Bearer {self.token}"
                 r = self.local.session.get(target, headers=sent, stream=True, timeout=(10, 60),
@@ -373,34 +381,50 @@ def fetch_files(net, files, folder):
     return paths
 
 
+def hub_page(net, repo, config, split, offset, length):
+    """`length` rows from `offset` on, as the hub answers."""
+    query = urlencode(dict(dataset=repo, config=config, split=split, offset=offset, length=length))
+    again = functools.partial(hub_page, net, repo, config, split)
+    try:
+        page = net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", "rows",
+                        TRIES if length == 1 else 3)[0]
+    except NetError as e:
+        if "gave up" not in str(e) or "status 429" in str(e) or length == 1:
+            raise
+        part = max(length // 10, 1)  # a page may be too much for the server
+        parts = [again(at, min(part, offset + length - at)) for at in range(offset, offset + length, part)]
+        return parts[0] | dict(rows=[row for p in parts for row in p["rows"]])
+    came = len(page["rows"])
+    if 0 < came < length and offset + came < page.get("num_rows_total", 0):
+        page["rows"] += again(offset + came, length - came)["rows"]
+    return page
+
+
 def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows: False, cache=None):
-    """The rows of a set on the hub, each a dict, `length` to a page. keep(rows) puts pictures inside them on
-    the disk, and asks for the page once more when their links have expired. Large sets come as parquet files,
-    into `cache`."""
-    offset, total = 0, None
-    while total is None or offset < total:
-        query = urlencode(dict(dataset=repo, config=config, split=split, offset=offset,
-                               length=min(length, limit - offset) if limit else length))
-        try:
-            page = net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", "rows",
-                            TRIES if length == 1 else 3)[0]
-        except NetError as e:
-            if "gave up" not in str(e) or "status 429" in str(e) or length == 1:
-                raise
-            length = max(length // 10, 1)  # a page may be too much for the server
-            continue
-        total = page.get("num_rows_total", offset + len(page["rows"]))
-        total = min(total, limit or total)
-        if not limit and total > WHOLE:
-            yield from parquet_rows(net, repo, config, split, keep, cache)
-            return
-        if page.get("partial") and not offset:
-            print(f"{repo} {config}: the hub offers only the first {total:,} rows this way")
-        if not page["rows"]:
-            return
-        if not keep(page["rows"]):
+    """The rows of a set on the hub, each a dict, `length` to a page, some pages ahead. keep(rows) puts
+    pictures inside them on the disk, and asks for the page once more when their links have expired. Large
+    sets come as parquet files, into `cache`."""
+    first = hub_page(net, repo, config, split, 0, min(length, limit or length))
+    total = first.get("num_rows_total", len(first["rows"]))
+    if not limit and total > WHOLE:
+        yield from parquet_rows(net, repo, config, split, keep, cache)
+        return
+    if first.get("partial"):
+        print(f"{repo} {config}: the hub offers only the first {total:,} rows this way")
+    total = min(total, limit or total)
+    starts, waiting = iter(range(length, total, length)), deque()
+    with ThreadPoolExecutor(PER_HOST) as pool:
+        while True:
+            for at in itertools.islice(starts, 2 * PER_HOST - len(waiting)):
+                waiting.append((at, pool.submit(hub_page, net, repo, config, split, at,
+                                                min(length, total - at))))
+            at, page = (0, first) if first else (waiting[0][0], waiting.popleft()[1].result())
+            first = None
+            while keep(page["rows"]):
+                page = hub_page(net, repo, config, split, at, min(length, total - at))
             yield from (r["row"] for r in page["rows"])
-            offset += len(page["rows"])
+            if not waiting:
+                return
 
 
 def parquet_rows(net, repo, config, split, keep, cache):

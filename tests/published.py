@@ -394,10 +394,10 @@ CASES = [
      [film("here/o1.mp4", dict(task="video_caption", answer="A man falls."))]),
     # held out
     ("eval/pixmo-points-eval", table("allenai/pixmo-points-eval", dict(
-        image_url=PIC("held"), image_sha256=SHA("held"), points=[dict(x=75, y=50)], label="cup",
+        image_url=PIC("held"), image_sha256=SHA("held"), points=[dict(x=75, y=25)], label="cup",
         masks=[[[i < 10 and j >= 20 for j in range(40)] for i in range(20)]]), split="test"), {},
      [drawn("@held", dict(task="image_pointing", style="pointing", label="cup",
-                          points=[dict(x=0.75, y=0.5, id=0)],
+                          points=[dict(x=0.75, y=0.25, id=0)],
                           masks=[dict(id=0, rle=dict(size=[20, 40], counts=[400] + [10] * 40))]))]),
     ("eval/pixmo-count", {"rows": {("allenai/pixmo-count", "default", split): [dict(
         image_url=PIC(name), image_sha256=SHA(name), count=n, label="dogs")] for split, name, n in (

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.parse
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -31,6 +32,7 @@ import data
 import fetch
 import prepare
 from data import parse_row, read_registry
+from eval import load_questions
 from model import Molmo2
 
 
@@ -280,6 +282,8 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
                    "fps is no multiple", "not the picture that was annotated", "more than 60 points",
                    "annotation score below 3"):
         assert needle in text.out, needle
+    questions = load_questions(data.find_datasets([str(out / "eval")])[0])
+    assert len(questions) == 7 and all(q.masks and q.hits(p, p) for q in questions for p in q.points)
     monkeypatch.setattr(sys, "argv", ["data.py", str(out), "--max_frames", "4"])
     data.main()
     told = capsys.readouterr().out.splitlines()
@@ -347,6 +351,9 @@ def test_retry_after_is_honoured(hub):
     start = time.monotonic()
     assert prepare.patiently(lambda: requests.get(hub.url), "a page", pause=0.01).status_code == 200
     assert 1 <= time.monotonic() - start < 5
+    answer = lambda **headers: fetch.retry_after(SimpleNamespace(headers=headers))
+    assert answer(RateLimit='"api";r=0;t=55') == 55 and answer(**{"Retry-After": "9999"}) == 300
+    assert answer() is None and answer(**{"Retry-After": "soon"}) is None
     hub.faults = [lambda r, n: r.reply(status=503) or True]
     with pytest.raises(prepare.NetError,
                        match="a page: gave up after 3 tries, the last: status 503 Service Unavailable"):
@@ -388,6 +395,16 @@ def test_the_token_goes_to_the_hub_and_addresses_are_checked(hub, monkeypatch):
     hub.faults = [lambda r, n: seen.append(r.headers.get("Authorization")) or r.reply(b"{}") or True]
     net.get(hub.url + "/x", "x").close()
     assert seen == ["Bearer hf_secret"]
+    elsewhere, net.token = Hub(b""), None
+    net.own.add(prepare.origin(elsewhere.url))
+    hub.faults = [lambda r, n: seen.append(r.headers["Authorization"])
+                  or r.reply(status=302, Location=elsewhere.url) or True]
+    elsewhere.faults = [lambda r, n: seen.append((r.headers["Authorization"], r.headers["Range"]))
+                        or r.reply(b"{}") or True]
+    net.get(hub.url + "/x", "x", {"Authorization": "mine", "Range": "bytes=5-"}).close()
+    assert seen[1:] == ["mine", (None, "bytes=5-")]
+    elsewhere.shutdown()
+    elsewhere.server_close()
     for url in ("http://example.com/", "https://127.0.0.1/", "https://localhost/", "https://[::1]/",
                 "https://192.168.1.1/", "ftp://a/",
                 "file:///etc/passwd", "https://[::ffff:10.0.0.1]/", "https:///x", "https://0.0.0.0/",
@@ -415,6 +432,24 @@ def test_pictures_in_rows_whose_links_expire_are_asked_for_once_more(hub, tmp_pa
     hub.faults = [lambda r, n: r.path == "/pic/p140" and (r.reply(status=403), True)[1]]
     assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 0
     assert "150 rows read, 149 lines written" in (text := capsys.readouterr().out) and "status 403" in text
+
+
+@pytest.mark.parametrize("most, refused", [(100, True), (30, False)])
+def test_pages_too_large_for_the_server_lose_no_row(hub, tmp_path, most, refused):
+    """Large rows make pages the server refuses, or cuts short."""
+    hub.rows["allenai/molmo2-hardcodes", "default", "train"] = [dict(questions=[f"Q{i}?"], response="A.")
+                                                                for i in range(230)]
+
+    def fault(r, n):
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(r.path).query))
+        if refused and int(query["length"]) > 10:
+            return r.reply(status=500, X_Error_Code="TooBigContentError") or True
+        r.path = r.path.replace(f"length={query['length']}", f"length={min(int(query['length']), most)}")
+
+    hub.faults = [fault]
+    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path)]) == 0
+    asked = [int(r["annotations"][0]["prompt"][1:-1]) for r in lines(tmp_path / "molmo2-hardcodes.jsonl")]
+    assert sorted(asked) == list(range(230))
 
 
 def test_terms_that_are_not_accepted_are_said(hub, tmp_path, capsys, monkeypatch):
