@@ -1,0 +1,785 @@
+"""Real data: every shape from request to training steps, and the ways in which a connection and its other end
+misbehave.
+
+The other end is Python's own server on loopback; `published.py` has what it serves and what must come of it.
+"""
+import collections
+import hashlib
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.parse
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import requests
+from conftest import picture, tiny_model, video, write_lines
+from PIL import Image
+from published import CASES
+from test_pretrain import QUICK, ROOT
+from test_sft import stage_2
+
+import convert
+import data
+import fetch
+import prepare
+from data import parse_row, read_registry
+from eval import load_questions
+from model import Molmo2
+
+
+def drawn_picture(name):
+    """A PNG of 40 x 20 whose colour is its name's."""
+    out = io.BytesIO()
+    Image.new("RGB", (40, 20), tuple(hashlib.sha256(name.encode()).digest()[:3])).save(out, "png")
+    return out.getvalue()
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A hub, its rows, a video mirror and a web of pictures. `faults` are asked first: fault(request, n)
+    answers the n-th request itself and returns True, or leaves it."""
+
+    def __init__(self, film):
+        super().__init__(("127.0.0.1", 0), Request)
+        self.url, self.film = f"http://127.0.0.1:{self.server_port}", film
+        self.rows, self.files, self.faults, self.log = {}, {}, [], []
+        self.sent, self.lock, self.busy, self.most = collections.Counter(), threading.Lock(), 0, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, address):
+        pass  # a client that was killed
+
+    def fill(self, value):
+        """Placeholders of `published.py` -> values."""
+        if isinstance(value, dict) and "IMAGE" in value:
+            return dict(src=f"{self.url}/pic/{value['IMAGE']}", height=20, width=40)
+        if isinstance(value, dict):
+            return {k: self.fill(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.fill(v) for v in value]
+        if isinstance(value, str) and value.startswith("SHA("):
+            return hashlib.sha256(drawn_picture(value[4:-1])).hexdigest()
+        return value.replace("URL/", self.url + "/") if isinstance(value, str) else value
+
+    def content(self, path, value):
+        """Bytes of a file: as they are, text, JSON, or an archive of {name: content, "folder/": number of
+        frames}."""
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, str):
+            named = self.film if value == "film" else drawn_picture(value)
+            return named if value == "film" or len(value) == 1 else value.encode()
+        if path.endswith((".json", ".jsonl")):
+            value = self.fill(value)
+            return "\n".join(map(json.dumps, value if path.endswith("l") else [value])).encode()
+        members = {}
+        for name, inner in value.items():
+            members |= {f"{name}{i:05d}.png": drawn_picture(str(i))
+                        for i in range(inner)} if name.endswith("/") else \
+                {name: self.content(name, inner)}
+        out = io.BytesIO()
+        if path.endswith(".zip"):
+            with zipfile.ZipFile(out, "w") as z:
+                for name, content in members.items():
+                    z.writestr(name, content)
+        else:
+            with tarfile.open(fileobj=out, mode="w:gz" if path.endswith("gz") else "w") as t:
+                for name, content in members.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    t.addfile(info, io.BytesIO(content))
+        return out.getvalue()
+
+    def publish(self, served):
+        for key, rows in served.get("rows", {}).items():
+            self.rows[key] = self.fill(rows)
+        for key, value in served.get("files", {}).items():
+            self.files[key] = self.content(key[1], value)
+
+
+class Request(http.server.BaseHTTPRequestHandler):
+    protocol_version, wbufsize = "HTTP/1.1", 1 << 16
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        with self.server.lock:
+            self.server.log.append(self.path)
+            n = len(self.server.log)
+            self.server.busy += 1
+            self.server.most = max(self.server.most, self.server.busy)
+        try:
+            if not any(fault(self, n) for fault in self.server.faults):
+                self.answer()
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def reply(self, body=b"", status=200, length=None, **headers):
+        self.send_response(status)
+        for k, v in headers.items():
+            self.send_header(k.replace("_", "-"), v)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+        with self.server.lock:
+            self.server.sent[self.path] += len(body)
+
+    def ranged(self, body, **headers):
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if start >= len(body) and start:
+            self.reply(status=416, Content_Range=f"bytes */{len(body)}")
+        elif start:
+            self.reply(body[start:], 206, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}",
+                       **headers)
+        else:
+            self.reply(body, **headers)
+
+    def answer(self):
+        hub, url = self.server, urllib.parse.urlsplit(self.path)
+        path, query = urllib.parse.unquote(url.path), dict(urllib.parse.parse_qsl(url.query))
+        if path == "/rows":
+            key = query["dataset"], query["config"], query["split"]
+            rows, at, n = hub.rows.get(key), int(query["offset"]), int(query["length"])
+            if rows is None or n > 100:
+                return self.reply(b'{"error": "no such set"}', 404)
+            page = [dict(row_idx=i, row=rows[i], truncated_cells=[])
+                    for i in range(at, min(at + n, len(rows)))]
+            return self.reply(json.dumps(dict(features=[], rows=page, num_rows_total=len(rows),
+                                              partial=False)).encode())
+        for (repo, name), body in hub.files.items():
+            for kind, head in (("datasets", "/datasets/"), ("models", "/")):
+                if path == f"/api/{kind}/{repo}":
+                    return self.reply(json.dumps(dict(sha="c0ffee00aa")).encode())
+                if path == f"/api/{kind}/{repo}/tree/c0ffee00aa":
+                    return self.reply(json.dumps([dict(type="file", path=n, size=len(b),
+                                                       lfs=dict(oid=hashlib.sha256(b).hexdigest()))
+                                                  for (r, n), b in hub.files.items() if r == repo]).encode())
+                if path == f"{head}{repo}/resolve/c0ffee00aa/{name}":
+                    return self.ranged(body)
+        kind, _, name = path[1:].partition("/")
+        if kind == "pic" and name != "gone":
+            return self.ranged(drawn_picture(name))
+        if kind == "cc-2fps" and name in ("v1_2fps.mp4", "v2_2fps.mp4"):
+            return self.ranged(hub.film)
+        self.reply(b"<html>not here</html>", 404)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    with open(video(tmp_path_factory.mktemp("film") / "film.mp4"), "rb") as f:
+        return f.read()
+
+
+@pytest.fixture
+def hub(film, monkeypatch):
+    server = Hub(film)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def lines(path):
+    return [parse_row(line) for line in open(path, "rb")]
+
+
+# ---- conversion --------------------------------------------------------------------------------------------
+
+def places(value, hub, name):
+    """"@a", "here/..." and ENCODED in lines written by hand -> paths."""
+    if isinstance(value, dict):
+        return {k: places(v, hub, name) for k, v in value.items()}
+    if isinstance(value, list):
+        return [places(v, hub, name) for v in value]
+    if not isinstance(value, str):
+        return value
+    digest = hashlib.sha256(f"{hub.url}/pic/{value[1:]}".encode()).hexdigest()
+    value = f"media/url/{digest[:2]}/{digest}" if value.startswith("@") else value
+    value = f"media/{name}/{value[5:]}" if value.startswith("here/") else value
+    return "media/encoded/" if value == "ENCODED" else value
+
+
+def in_order(row):
+    media = json.dumps(row.get("image") or row.get("images") or row.get("video"))
+    media = media[:15] if "/encoded/" in media else media
+    return media, row.get("start", -1), row["annotations"][0].get("label", "")
+
+
+LOTS = {"STYLE": ("pointing", "point_count", "multi_image_pointing", "multi_image_point_then_count",
+                  "video_point",
+                  "video_point_count"), "LABEL": ("cup", "Cup"), "TASK": ("counting", "image_pointing")}
+
+
+def same(found, wanted, where=""):
+    """Whether a line is what was written by hand; capitals stand for what is drawn by lot, and must be one of
+    its values."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), (where, found)
+        if wanted.get("options") == "OPTIONS":
+            assert sorted(found["options"]) == ["a cat", "a cow", "a dog", "a hen"], where
+            assert found["options"][found["correct"]] == wanted["correct"], where
+            wanted = {k: v for k, v in wanted.items() if k not in ("options", "correct")}
+        if wanted.get("task") == "TASK":
+            assert found["task"] == ("counting"
+                                     if found["style"] == "point_count" else "image_pointing"), where
+        for k in wanted:
+            same(found[k], wanted[k], f"{where}.{k}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), (where, found)
+        for i, (f, w) in enumerate(zip(found, wanted)):
+            same(f, w, f"{where}[{i}]")
+    elif wanted == "media/encoded/":
+        assert found.startswith(wanted), (where, found)
+    else:
+        assert found in LOTS.get(wanted, (wanted,)) and type(found) is type(wanted), (where, found, wanted)
+
+
+def put_by_hand(hub, folder, files):
+    """What a user downloaded, into the set's folder."""
+    for name, value in files.items():
+        names = [f"{name}{i:05d}.png" for i in range(value)] if name.endswith("/") else [name]
+        for n in names:
+            os.makedirs(os.path.dirname(os.path.join(folder, n)), exist_ok=True)
+            with open(os.path.join(folder, n), "wb") as f:
+                f.write(drawn_picture(n) if name.endswith("/") else hub.content(n, value))
+
+
+def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, capsys, monkeypatch):
+    """A user would lose a set: each converter's lines are as written by hand, `data.py` takes them, stage 2
+    trains on them."""
+    out = tmp_path / "data"
+    for name, served, by_hand, _ in CASES:
+        hub.publish(served)
+        put_by_hand(hub, os.path.join(out, "eval" * name.startswith("eval/"), "media",
+                                      name.removeprefix("eval/")), by_hand)
+    names = [name for name, *_ in CASES]
+    code = prepare.main(["data", *names, "--out", str(out)])
+    text = capsys.readouterr()
+    assert code == 0, text.err + text.out
+    for name, _, _, wanted in CASES:
+        found, wanted = lines(out / f"{name}.jsonl"), places(wanted, hub, name.removeprefix("eval/"))
+        assert len({row.pop("id") for row in found}) == len(found)
+        for f, w in zip(sorted(found, key=in_order), sorted(wanted, key=in_order), strict=True):
+            same(f, w, name)
+    used = {r.convert for table, prefix in ((convert.RECIPES, ""), (convert.EVALS, "eval/")) for n,
+            r in table.items()
+            if prefix + n in names}
+    assert used == {r.convert for table in (convert.RECIPES, convert.EVALS) for r in table.values()}
+    for needle in ("count and points differ", "picture is held out for evaluation", "annotator unsure",
+                   "status 404 Not Found",
+                   "fps is no multiple", "not the picture that was annotated", "more than 60 points",
+                   "annotation score below 3"):
+        assert needle in text.out, needle
+    questions = load_questions(data.find_datasets([str(out / "eval")])[0])
+    assert len(questions) == 7 and all(q.masks and q.hits(p, p) for q in questions for p in q.points)
+    monkeypatch.setattr(sys, "argv", ["data.py", str(out), "--max_frames", "4"])
+    data.main()
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == sum(not n.startswith("eval/") for n in names) and all("rows not used: none" in t
+                                                                              for t in told), told
+    flags = [*QUICK, "--seq_len", "512", "--steps", "2", "--global_batch", "8", "--save_every", "2",
+             "--data", str(out)]
+    code, text = stage_2(tmp_path, *flags)
+    assert code == 0 and "molmo2-videotrack" in text, text
+    log = [json.loads(line) for line in open(tmp_path / "out/small/sft/log.jsonl")]
+    assert len([row for row in log if row.get("loss", 0) > 0]) == 2
+
+
+# ---- a connection that breaks ------------------------------------------------------------------------------
+
+ASKED = "allenai/pixmo-ask-model-anything"
+
+
+def questions(hub, names, sha256=False):
+    """A set of one question per picture, and nothing held out."""
+    hub.publish({"rows": {(ASKED, "default", "train"): [
+        dict(image_url=f"URL/pic/{n}", image_sha256=f"SHA({n})" if sha256 else None, question="Colour?",
+             answer=n) for n in names]}})
+    for repo, split in (("allenai/pixmo-points-eval", "test"), ("allenai/pixmo-count", "validation"),
+                        ("allenai/pixmo-count", "test")):
+        hub.rows[repo, "default", split] = []
+
+
+def ask(out, *more):
+    return prepare.main(["data", "pixmo-ask-model-anything", "--out", str(out), *more])
+
+
+def hang_up(request):
+    """The connection ends in the middle of an answer."""
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n\x89PNG half of it")
+    request.wfile.flush()
+    request.connection.shutdown(2)
+    request.close_connection = True
+    return True
+
+
+def later(request, n):
+    """Too busy, said in both ways there are."""
+    request.reply(status=(429, 503)[n % 2], Retry_After=("0", "Wed, 21 Oct 2015 07:28:00 GMT")[n % 2])
+    return True
+
+
+def test_a_connection_that_breaks_and_a_busy_server_cost_nothing_but_time(hub, tmp_path, capsys):
+    questions(hub, [f"{i:03d}" for i in range(120)], sha256=True)
+    hub.faults = [lambda r, n: n % 10 == 0 and hang_up(r), lambda r, n: n % 7 == 0 and later(r, n)]
+    assert ask(tmp_path) == 0
+    assert "120 rows read, 120 lines written" in capsys.readouterr().out
+    assert 1 < hub.most <= 2 * fetch.PER_HOST  # four at a time, and some whose answer is still on its way
+    rows = lines(tmp_path / "pixmo-ask-model-anything.jsonl")
+    assert sorted(r["annotations"][0]["answer"] for r in rows) == [f"{i:03d}" for i in range(120)]
+    for r in rows:
+        assert open(tmp_path / r["image"], "rb").read() == drawn_picture(r["annotations"][0]["answer"])
+    hub.faults, before = [], len(hub.log)
+    assert ask(tmp_path) == 0 and len(hub.log) == before  # all is here: nothing is asked for
+
+
+def test_retry_after_is_honoured(hub):
+    answers = iter([dict(status=429, Retry_After="1"), dict(status=200)])
+    hub.faults = [lambda r, n: r.reply(**next(answers)) or True]
+    start = time.monotonic()
+    assert prepare.patiently(lambda: requests.get(hub.url), "a page", pause=0.01).status_code == 200
+    assert 1 <= time.monotonic() - start < 5
+    answer = lambda **headers: fetch.retry_after(SimpleNamespace(headers=headers))
+    assert answer(RateLimit='"api";r=0;t=55') == 55 and answer(**{"Retry-After": "9999"}) == 300
+    assert answer() is None and answer(**{"Retry-After": "soon"}) is None
+    hub.faults = [lambda r, n: r.reply(status=503) or True]
+    with pytest.raises(prepare.NetError,
+                       match="a page: gave up after 3 tries, the last: status 503 Service Unavailable"):
+        prepare.patiently(lambda: requests.get(hub.url), "a page", tries=3, pause=0.01)
+
+
+def test_what_cannot_be_had_is_counted_by_name_and_not_asked_for_again(hub, tmp_path, capsys):
+    """Dead links, notices in place of pictures and ways into the network cost their rows, never the run."""
+    answers = {
+        "dead": lambda r: r.reply(b"", 404), "html": lambda r: r.reply(b"<html>We have moved</html>" * 20),
+        "inside": lambda r: r.reply(status=302, Location="https://10.0.0.1/secret"),
+        "metadata": lambda r: r.reply(status=302, Location="https://169.254.169.254/latest"),
+        "plain": lambda r: r.reply(status=302, Location="http://example.com/a.png"),
+        "port": lambda r: r.reply(status=302, Location=f"http://127.0.0.1:{hub.server_port - 1}/"),
+        "loop": lambda r: r.reply(status=302, Location=r.path), "busy": lambda r: r.reply(status=503),
+        "other": lambda r: r.reply(drawn_picture("another"))}
+    questions(hub, ["a", *answers], sha256=True)
+    hub.faults = [lambda r, n: (answers.get(r.path.removeprefix("/pic/"), lambda r: None)(r),
+                                r.path.removeprefix("/pic/") in answers)[1]]
+    assert ask(tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "10 rows read, 1 lines written" in text
+    for reason in ("1 left out: status 404", "1 left out: not a readable picture",
+                   "10.0.0.1 is a private address", "only https is read",
+                   "169.254.169.254 is a private address", "more than 5 redirects",
+                   "gave up after 3 tries, the last: status 503",
+                   "not the picture that was annotated"):
+        assert reason in text, text
+    manifest = [json.loads(line) for line in open(tmp_path / "media/manifest.jsonl")]
+    assert sum(m["done"] for m in manifest) == 1 and all(m["reason"] for m in manifest if not m["done"])
+    hub.log.clear()
+    assert ask(tmp_path) == 0
+    assert set(hub.log) == {"/pic/busy"}  # it may be back; the others are not asked for again
+
+
+def test_the_token_goes_to_the_hub_and_addresses_are_checked(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    net, seen = prepare.Net(), []
+    hub.faults = [lambda r, n: seen.append(r.headers.get("Authorization")) or r.reply(b"{}") or True]
+    net.get(hub.url + "/x", "x").close()
+    assert seen == ["Bearer hf_secret"]
+    elsewhere, net.token = Hub(b""), None
+    net.own.add(prepare.origin(elsewhere.url))
+    hub.faults = [lambda r, n: seen.append(r.headers["Authorization"])
+                  or r.reply(status=302, Location=elsewhere.url) or True]
+    elsewhere.faults = [lambda r, n: seen.append((r.headers["Authorization"], r.headers["Range"]))
+                        or r.reply(b"{}") or True]
+    net.get(hub.url + "/x", "x", {"Authorization": "mine", "Range": "bytes=5-"}).close()
+    assert seen[1:] == ["mine", (None, "bytes=5-")]
+    elsewhere.shutdown()
+    elsewhere.server_close()
+    for url in ("http://example.com/", "https://127.0.0.1/", "https://localhost/", "https://[::1]/",
+                "https://192.168.1.1/", "ftp://a/",
+                "file:///etc/passwd", "https://[::ffff:10.0.0.1]/", "https:///x", "https://0.0.0.0/",
+                "https://[bad"):
+        with pytest.raises(prepare.NetError):
+            net.allow(url)
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    with pytest.raises(prepare.NetError):
+        prepare.Net().allow(hub.url)  # without a mirror on this machine nothing on it is asked
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
+    with pytest.raises(prepare.UserError, match="must be https"):
+        prepare.Net()
+
+
+def test_pictures_in_rows_whose_links_expire_are_asked_for_once_more(hub, tmp_path, capsys):
+    """Links to pictures in rows are signed for an hour; the rows give new ones."""
+    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [
+        dict(image=hub.fill({"IMAGE": f"p{i}"}), query="How many?", label=["1"]) for i in range(150)]
+    refused = []
+    hub.faults = [lambda r, n: r.path == "/pic/p120" and len(refused) < 1
+                  and (refused.append(1), r.reply(status=403), True)[2]]
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path), "--limit", "130"]) == 0
+    assert "130 rows read, 130 lines written" in capsys.readouterr().out
+    assert sum("offset=100" in path for path in hub.log) == 2 and hub.log.count("/pic/p119") == 1
+    hub.faults = [lambda r, n: r.path == "/pic/p140" and (r.reply(status=403), True)[1]]
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 0
+    assert "150 rows read, 149 lines written" in (text := capsys.readouterr().out) and "status 403" in text
+
+
+@pytest.mark.parametrize("most, refused", [(100, True), (30, False)])
+def test_pages_too_large_for_the_server_lose_no_row(hub, tmp_path, most, refused):
+    """Large rows make pages the server refuses, or cuts short."""
+    hub.rows["allenai/molmo2-hardcodes", "default", "train"] = [dict(questions=[f"Q{i}?"], response="A.")
+                                                                for i in range(230)]
+
+    def fault(r, n):
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(r.path).query))
+        if refused and int(query["length"]) > 10:
+            return r.reply(status=500, X_Error_Code="TooBigContentError") or True
+        r.path = r.path.replace(f"length={query['length']}", f"length={min(int(query['length']), most)}")
+
+    hub.faults = [fault]
+    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path)]) == 0
+    asked = [int(r["annotations"][0]["prompt"][1:-1]) for r in lines(tmp_path / "molmo2-hardcodes.jsonl")]
+    assert sorted(asked) == list(range(230))
+
+
+def test_terms_that_are_not_accepted_are_said(hub, tmp_path, capsys, monkeypatch):
+    questions(hub, ["a"])
+    hub.faults = [lambda r, n: "Authorization" not in r.headers and r.path.startswith("/rows")
+                  and (r.reply(status=401), True)[1]]
+    assert ask(tmp_path) == 1
+    assert "behind terms" in (text := capsys.readouterr().err) and "HF_TOKEN" in text
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert ask(tmp_path) == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert ask(tmp_path) == 0  # all is here
+    assert ask(tmp_path / "elsewhere") == 1 and "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+# ---- weights: large files ----------------------------------------------------------------------------------
+
+def put_weights(hub, body):
+    hub.files = {("allenai/Molmo2-8B", "model.safetensors"): body,
+                 ("allenai/Molmo2-8B", "pytorch_model.bin"): b"a pickle",
+                 ("allenai/Molmo2-8B", "modeling.py"): b"code"}
+    return "/allenai/Molmo2-8B/resolve/c0ffee00aa/model.safetensors"
+
+
+def weights(out):
+    return prepare.main(["weights", "Molmo2-8B", "--out", str(out)])
+
+
+def test_a_large_file_survives_what_connections_do(hub, tmp_path, capsys):
+    """Broken every 400 kB, a range ignored, a signed link expired, once damaged on the way: whole and right
+    in the end."""
+    body = os.urandom(1 << 20)
+    path, seen = put_weights(hub, body), []
+
+    def fault(r, n):
+        if r.path not in (path, "/signed"):
+            return False
+        at = int((r.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        seen.append(at)
+        if r.path == path:
+            return r.reply(status=302, Location="/signed") or True
+        if len(seen) in (6, 8):
+            return r.reply(status=403) or True
+        start = 0 if len(seen) == 14 else at  # the range is ignored: all from the start
+        r.send_response(206 if start else 200)
+        if start:
+            r.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        r.send_header("Content-Length", str(len(body) - start))
+        r.end_headers()
+        part = body[start:start + 400_000]
+        r.wfile.write(bytes(5) + part[5:] if len(seen) < 5 else part)  # the first parts are damaged
+        r.wfile.flush()
+        if start + 400_000 < len(body):
+            r.connection.shutdown(2)
+            r.close_connection = True
+        return True
+
+    hub.faults = [fault]
+    assert weights(tmp_path) == 0
+    folder = tmp_path / "Molmo2-8B"
+    assert open(folder / "model.safetensors", "rb").read() == body
+    assert os.listdir(folder) == ["model.safetensors"]  # no pickle, no code
+    # Three pieces, the last refused twice; damaged, so again from the start; the second piece came as the
+    # first.
+    assert [at // 393_216 for at in seen[::2]] == [0, 1, 2, 2, 2, 0, 1, 1, 2]
+    assert f"--init_from {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what, served, told", [
+    ("size", b"short", "5 bytes instead of 1000"),
+    ("sha256", b"x" * 1000, "its sha256 is not the one published"),
+    ("gated", None, "behind terms")])
+def test_a_large_file_that_is_not_the_published_one_is_no_file(hub, tmp_path, capsys, what, served, told):
+    path = put_weights(hub, b"y" * 1000)
+    hub.faults = [lambda r, n: r.path == path and (r.reply(served) if served else r.reply(status=403),
+                                                   True)[1]]
+    assert weights(tmp_path) == 1
+    assert told in capsys.readouterr().err and os.listdir(tmp_path / "Molmo2-8B") == []
+
+
+def test_killed_in_the_middle_the_next_run_fetches_the_rest(hub, tmp_path):
+    """kill -9: what was written counts. The server counts the bytes it is asked for."""
+    body, gate = os.urandom(6 << 20), threading.Event()
+    path = put_weights(hub, body)
+
+    def fault(r, n):
+        if r.path != path or gate.is_set():
+            return False
+        r.send_response(200)
+        r.send_header("Content-Length", str(len(body)))
+        r.end_headers()
+        r.wfile.write(body[:4 << 20])
+        r.wfile.flush()
+        gate.wait(60)  # and not a byte more
+        return True
+
+    hub.faults = [fault]
+    p = subprocess.Popen([sys.executable, os.path.join(ROOT, "prepare.py"), "weights", "Molmo2-8B", "--out",
+                          str(tmp_path)])
+    part = tmp_path / "Molmo2-8B" / "model.safetensors.c0ffee00.part"
+    until = time.monotonic() + 60
+    while not (os.path.exists(part) and os.path.getsize(part) >= 3 << 20) and time.monotonic() < until:
+        time.sleep(0.05)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    have = os.path.getsize(part)
+    gate.set()
+    hub.sent.clear()
+    assert 3 << 20 <= have < len(body) and weights(tmp_path) == 0
+    assert hub.sent[path] == len(body) - have
+    assert open(tmp_path / "Molmo2-8B" / "model.safetensors", "rb").read() == body
+
+
+def test_weights_that_were_fetched_load(hub, tmp_path):
+    """A folder fetched file by file is one that --init_from takes."""
+    tiny_model().save_pretrained(str(tmp_path / "made"))
+    hub.files = {("allenai/Molmo2-8B", n): open(tmp_path / "made" / n, "rb").read()
+                 for n in os.listdir(tmp_path / "made")}
+    assert weights(tmp_path / "w") == 0
+    Molmo2.from_pretrained(str(tmp_path / "w" / "Molmo2-8B"))
+
+
+def test_a_full_disk_is_said_before(hub, tmp_path, capsys, monkeypatch):
+    put_weights(hub, b"y" * 1000)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda p: collections.namedtuple("Usage", "free")(10_000))
+    assert weights(tmp_path) == 2 and "GB free" in capsys.readouterr().err
+
+
+# ---- files that are not what they seem ---------------------------------------------------------------------
+
+def archive(path, members, kind="zip"):
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+            for name, content in members:
+                z.writestr(name, content)
+    else:
+        with tarfile.open(path, "w") as t:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                if isinstance(content, str):
+                    info.type, info.linkname = tarfile.SYMTYPE, content
+                    t.addfile(info)
+                else:
+                    info.size = len(content)
+                    t.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("name", ["../out.png", "/tmp/out.png", "a/../../out.png"])
+def test_archives_stay_in_their_folder(tmp_path, kind, name):
+    os.makedirs(tmp_path / "in")
+    with pytest.raises(prepare.BadMedia):
+        prepare.unpack(archive(tmp_path / "a", [(name, b"x")], kind), str(tmp_path / "in"))
+    assert os.listdir(tmp_path / "in") == []
+
+
+def test_archives_bring_no_links_and_no_bombs(tmp_path, monkeypatch):
+    folder = str(tmp_path / "in")
+    prepare.unpack(archive(tmp_path / "a", [("link", "/etc/passwd"), ("a.txt", b"x")], "tar"), folder)
+    assert os.listdir(folder) == ["a.txt"]
+    with pytest.raises(prepare.BadMedia):  # through a link that lies there
+        os.symlink("/tmp", os.path.join(folder, "way"))
+        prepare.unpack(archive(tmp_path / "b", [("way/out", b"x")], "tar"), folder)
+    monkeypatch.setattr(prepare, "GROWTH", 0)
+    with pytest.raises(prepare.BadMedia, match="times its size"):
+        prepare.unpack(archive(tmp_path / "c", [("big", bytes(5 << 20))]), folder)
+
+
+def test_json_is_read_entry_by_entry_wherever_its_pieces_end(tmp_path):
+    rows = [dict(a=[1, {"b": "},]{"}], c="\u00e9\\\""), dict(a=2)]
+    for text, wanted in ((json.dumps(rows), rows), (json.dumps(dict(info="x", data=rows), indent=1), rows),
+                         (json.dumps(dict(x=rows[0], y=rows[1])),
+                          [dict(_key="x", **rows[0]), dict(_key="y", **rows[1])]), ("[]", [])):
+        for chunk in (1, 2, 3, 7, 1000):
+            with open(tmp_path / "x.json", "w") as f:
+                f.write(text)
+            assert list(prepare.json_items(str(tmp_path / "x.json"), chunk)) == wanted, (text, chunk)
+    for text in ("[{", '[{"a": 1}', "3", ""):
+        with open(tmp_path / "x.json", "w") as f:
+            f.write(text)
+        with pytest.raises(prepare.BadRow):
+            list(prepare.json_items(str(tmp_path / "x.json"), 4))
+
+
+def test_masks_written_as_text_are_read():
+    """COCO's text, from hand: 5, 3, 2 as they are; 10 as 7 more than 3; 1 as one less than 2; 100 in two
+    characters."""
+    assert convert.unpacked(dict(size=[3, 7], counts="5327O"))["counts"] == [5, 3, 2, 10, 1]
+    assert convert.unpacked(dict(size=[10, 10], counts="T3"))["counts"] == [100]
+    assert convert.runs([[False, True], [True, True]]) == dict(size=[2, 2], counts=[1, 3])
+    assert convert.runs([[True, False]]) == dict(size=[1, 2], counts=[0, 1, 1])
+
+
+# ---- the whole
+# -----------------------------------------------------------------------------------------------
+
+def test_no_set_of_the_registry_is_neither_converted_nor_explained(hub, tmp_path, capsys):
+    """All 102: a recipe for each; by hand means that it is said where from, and under which licence."""
+    registry = read_registry()
+    assert len(registry) == 102 and registry.keys() == convert.RECIPES.keys()
+    for name, recipe in convert.RECIPES.items():
+        assert callable(recipe.convert) and recipe.media in prepare.MEDIA_FROM, name
+        assert recipe.media != "hand" or len(recipe.note) > 10, name
+        assert recipe.media != "archive" or recipe.archives, name
+        assert recipe.rows or registry[name]["source"] != "manual", name
+    assert prepare.main(["list", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in text[1:103]] == list(registry) and text[-1].startswith("102 sets")
+    by_hand = [n for n, r in convert.RECIPES.items() if r.media == "hand"]
+    assert prepare.main(["data", *by_hand, "--out", str(tmp_path)]) == 1  # nothing to train on yet
+    told, err = capsys.readouterr()
+    assert [line.split(":")[0] for line in told.splitlines()] == by_hand and not err and not hub.log
+    assert all(w in line for line in told.splitlines() for w in ("Where from:", "Licence:", "Put the media"))
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["data", "pixmo"], "pixmo: no set, group or stage"),
+    (["weights", "GPT"], "GPT: not one of stage1, Molmo2-8B"),
+    (["data", "pixmo-cap", "--limit", "0"], "--limit 0"), (["check", "nowhere"], "nowhere"),
+    (["data", "pixmo-cap", "--lim", "1"], "--lim"),
+    (["lst"], "lst")])
+def test_mistakes_are_one_line(argv, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = prepare.main(argv)
+    except SystemExit as e:
+        code = e.code
+    assert code == 2 and told in capsys.readouterr().err
+
+
+def test_a_large_set_without_pyarrow_says_what_to_do(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fetch, "WHOLE", 50)
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    hub.rows["allenai/molmo2-hardcodes", "default", "train"] = [dict(questions=[f"Q{i}?"], response="A.")
+                                                                for i in range(230)]
+    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path)]) == 2
+    assert "needs pyarrow (pip install pyarrow); or take some, with --limit" in capsys.readouterr().err
+    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path), "--limit", "210"]) == 0
+    asked = lines(tmp_path / "molmo2-hardcodes.jsonl")
+    assert sorted(int(r["annotations"][0]["prompt"][1:-1]) for r in asked) == list(range(210))
+
+
+def test_another_unit_than_expected_stops_a_set(hub, tmp_path, capsys):
+    """Points in pixels where per cent are published would train a model to point into corners."""
+    questions(hub, [])
+    hub.rows["allenai/pixmo-points", "default", "train"] = [hub.fill(dict(
+        image_url="URL/pic/a", image_sha256="SHA(a)", label="cup", points=[dict(x=300.0 + i, y=200.0)],
+        count=1)) for i in range(5)]
+    assert prepare.main(["data", "pixmo-points", "--out", str(tmp_path)]) == 2
+    assert "10 of 10 coordinates are off the picture" in capsys.readouterr().err
+
+
+def test_columns_that_changed_are_named(hub, tmp_path, capsys):
+    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [dict(picture=None, asks="?")]
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 1
+    assert "its columns: picture, asks" in capsys.readouterr().out
+
+
+def test_many_rows_convert_in_little_memory(hub, tmp_path):
+    """2,000 rows a second and 300 MB, the project's libraries included; 100,000 rows are the same, only
+    longer."""
+    hub.rows["allenai/tulu-v2-sft-mixture", "default", "train"] = [
+        dict(dataset="flan", id=str(i), messages=[dict(role="user", content=f"{i} " + "word " * 100),
+                                                  dict(role="assistant", content="answer " * 150)])
+        for i in range(10_000)]
+    code = ("import sys, time, prepare\nstart = time.process_time()\nassert prepare.main(sys.argv[1:]) == 0\n"
+            "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+            "print(time.process_time() - start, peak.split()[1])")
+    p = subprocess.run([sys.executable, "-c", code, "data", "tulu-v2-sft-mixture", "--out", str(tmp_path),
+                        "--limit", "10000"],
+                       env=dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"), text=True,
+                       capture_output=True)
+    assert p.returncode == 0, p.stderr
+    seconds, kilobytes = map(float, p.stdout.split()[-2:])
+    assert seconds < 5 and kilobytes < 300 * 1024, p.stdout
+    assert sum(1 for _ in open(tmp_path / "tulu-v2-sft-mixture.jsonl")) == 10_000
+
+
+# ---- check -------------------------------------------------------------------------------------------------
+
+def test_check_counts_what_is_wrong(tmp_path, capsys):
+    """A user would train on broken, doubled or empty pictures."""
+    film, rows = video(tmp_path / "a.mp4"), []
+    for n in "abcdefgh":
+        picture(str(tmp_path / f"{n}.png"), (10 * ord(n) % 255, 0, 0))
+        rows.append(dict(id=n, image=f"{n}.png", width=30, height=24,
+                         annotations=[dict(task="image_caption", answer=n)]))
+    point = dict(task="video_pointing", label="dot", points=[dict(t=1.0, x=0, y=0, id=0)])
+    rows.append(dict(id="v", video="a.mp4", width=48, height=32, duration=2.0, annotations=[point]))
+    bad = tmp_path / "bad.jsonl"
+    write_lines(tmp_path / "rows.jsonl", rows)
+    check = lambda: prepare.main(["check", str(tmp_path / "rows.jsonl"), "--bad_rows", str(bad)])
+    assert check() == 0 and "all is well" in capsys.readouterr().out and os.path.getsize(bad) == 0
+    with open(tmp_path / "a.png", "rb+") as f:
+        f.truncate(60)
+    with open(tmp_path / "b.png", "wb") as f:
+        f.write(b"<html>")
+    os.remove(tmp_path / "c.png")
+    picture(str(tmp_path / "d.png"), "red", (31, 24))
+    for n in "12345":
+        picture(str(tmp_path / f"gone{n}.png"), "gray")
+    rows += [dict(rows[4], id="twice"), dict(rows[0], image="../out.png"), "{",
+             dict(rows[8], id="longer", duration=3.0),
+             dict(rows[8], id="late", annotations=[dict(point, points=[dict(t=9, x=0, y=0, id=0)])])]
+    rows += [dict(rows[0], id=n, image=f"gone{n}.png") for n in "12345"]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert check() == 1
+    found = collections.Counter((r["line"], r["reason"]) for r in map(json.loads, open(bad)))
+    reasons = collections.Counter(reason.split(" ")[0] for _, reason in found)
+    assert reasons == {"truncated": 1, "not": 1, "no": 1, "another": 2, "duplicate": 1, "media": 1,
+                       "malformed": 1, "point": 1,
+                       "placeholder": 5}, found
+    assert sorted(line for line, _ in found) == [1, 2, 3, 4,
+                                                 *range(10, 20)] and "14 bad lines" in capsys.readouterr().out
+    assert film
+
+
+def test_the_real_media_pass_and_a_corrupted_copy_fails(tmp_path, capsys):
+    shared = os.path.join(os.path.dirname(ROOT), "shared", "media")
+    if not os.path.isdir(shared):
+        pytest.skip("../shared/media is not here")
+    copy = str(tmp_path / "media")
+    prepare.shutil.copytree(shared, copy)
+    bad = ["--bad_rows", str(tmp_path / "bad.jsonl")]
+    assert prepare.main(["check", copy, *bad]) == 0
+    with open(os.path.join(copy, "truck.jpg"), "rb+") as f:
+        f.truncate(20_000)
+    with open(os.path.join(copy, "juggle.mp4"), "rb+") as f:
+        f.truncate(os.path.getsize(os.path.join(copy, "juggle.mp4")) // 2)
+    uses = sum("truck.jpg" in line or "juggle.mp4" in line for line in open(os.path.join(copy, "real.jsonl")))
+    assert prepare.main(["check", copy, *bad]) == 1
+    assert f"{uses} bad lines" in capsys.readouterr().out and uses == 3
