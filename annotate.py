@@ -49,8 +49,8 @@ from PIL import Image
 
 import toy
 from data import MEDIA, STYLE, BadRow, parse_row
+from fetch import NetError, patiently
 from media import BadMedia, inside_folder, load_frames, open_video, sample_times, video_duration
-from prepare import NetError, patiently
 from review import HERE, Reviewer, Work, digest, jpeg, settled, write_whole
 from sample import Chat, load
 from weights import BadCheckpoint

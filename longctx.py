@@ -7,6 +7,15 @@ Stage 3: the same mixture in rows nine times as long, so that a video may have t
 
 384 frames of 81 tokens and their timestamps are some 33,000 tokens; with a question and an answer 36,864 hold them.
 No new parameter, no new loss: what changes is how much memory a row takes, and that is what ulysses.py is for.
+What each of eight cards of 80 GB holds of a 7B model (--config 7b --cp 8 --world 8 --dry_run, budget.py; GB):
+
+    weights, gradients, two moments of AdamW      7.76e9 x 16 bytes / 8                          14.5
+    gathered for this block and the next          bf16, with embedding, head and connector        2.4
+    gradients on their way to be shared           bf16, and fp32 to be added up                   6.7
+    activations of 4,608 tokens and 45 crops      block inputs, with --recompute                  3.7
+    logits of a chunk, the head's gradient        never 36,864 x 100,278: that alone were 13.8    2.4
+    one block computed again, on the way back                                                     1.5
+                                                                                                 31.2
 """
 import dataclasses
 

@@ -198,7 +198,8 @@ def counting(rng, scene):
 def pair(rng, scenes, trains=False):
     """Questions about two pictures: which one shows something, where it is in each, where in one of them; in training
     also what is in each, from which it is learned what belongs to which."""
-    out = [dict(task="multi_image_qa", prompt=f"What is in image {k}?", answer=listing([f"a {o['colour']} {o['shape']}" for o in s["objects"]]).capitalize() + ".")
+    in_it = lambda s: listing([f"a {o['colour']} {o['shape']}" for o in s["objects"]]).capitalize() + "."
+    out = [dict(task="multi_image_qa", prompt=f"What is in image {k}?", answer=in_it(s))
            for k, s in enumerate(scenes)] if trains else []
     find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
     for _ in range(2):
