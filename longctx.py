@@ -34,4 +34,4 @@ PRESETS = {
 
 if __name__ == "__main__":
     cfg, run = pretrain.main(DEFAULTS, PRESETS)
-    print(f'next: python sample.py {run}/latest data/toy/long/eval/video/00003.mp4 "Track the shapes."')
+    print(f'next: python sample.py {run}/latest data/toy/long/eval/video/00000.mp4 "Track the white circle."')
