@@ -109,7 +109,9 @@ def _rank(rank, ranks, meeting, fn, args):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     fn(rank, ranks, *args)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # without the interpreter's own end, in which a thread of gloo once aborted
 
 
 def run_ranks(fn, ranks, *args):

@@ -63,7 +63,7 @@ def test_wrong_flags_exit_2(flags, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--cp", "3"], "--cp 3: .* divide --seq_len 256"), (["--steps", "0"], "--steps 0"),
-    (["--cp", "16"], "4 heads cannot be shared by 16 ranks"),
+    (["--cp", "16"], "8 heads cannot be shared by 16 ranks"),
     (["--config", "1b"], "--config 1b needs --data"), (["--optimizer", "sgd"], "choose from adamw, muon"),
     (["--freeze", "tail"], "--freeze tail")])
 def test_values_that_cannot_work_say_how_to_fix_them(flags, message):
