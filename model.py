@@ -130,14 +130,14 @@ def dense_mask(example, branch, vision):
 
 
 def example_masks(example, branch, vision):
-    """The rule for whole rows, example by example: for each row [(where an example stands, (1, 1, n, n) bool)],
-    and None for padding. Ten packed examples attended to one after the other are a tenth of the work of T x T."""
+    """The rule for whole rows, example by example: for each row [(length n of an example, (1, 1, n, n) bool)], with
+    None for padding. Ten packed examples attended to one after the other are a tenth of the work of T x T."""
     rows = []
     for ids in zip(example, branch, vision):
         parts, begin = [], 0
         for e, n in zip(*(x.tolist() for x in ids[0].unique_consecutive(return_counts=True))):
-            part, t = slice(begin, begin + n), torch.arange(n, device=example.device)
-            parts.append((part, may_attend(t[:, None], t[None], *(x[part] for x in ids))[None, None] if e else None))
+            t, own = torch.arange(n, device=example.device), (x[begin:begin + n] for x in ids)
+            parts.append((n, may_attend(t[:, None], t[None], *own)[None, None] if e else None))
             begin += n
         rows.append(parts)
     return rows
@@ -241,13 +241,17 @@ def attend(q, k, v, mask=None):
     """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S),
     `example_masks`, a `block_mask`, or None."""
     if isinstance(mask, list):
-        def one(row, part, m):
-            q1, k1, v1 = (x[row:row + 1, :, part] for x in (q, k, v))
+        def one(m, q, k, v):
             if m is not None:
-                return attend(q1, k1, v1, m)
+                return attend(q, k, v, m)
             # Nothing, and yet q, k and v have a gradient: under FSDP a weight has one on all ranks or on none.
-            return 0 * (q1 + (k1 + v1).repeat_interleave(q.shape[1] // k.shape[1], 1))
-        return torch.cat([torch.cat([one(row, *part) for part in parts], 2) for row, parts in enumerate(mask)])
+            return 0 * (q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1))
+        rows = []
+        for parts, *qkv in zip(mask, *(x.split(1) for x in (q, k, v))):
+            lengths, masks = zip(*parts)
+            # split, not sliced: the gradient of a slice is as large as the whole it was cut from
+            rows.append(torch.cat([one(*each) for each in zip(masks, *(x.split(lengths, 2) for x in qkv))], 2))
+        return torch.cat(rows)
     if hasattr(mask, "kv_indices"):
         return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
