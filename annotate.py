@@ -25,11 +25,13 @@ import base64
 import collections
 import concurrent.futures
 import datetime
+import functools
 import getpass
 import html
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -48,10 +50,10 @@ import requests
 from PIL import Image
 
 import toy
-from data import MEDIA, STYLE, BadRow, parse_row
-from fetch import NetError, patiently
+from data import MEDIA, STYLE
+from fetch import NetError, UserError, patiently
 from media import BadMedia, inside_folder, load_frames, open_video, sample_times, video_duration
-from review import HERE, Reviewer, Work, digest, jpeg, settled, write_whole
+from review import HERE, Reviewer, Work, digest, jpeg, read_rows, settled, write_whole
 from sample import Chat, load
 from weights import BadCheckpoint
 
@@ -60,13 +62,10 @@ STAND_IN = "rule-based stand-in, no language model"
 CLOSED_HOSTS = re.compile(r"(^|\.)(openai\.com|openai\.azure\.com|anthropic\.com|x\.ai|cohere\.(com|ai)|"
                           r"(generativelanguage|aiplatform)\.googleapis\.com|perplexity\.ai|ai21\.com|"
                           r"bedrock[\w-]*\.[\w-]+\.amazonaws\.com)$")
-CLOSED_MODELS = re.compile(r"gpt-[345]|chatgpt|claude|gemini|(^|/)o[134](-|$)", re.I)
+CLOSED_MODELS = re.compile(r"gpt-[3-9]|chatgpt|claude|gemini|(^|/)o[134](-|$)|"
+                           r"qwen[\d.]*-(vl-)?(max|plus)", re.I)
 REFUSAL = re.compile(r"\s*((i'?m |i am )?sorry|i can ?not|i can'?t|i'?m unable|i am unable|as an ai\b)", re.I)
 LONGEST = 12000  # characters of an answer; a model that writes more has lost its way
-
-
-class UserError(Exception):
-    """A mistake of who runs this, in one line."""
 
 
 class Unusable(Exception):
@@ -98,11 +97,18 @@ PROMPTS = dict(
           "false.")
 
 
+def today():
+    return datetime.date.today().isoformat()
+
+
 def check_server(url, model, allow_closed):
     """Whether what answers at a URL is closed. Closed ones are refused unless allowed, as is plain http."""
-    parts = urllib.parse.urlsplit(url)
-    host = (parts.hostname or "").rstrip(".")
-    if not host or parts.scheme not in ("http", "https"):
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = (parts.hostname or "").rstrip("."), parts.port or 80
+    except ValueError:  # brackets that do not close, a port above 65535
+        host = port = None
+    if not host or not port or parts.scheme not in ("http", "https"):
         raise UserError(f"{url}: not the URL of a server; e.g. http://localhost:8000/v1")
     if parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
         raise UserError(f"{url}: only https, except on this machine")
@@ -125,18 +131,22 @@ class Client:
         key = os.environ.get("ANNOTATE_API_KEY")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def ask(self, step, url, key, trouble=(), **request):
-        """{step, reply, trouble: what went wrong before, date}, kept or new."""
+    def once(self, key, ask):
+        """What ask() gave the first time, in this run or an earlier one."""
         path = os.path.join(self.folder, key + ".json")
         with self.locks.setdefault(key, threading.Lock()):  # two rows may ask the same
             if self.stop.is_set():
                 raise Unusable("stopped")
             if not os.path.exists(path):
-                write_whole(path, json.dumps(self.send(step, url, list(trouble), request)))
+                write_whole(path, json.dumps(ask()))
             with open(path, encoding="utf-8") as f:
                 return json.load(f)
 
-    def send(self, step, url, trouble, request):
+    def send(self, step, url, trouble=(), **request):
+        """{step, reply, trouble: what went wrong before, date}. Unusable where there is no reply, UserError
+        where there will be none to other requests either."""
+        trouble = list(trouble)
+
         def attempt():
             try:
                 r = requests.post(url, headers=self.headers, timeout=(10, self.timeout),
@@ -160,14 +170,14 @@ class Client:
             raise UserError(f"{url}: status {r.status_code}, {r.text[:200]!r}; wrong URL, model or key?")
         if not r.ok:
             raise Unusable(f"{step}: status {r.status_code}")
-        try:
-            reply = r.json()
-        except ValueError:
+        try:  # JSON can spell half a character, which is no text
+            reply = json.loads(json.dumps(r.json(), ensure_ascii=False).encode(errors="replace"))
+        except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict) or not {"choices", "segments", "text"} & reply.keys():
             raise Unusable(f"{step}: no answer of the protocol")
         check_server(url, str(reply.get("model", "")), self.allow_closed)  # it says which model spoke
-        return dict(step=step, reply=reply, trouble=trouble, date=datetime.date.today().isoformat())
+        return dict(step=step, reply=reply, trouble=trouble, date=today())
 
 
 def read_reply(reply):
@@ -191,20 +201,21 @@ def parse_list(text):
 
 
 def parse_bool(text):
+    """The JSON true or false that an answer is; KeyError if it is anything else."""
     return {"true": True, "false": False}[text.strip(" .`\n").lower()]
 
 
 class Served:
     """What a model behind a server is asked about one row; `notes` says who did each step, for the row."""
 
-    def __init__(self, client, url, model, licence, describe=None):
+    def __init__(self, client, url, model, licence):
         self.client, self.url, self.model, self.licence = client, url.rstrip("/"), model, licence
-        self.own, self.notes = describe, {}
+        self.notes = {}
 
-    def note(self, step, prompt, model, date):
+    def note(self, step, model, date, **prompt):
         closed = {"closed": True} if check_server(self.url, model, self.client.allow_closed) else {}
-        self.notes[step, model] = dict(step=step, by="model", model=model, licence=self.licence,
-                                       prompt=digest(prompt)[:16], date=date, **closed)
+        self.notes[step, model] = dict(step=step, by="model", model=model, licence=self.licence, date=date,
+                                       **prompt, **closed)
 
     def ask(self, step, parse=str.strip, pictures=(), **about):
         """The answer to a step's prompt, parsed. What is empty or cannot be parsed is asked for once more."""
@@ -214,13 +225,15 @@ class Served:
         messages, trouble = [dict(role="user", content=content)], []
         for _ in range(2):
             body = dict(model=self.model, temperature=0, max_tokens=4096, messages=messages)
-            kept = self.client.ask(step, self.url + "/chat/completions", digest(body), trouble, json=body)
+            kept = self.client.once(digest(body), lambda: self.client.send(
+                step, self.url + "/chat/completions", trouble, json=body))
             text, why = read_reply(kept["reply"])
-            self.note(step, PROMPTS[step], str(kept["reply"].get("model") or self.model), kept["date"])
+            self.note(step, str(kept["reply"].get("model") or self.model), kept["date"],
+                      prompt=digest(PROMPTS[step])[:16])
             if why is None:
                 try:
                     return parse(text)
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, RecursionError):
                     why = "invalid JSON"
             if why not in ("invalid JSON", "empty answer"):
                 break
@@ -232,19 +245,18 @@ class Served:
     def transcribe(self, name, sound):
         """[{start, end, text}] of an audio file; end is None where the server gives no times."""
         form = dict(model=self.model, response_format="verbose_json")
-        kept = self.client.ask("narration", self.url + "/audio/transcriptions", digest(form, sound),
-                               data=form, files=dict(file=(name, sound)))
-        self.note("narration", "", self.model, kept["date"])
+        kept = self.client.once(digest(form, sound), lambda: self.client.send(
+            "narration", self.url + "/audio/transcriptions", data=form, files=dict(file=(name, sound))))
+        self.note("narration", self.model, kept["date"])
+        seconds = lambda t: float(t) if t is not None and math.isfinite(float(t)) else None
         try:
             parts = kept["reply"].get("segments") or [dict(start=0, end=None, text=kept["reply"]["text"])]
-            return [dict(start=float(s["start"]), end=s["end"], text=s["text"].strip()) for s in parts]
+            return [dict(start=seconds(s["start"]) or 0.0, end=seconds(s["end"]), text=s["text"].strip())
+                    for s in parts]
         except (LookupError, TypeError, ValueError, AttributeError):
             raise Unusable("narration: no answer of the protocol") from None
 
     def describe(self, t, picture):
-        if self.own:
-            text, self.notes["describe", ""] = self.own(picture)
-            return text
         return self.ask("describe", pictures=[picture], t=t)
 
     def merge(self, narration, frames):
@@ -275,20 +287,33 @@ class Served:
                                                            one=q["answer"], other=said)
 
 
-def own_checkpoint(folder, device):
-    """A function that has one of our own checkpoints describe a picture: (text, provenance)."""
-    model, lock, prompt = load(folder, device), threading.Lock(), "Describe the image."
+def own_checkpoint(args, client):
+    """describe(lm, t, picture), which has one of our own checkpoints say what a picture shows, and notes it
+    with what the language model `lm` did. What it said is kept like the answer of a server."""
+    folder, lock, prompt = args.checkpoint, threading.Lock(), "Describe the image."
+    try:
+        model = load(folder, args.device)
+    except (RuntimeError, AssertionError) as e:  # as torch says that there is no such device
+        raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
+    weights = os.path.realpath(folder), os.stat(folder).st_mtime_ns  # `latest` is another one next week
 
-    def describe(picture):
+    def look(picture):
         with lock, tempfile.TemporaryDirectory() as aside:  # one picture at a time, whatever the concurrency
             path = os.path.join(aside, "frame.jpg")
             with open(path, "wb") as f:
                 f.write(picture)
-            text = "".join(Chat(*model, [path]).ask(prompt)).strip()
-        if not text:
-            raise Unusable("describe: empty answer")
-        return text, dict(step="describe", by="model", model=folder, licence="as its weights",
-                          prompt=digest(prompt)[:16])
+            text = "".join(Chat(*model, [path]).ask(prompt))
+        reply = dict(choices=[dict(message=dict(content=text))])
+        return dict(step="describe", reply=reply, trouble=[], date=today())
+
+    def describe(lm, t, picture):
+        kept = client.once(digest(weights, prompt, picture), lambda: look(picture))
+        lm.notes["describe", folder] = dict(step="describe", by="model", model=folder, date=kept["date"],
+                                            licence="as its weights", prompt=digest(prompt)[:16])
+        text, why = read_reply(kept["reply"])
+        if why:
+            raise Unusable(f"describe: {why}")
+        return text.strip()
     return describe
 
 
@@ -331,13 +356,14 @@ def several(noun, text):
 class StandIn:
     """Answers what Served answers, by rules."""
 
-    notes = {"all": dict(step="every step of a model", by=STAND_IN)}
+    def __init__(self):
+        self.notes = {"all": dict(step="every step of a model", by=STAND_IN)}
 
     def describe(self, t, picture):
         """Regions of the toy world's colours: a bar is longer than wide, a star does not fill its circle."""
         pixels, seen = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), float), []
         for colour, rgb in toy.COLOURS.items():
-            y, x = np.nonzero(np.abs(pixels - rgb).max(-1) < 55)
+            y, x = np.nonzero(np.abs(pixels - rgb).max(-1) < 40)
             if len(x) > pixels.size / 300:
                 cx, cy = x.mean(), y.mean()
                 thin, long = np.sqrt(np.linalg.eigvalsh(np.cov([x, y])))
@@ -595,9 +621,9 @@ def question_row(row, args, lm):
     except Unusable as e:
         out.append(left_out(str(e)))
     about = ("id", *MEDIA, "start", "end", "duration", "width", "height", "subtitles")
-    provenance = row.get("provenance", []) + list(lm.notes.values())
-    return [{k: row[k] for k in about if k in row}
-            | dict(caption=a["answer"], annotations=out, provenance=provenance)]
+    by = row.get("provenance", [])
+    return [{k: row[k] for k in about if k in row} | dict(
+        caption=a["answer"], annotations=out, provenance=by + [n for n in lm.notes.values() if n not in by])]
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -629,14 +655,21 @@ def write_rows(args, jobs, work_on):
 
 def language_model(args):
     """A function that gives a new language model for each row, by --url, --model and --checkpoint."""
-    if args.url == "stand-in":
-        return StandIn
-    if not args.model or not args.licence:
-        raise UserError(f"--url {args.url}: needs --model and --licence, which every row will name")
-    check_server(args.url, args.model, args.allow_closed)
-    client, checkpoint = Client(args), getattr(args, "checkpoint", None)
-    describe = own_checkpoint(checkpoint, args.device) if checkpoint else None
-    return lambda: Served(client, args.url, args.model, args.licence, describe)
+    client, make = Client(args), StandIn
+    if args.url != "stand-in":
+        if not args.model or not args.licence:
+            raise UserError(f"--url {args.url}: needs --model and --licence, which every row will name")
+        check_server(args.url, args.model, args.allow_closed)
+        make = functools.partial(Served, client, args.url, args.model, args.licence)
+    if not getattr(args, "checkpoint", None):
+        return make
+    describe = own_checkpoint(args, client)
+
+    def with_eyes():
+        lm = make()
+        lm.describe = functools.partial(describe, lm)
+        return lm
+    return with_eyes
 
 
 def run_caption(args):
@@ -651,8 +684,7 @@ def run_caption(args):
     make_lm, make_ears = language_model(args), lambda: None
     if args.asr_url:
         check_server(args.asr_url, args.asr_model, args.allow_closed)
-        client = Client(args)
-        make_ears = lambda: Served(client, args.asr_url, args.asr_model, args.asr_licence)
+        make_ears = functools.partial(Served, Client(args), args.asr_url, args.asr_model, args.asr_licence)
     write_rows(args, args.videos, lambda path: caption_video(path, args, make_lm, make_ears))
 
 
@@ -661,8 +693,7 @@ def run_qa(args):
     if folder(args.file) != folder(args.out) or os.path.abspath(args.file) == os.path.abspath(args.out):
         raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where the "
                         "media are")
-    with open(args.file, "rb") as f:
-        rows = [dict(id=str(n)) | parse_row(line) for n, line in enumerate(f, 1) if line.strip()]
+    rows = [dict(id=str(n)) | row for n, row in read_rows(args.file)]
     make_lm = language_model(args)
     write_rows(args, rows, lambda row: question_row(row, args, make_lm()))
 
@@ -695,9 +726,10 @@ STEPS = ("narration", "describe", "merge", "contradictions", "check", "questions
 
 
 def table(head, rows):
+    """An HTML table of tuples, or "none"."""
     line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}" for c in cells)
     lines = [line("th", head), *(line("td", row) for row in rows)]
-    return "<table border=1>" + "".join(lines) + "</table>" if rows else "<p>none</p>"
+    return "<table>" + "".join(lines) + "</table>" if rows else "<p>none</p>"
 
 
 def request_counts(folder):
@@ -713,13 +745,25 @@ def request_counts(folder):
     return counts.most_common()
 
 
+def in_short(row, a):
+    """(what is asked, what is answered) of an annotation; of a clip without a caption what was said in it."""
+    if "options" in a:
+        return a["question"], " / ".join("*" * (k == a["correct"]) + o for k, o in enumerate(a["options"]))
+    if "points" in a:
+        return a.get("prompt") or a.get("label", ""), f"{len(a['points'])} points"
+    if "messages" in a:
+        return a["messages"][0]["content"], a["messages"][1]["content"]
+    said = " ".join(s["text"] for s in row.get("narration", ()))
+    return a.get("prompt", ""), a["answer"] or f"said: {said or 'nothing'}"
+
+
 def run_report(args):
     """FILE.work/report.html: what each step let through, why not, requests, decisions, examples."""
     work = Work(args.file)
     rows, decisions, e = work.rows(), work.decisions(), html.escape
     everything = [(row, a) for row in rows for a in settled(row, decisions.get(row["name"], {}))]
     reasons = collections.Counter(a["left_out"] for _, a in everything if "left_out" in a)
-    left, yields = len(everything), [("made", "", len(everything), "100 %")]
+    left, yields = len(everything), [("made", "", len(everything), "100%")]
     for step in STEPS:
         gone = sum(n for reason, n in reasons.items() if reason.partition(":")[0] == step)
         left -= gone
@@ -728,23 +772,24 @@ def run_report(args):
     last = [d for mine in decisions.values() for d in mine.values()]
     verdicts = collections.Counter((d["verdict"], d["who"]) for d in last)
     sample = [a["status"] for row, a in everything if row.get("sample")]
-    page = [STYLE, f"<h1>{e(os.path.basename(args.file))}</h1><p>{len(rows)} lines, {len(everything)} "
-                   f"annotations made, {left} in the file. By: {e(', '.join(by))}.</p>",
+    checked = (f"<p>Of the {len(sample)} annotations of the validation sample {sample.count('accept')} were "
+               f"accepted as they are, {sample.count('undecided')} are undecided.</p>" if sample else "")
+    page = [STYLE, "<style>body {padding: 0 1em} table {border-collapse: collapse} "
+                   "th, td {text-align: left; padding: .1em .7em; border: 1px solid #ccc}</style>",
+            f"<h1>{e(os.path.basename(args.file))}</h1><p>{len(rows)} lines, {len(everything)} "
+            f"annotations made, {left} in the file. By: {e(', '.join(by)) or 'nobody named'}.</p>",
             "<h2>Yield of each step</h2>", table(("step", "left out", "go on", "share"), yields),
             "<h2>Reasons</h2>", table(("reason", "annotations"), reasons.most_common()),
             "<h2>Requests</h2>", table(("step and what came back", "times"),
                                        request_counts(os.path.join(work.folder, "requests"))),
             "<h2>Decisions of people</h2>", table(("verdict", "who", "annotations"),
                                                   [(*pair, n) for pair, n in verdicts.most_common()]),
-            f"<p>Of the {len(sample)} annotations of the validation sample {sample.count('accept')} were "
-            f"accepted as they are, {sample.count('undecided')} are undecided.</p><h2>Examples</h2>"]
+            checked, "<h2>Examples</h2>"]
     for why in ("kept", *reasons):
         page.append(f"<h3>{e(why)}</h3>")
         for row, a in [pair for pair in everything if pair[1].get("left_out", "kept") == why][:3]:
-            options = " / ".join("*" * (k == a["correct"]) + o for k, o in enumerate(a.get("options", ())))
-            said = a.get("answer") or options or f"{len(a.get('points', ()))} points"
-            asked = a.get("prompt") or a.get("question") or a.get("label") or ""
-            page.append(f"<p>{e(row['name'])}: {e(asked)} <i>{e(said)}</i></p>")
+            asked, answered = in_short(row, a)
+            page.append(f"<p>{e(row['name'])}: {e(asked)} <i>{e(answered)}</i></p>")
     out = os.path.join(work.folder, "report.html")
     write_whole(out, "\n".join(page))
     print(f"{out}: {left} of {len(everything)} annotations kept")
@@ -792,6 +837,17 @@ def run_demo(args):
         main(["review", qa])
 
 
+def number(kind, low, high=math.inf):
+    """A type of flags: a number of a kind, from low to high."""
+    def read(text):
+        if not low <= (value := kind(text)) <= high:
+            upto = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {upto}")
+        return value
+    read.__name__ = kind.__name__  # what argparse calls it, of what is no number
+    return read
+
+
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
@@ -810,32 +866,37 @@ def parse(argv):
     flag("--asr_licence", default="Apache-2.0", help="licence of that model [Apache-2.0]")
     flag("--checkpoint", help="folder of one of our own checkpoints, which then describes the frames")
     flag("--device", default="cpu", help="of that checkpoint: cpu, cuda or mps [cpu]")
-    flag("--clip_seconds", type=float, default=30.0, help="longest clip; cut where narration pauses [30]")
-    flag("--frames", type=int, default=8, help="frames of a clip to describe, at most one a second [8]")
+    flag("--clip_seconds", type=number(float, 1), default=30.0,
+         help="longest clip; cut where narration pauses [30]")
+    flag("--frames", type=number(int, 1), default=8,
+         help="frames of a clip to describe, at most one a second [8]")
     flag("--language", default="en", choices=(*LANGUAGES, "any"), help="of the captions [en]")
     served = [flag]
     flag = command("qa", run_qa, "captions to questions, filtered")
     flag("file", help="JSONL file with captions")
-    flag("--questions", type=int, default=12, help="asked for per caption [12]")
-    flag("--sample", type=float, default=0.1, help="share of lines marked for people to check [0.1]")
+    flag("--questions", type=number(int, 1), default=12, help="asked for per caption [12]")
+    flag("--sample", type=number(float, 0, 1), default=0.1,
+         help="share of lines marked for people to check, at least one line [0.1]")
     for flag in served + [flag]:
         flag("--out", required=True, help="JSONL file to write; its folder must hold the media")
         flag("--url", required=True, help="OpenAI-compatible server, e.g. http://localhost:8000/v1; "
                                           "stand-in = rules for the toy world, no model")
         flag("--model", help="name of its model")
         flag("--licence", help="licence of that model, named in every row")
-        flag("--concurrency", type=int, default=8, help="videos or lines worked on at a time [8]")
-        flag("--timeout", type=float, default=120.0, help="seconds to wait for an answer [120]")
+        flag("--concurrency", type=number(int, 1, 256), default=8,
+             help="videos or lines worked on at a time [8]")
+        flag("--timeout", type=number(float, 0.1, 86400), default=120.0,
+             help="seconds to wait for an answer [120]")
         flag("--allow_closed", action="store_true", help="let closed models through; their rows are marked")
     flag = command("review", run_review, "a page to accept, edit, reject and place points")
     flag("file", help="JSONL file, made here or elsewhere")
     flag("--who", help="name under which decisions are kept [the login]")
-    flag("--port", type=int, default=0, help="of 127.0.0.1 [a free one]")
+    flag("--port", type=number(int, 0, 65535), default=0, help="of 127.0.0.1 [a free one]")
     flag("--open", action=argparse.BooleanOptionalAction, default=True, help="open it in a browser [yes]")
     command("report", run_report, "what each step let through, as a page")("file", help="JSONL file")
     flag = command("demo", run_demo, "all of it on toy videos")
     flag("--out", default=os.path.join("out", "annotate"), help="folder [out/annotate]")
-    flag("--clips", type=int, default=20, help="toy clips [20]")
+    flag("--clips", type=number(int, 1), default=20, help="toy clips [20]")
     flag("--review", action=argparse.BooleanOptionalAction, default=True, help="end with the page [yes]")
     return p.parse_args(argv)
 
@@ -845,7 +906,7 @@ def main(argv=None):
     args.stop = threading.Event()
     try:
         args.run(args)
-    except (UserError, BadRow, BadMedia, BadCheckpoint, OSError, ValueError) as e:
+    except (UserError, BadCheckpoint, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

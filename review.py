@@ -25,6 +25,7 @@ import urllib.parse
 from PIL import Image
 
 from data import MEDIA, BadRow, check_annotation, parse_row
+from fetch import UserError
 from media import BadMedia, inside_folder, load_frames, load_image, sample_times, video_duration
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -41,6 +42,8 @@ def write_whole(path, text):
     aside = f"{path}.{os.getpid()}.{threading.get_ident()}"
     with open(aside, "w", encoding="utf-8") as f:
         f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(aside, path)
 
 
@@ -54,6 +57,20 @@ def jpeg(pixels, side):
 
 def kind_of(row):
     return next((k for k in MEDIA if k in row), None)
+
+
+def read_rows(path):
+    """[(line number from 1, row)] of a JSONL file; UserError names the line that cannot be used."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    rows = []
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                rows += [(n, parse_row(line))] if line.strip() else []
+            except BadRow as e:
+                raise UserError(f"{path}:{n}: {e}; put it right, or take the line out") from None
+    return rows
 
 
 # ---- lines, decisions, and the file that trains ------------------------------------------------------------
@@ -70,9 +87,7 @@ class Work:
         """Every line as it was made, with a name of its own, its annotations with theirs. The lines of a file
         made elsewhere are copied first."""
         if not os.path.exists(self.made):
-            with open(self.file, "rb") as f:
-                lines = [json.dumps(parse_row(line)) + "\n" for line in f if line.strip()]
-            write_whole(self.made, "".join(lines))
+            write_whole(self.made, "".join(json.dumps(row) + "\n" for _, row in read_rows(self.file)))
             write_whole(self.mark, self.contents())
         with open(self.made, encoding="utf-8") as f:
             rows, names = [json.loads(line) for line in f], collections.Counter()
@@ -119,7 +134,7 @@ class Work:
             with open(self.mark) as f:
                 ours = f.read()
         if self.contents() not in ("", ours):
-            raise ValueError(f"{self.file}: is not what was last written here, and would be lost; move it "
+            raise UserError(f"{self.file}: is not what was last written here, and would be lost; move it "
                              f"away, or remove {self.made} and review it as it is now")
 
     def finish(self):
