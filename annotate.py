@@ -48,6 +48,7 @@ import av
 import numpy as np
 import requests
 from PIL import Image
+from tqdm import tqdm
 
 import toy
 from data import MEDIA, STYLE
@@ -317,113 +318,6 @@ def own_checkpoint(args, client):
     return describe
 
 
-# ---- rules in place of a model -----------------------------------------------------------------------------
-#
-# They see coloured shapes and read plain English by its words. They stand in for a language model where there
-# is none, in the demo and in tests, and every row says so.
-
-NUMBERS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
-EMPTY = set("a an the of to in on at is are was were be been do does did has have had what which who whom "
-            "whose where when why how many much often with and or it its his her him their there this that "
-            "they he she them from for by as into out one".split())
-PEOPLE = {"she": "woman|girl|lady|mother", "he": "man|boy|father|cyclist|goalkeeper|striker"}
-PEOPLE |= {"her": PEOPLE["she"], "his": PEOPLE["he"], "him": PEOPLE["he"]}
-MOTION = re.compile(rf"a (\w+) ({'|'.join(toy.SHAPES)}) (?:moves (\w+)|stays)(?: and turns (\w+))?", re.I)
-
-
-def stem(word):
-    """A word without the endings that change least of its meaning; numbers as digits."""
-    if word in NUMBERS or len(word) < 4:
-        return NUMBERS.get(word, word)
-    for ending in ("ing", "en", "ed", "es", "s", "y", "e"):
-        if word.endswith(ending) and len(word) - len(ending) > 2:
-            return word[:-len(ending)]
-    return word
-
-
-def content(text):
-    """The words of a text that carry its meaning, as a set of stems."""
-    return {stem(w) for w in re.findall(r"[\w.]*\w", text.lower()) if w not in EMPTY}
-
-
-def several(noun, text):
-    """Whether a text, in lower case, tells of more than one such thing."""
-    many = {"man": "men", "woman": "women", "child": "children", "person": "people"}.get(noun, noun + "s")
-    number = "|".join([*list(NUMBERS)[2:], "several", "many", "some", "both"])
-    return bool(re.search(rf"\b((another|other|second) (\w+ )?{noun}|({number}) (\w+ )?{many})\b", text))
-
-
-class StandIn:
-    """Answers what Served answers, by rules."""
-
-    def __init__(self):
-        self.notes = {"all": dict(step="every step of a model", by=STAND_IN)}
-
-    def describe(self, t, picture):
-        """Regions of the toy world's colours: a bar is longer than wide, a star does not fill its circle."""
-        pixels, seen = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), float), []
-        for colour, rgb in toy.COLOURS.items():
-            y, x = np.nonzero(np.abs(pixels - rgb).max(-1) < 40)
-            if len(x) > pixels.size / 300:
-                cx, cy = x.mean(), y.mean()
-                thin, long = np.sqrt(np.linalg.eigvalsh(np.cov([x, y])))
-                far = np.quantile(np.hypot(x - cx, y - cy), 0.99)
-                shape = "bar" if long > 2 * thin else "circle" if len(x) > 0.6 * np.pi * far ** 2 else "star"
-                where = ("at the left", "in the middle", "at the right")[int(3 * cx / pixels.shape[1])]
-                seen.append(f"a {colour} {shape} {where}")
-        return toy.listing(seen) if seen else "no shape"
-
-    def merge(self, narration, frames):
-        seen = [line.split(": ", 1) for line in frames.splitlines()]
-        changes = [next(same) for _, same in itertools.groupby(seen, key=lambda s: s[1])]
-        return narration + "".join(f" At {t} there is {what}." for t, what in changes)
-
-    def contradictions(self, narration, frames):
-        said = re.findall(rf"({'|'.join(toy.COLOURS)}) ({'|'.join(toy.SHAPES)})", narration.lower())
-        return [" ".join(words) for words in said if " ".join(words) not in frames]
-
-    def questions(self, caption, n):
-        """Templates; some bad on purpose, so that every filter of the demo has something to find."""
-        out = []
-        for colour, shape, way, turns in MOTION.findall(caption.lower()):
-            way, ways = way or "It stays", [w for w in (*toy.WAYS, "It stays") if w != (way or "It stays")]
-            out += [(f"Which way does the {shape} move?", way, ways[:3]),
-                    (f"What colour is the {shape} at first?", colour, []),
-                    (f"The {shape} moves which way?", way, []), (f"Does the {shape} move?", "Yes", []),
-                    (f"How heavy is the {shape}?", "a kilogram", []), ("What does it do?", "It moves.", []),
-                    (f"What shape is the {colour} {shape}?", f"a {shape}", [])]
-            others = [c for c in toy.COLOURS if c not in (turns, colour)]
-            out += [(f"What colour does the {shape} turn?", turns, others[:3])] if turns else []
-        return [dict(question=q, answer=a, wrong=wrong) for q, a, wrong in out[:n]]
-
-    def ambiguous(self, q, caption):
-        """Nothing but pronouns; a pronoun before any noun, unless one only can be meant; one of several."""
-        words, caption = re.findall(r"\w+", q["question"].lower()), caption.lower()
-        first = next((i for i, w in enumerate(words) if w not in EMPTY), None)
-        open_to = lambda w: w in ("it", "they", "that", "there", "them") or w in PEOPLE and len(
-            re.findall(rf"\b({PEOPLE[w]})\b", caption)) != 1
-        return not content(q["question"]) or any(map(open_to, words[:first])) or any(
-            several(noun, caption) for noun in re.findall(r"\bthe (\w+)", q["question"].lower()))
-
-    def answerable(self, q, caption):
-        """Whether the sentence that shares most words with the question has at least half of the answer's."""
-        asked, sentences = content(q["question"]), [content(s) for s in re.split(r"(?<=[.!?])\s+", caption)]
-        most = max(len(asked & s) for s in sentences)
-        evidence = [s for s in sentences if len(asked & s) == most and most]
-        if is_yes_no(q):
-            return any(asked <= s for s in evidence) == q["answer"].lower().startswith("yes")
-        share = lambda text, s: len(content(text) & s) / max(len(content(text)), 1)
-        return any(max([0.49, *(share(w, s) for w in q["wrong"])]) < share(q["answer"], s) for s in evidence)
-
-    def guessable(self, q):
-        """Whether the question gives its answer away, or asks about the world at large."""
-        text, answer = q["question"].lower(), content(q["answer"])
-        if answer and answer <= content(text) and " or " not in text:
-            return True
-        definite = re.search(r"\b(the|this|these|his|her|he|she|it|they|there)\b", text)
-        return not definite and bool(re.search(r"\b(an?)\b|^\w+ (do|are|can) \w+", text))
-
-
 # ---- caption -----------------------------------------------------------------------------------------------
 
 def read_narration(path, duration):
@@ -556,7 +450,29 @@ def caption_video(path, args, make_lm, make_ears):
 
 # ---- questions and filters ---------------------------------------------------------------------------------
 
+NUMBERS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
+EMPTY = set("a an the of to in on at is are was were be been do does did has have had what which who whom "
+            "whose where when why how many much often with and or it its his her him their there this that "
+            "they he she them from for by as into out one".split())
+
+
+def stem(word):
+    """A word without the endings that change least of its meaning; numbers as digits."""
+    if word in NUMBERS or len(word) < 4:
+        return NUMBERS.get(word, word)
+    for ending in ("ing", "en", "ed", "es", "s", "y", "e"):
+        if word.endswith(ending) and len(word) - len(ending) > 2:
+            return word[:-len(ending)]
+    return word
+
+
+def content(text):
+    """The words of a text that carry its meaning, as a set of stems."""
+    return {stem(w) for w in re.findall(r"[\w.]*\w", text.lower()) if w not in EMPTY}
+
+
 def is_yes_no(q):
+    """Whether a question's answer is yes or no."""
     return q["answer"].lower().strip(" .") in ("yes", "no")
 
 
@@ -582,11 +498,13 @@ def why_not(q, kept, caption, lm):
 def well_formed(q):
     """A proposed question with its fields in order, or None."""
     filled = lambda v: isinstance(v, str) and v.strip()
-    wrong = q.get("wrong", []) if isinstance(q, dict) else None
+    wrong = q.get("wrong") or [] if isinstance(q, dict) else None
     if not isinstance(wrong, list) or not all(map(filled, [q.get("question"), q.get("answer"), *wrong])):
         return None
-    q = dict(question=q["question"].strip(), answer=q["answer"].strip(), wrong=wrong)
-    return q if len({o.lower() for o in [q["answer"], *wrong]}) == len(wrong) + 1 else None
+    options = [o.strip() for o in (q["answer"], *wrong)]
+    if len({o.lower() for o in options}) < len(options):
+        return None
+    return dict(question=q["question"].strip(), answer=options[0], wrong=options[1:])
 
 
 def as_annotation(q, task, row_id):
@@ -626,6 +544,94 @@ def question_row(row, args, lm):
         caption=a["answer"], annotations=out, provenance=by + [n for n in lm.notes.values() if n not in by])]
 
 
+# ---- rules in place of a model -----------------------------------------------------------------------------
+#
+# They see coloured shapes and read plain English by its words. They stand in for a language model where there
+# is none, in the demo and in tests, and every row says so.
+
+PEOPLE = {"she": "woman|girl|lady|mother", "he": "man|boy|father|cyclist|goalkeeper|striker"}
+PEOPLE |= {"her": PEOPLE["she"], "his": PEOPLE["he"], "him": PEOPLE["he"]}
+MOTION = re.compile(rf"a (\w+) ({'|'.join(toy.SHAPES)}) (?:moves (\w+)|stays)(?: and turns (\w+))?", re.I)
+
+
+def several(noun, text):
+    """Whether a text, in lower case, tells of more than one such thing."""
+    many = {"man": "men", "woman": "women", "child": "children", "person": "people"}.get(noun, noun + "s")
+    number = "|".join([*list(NUMBERS)[2:], "several", "many", "some", "both"])
+    return bool(re.search(rf"\b((another|other|second) (\w+ )?{noun}|({number}) (\w+ )?{many})\b", text))
+
+
+class StandIn:
+    """Answers what Served answers, by rules."""
+
+    def __init__(self):
+        self.notes = {"all": dict(step="every step of a model", by=STAND_IN)}
+
+    def describe(self, t, picture):
+        """Regions of the toy world's colours: a bar is longer than wide, a star does not fill its circle."""
+        pixels, seen = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), float), []
+        for colour, rgb in toy.COLOURS.items():
+            y, x = np.nonzero(np.abs(pixels - rgb).max(-1) < 40)
+            if len(x) > pixels.size / 300:
+                cx, cy = x.mean(), y.mean()
+                thin, long = np.sqrt(np.linalg.eigvalsh(np.cov([x, y])))
+                far = np.quantile(np.hypot(x - cx, y - cy), 0.99)
+                shape = "bar" if long > 2 * thin else "circle" if len(x) > 0.6 * np.pi * far ** 2 else "star"
+                where = ("at the left", "in the middle", "at the right")[int(3 * cx / pixels.shape[1])]
+                seen.append(f"a {colour} {shape} {where}")
+        return toy.listing(seen) if seen else "no shape"
+
+    def merge(self, narration, frames):
+        seen = [line.split(": ", 1) for line in frames.splitlines()]
+        changes = [next(same) for _, same in itertools.groupby(seen, key=lambda s: s[1])]
+        return narration + "".join(f" At {t} there is {what}." for t, what in changes)
+
+    def contradictions(self, narration, frames):
+        said = re.findall(rf"({'|'.join(toy.COLOURS)}) ({'|'.join(toy.SHAPES)})", narration.lower())
+        return [" ".join(words) for words in said if " ".join(words) not in frames]
+
+    def questions(self, caption, n):
+        """Templates; some bad on purpose, so that every filter of the demo has something to find."""
+        out = []
+        for colour, shape, way, turns in MOTION.findall(caption.lower()):
+            way, ways = way or "It stays", [w for w in (*toy.WAYS, "It stays") if w != (way or "It stays")]
+            out += [(f"Which way does the {shape} move?", way, ways[:3]),
+                    (f"What colour is the {shape} at first?", colour, []),
+                    (f"The {shape} moves which way?", way, []), (f"Does the {shape} move?", "Yes", []),
+                    (f"How heavy is the {shape}?", "a kilogram", []), ("What does it do?", "It moves.", []),
+                    (f"What shape is the {colour} {shape}?", f"a {shape}", [])]
+            others = [c for c in toy.COLOURS if c not in (turns, colour)]
+            out += [(f"What colour does the {shape} turn?", turns, others[:3])] if turns else []
+        return [dict(question=q, answer=a, wrong=wrong) for q, a, wrong in out[:n]]
+
+    def ambiguous(self, q, caption):
+        """Nothing but pronouns; a pronoun before any noun, unless one only can be meant; one of several."""
+        words, caption = re.findall(r"\w+", q["question"].lower()), caption.lower()
+        first = next((i for i, w in enumerate(words) if w not in EMPTY), None)
+        open_to = lambda w: w in ("it", "they", "that", "there", "them") or w in PEOPLE and len(
+            re.findall(rf"\b({PEOPLE[w]})\b", caption)) != 1
+        return not content(q["question"]) or any(map(open_to, words[:first])) or any(
+            several(noun, caption) for noun in re.findall(r"\bthe (\w+)", q["question"].lower()))
+
+    def answerable(self, q, caption):
+        """Whether the sentence that shares most words with the question has at least half of the answer's."""
+        asked, sentences = content(q["question"]), [content(s) for s in re.split(r"(?<=[.!?])\s+", caption)]
+        most = max(len(asked & s) for s in sentences)
+        evidence = [s for s in sentences if len(asked & s) == most and most]
+        if is_yes_no(q):
+            return any(asked <= s for s in evidence) == q["answer"].lower().startswith("yes")
+        share = lambda text, s: len(content(text) & s) / max(len(content(text)), 1)
+        return any(max([0.49, *(share(w, s) for w in q["wrong"])]) < share(q["answer"], s) for s in evidence)
+
+    def guessable(self, q):
+        """Whether the question gives its answer away, or asks about the world at large."""
+        text, answer = q["question"].lower(), content(q["answer"])
+        if answer and answer <= content(text) and " or " not in text:
+            return True
+        definite = re.search(r"\b(the|this|these|his|her|he|she|it|they|there)\b", text)
+        return not definite and bool(re.search(r"\b(an?)\b|^\w+ (do|are|can) \w+", text))
+
+
 # ---- runs --------------------------------------------------------------------------------------------------
 
 def write_rows(args, jobs, work_on):
@@ -634,13 +640,14 @@ def write_rows(args, jobs, work_on):
     work.check()
     with concurrent.futures.ThreadPoolExecutor(args.concurrency) as pool:
         try:
-            rows = [row for made in pool.map(work_on, jobs) for row in made]
+            done = tqdm(pool.map(work_on, jobs), args.out, len(jobs), leave=False, disable=None)
+            rows = [row for made in done for row in made]
         except BaseException:  # a mistake, or Ctrl-C: requests under way may finish, no other need start
             args.stop.set()
             raise
     if "sample" in args:  # for people to judge the whole by
         drawn = sorted(rows, key=lambda row: digest("sample", row["id"]))
-        for row in drawn[:max(round(args.sample * len(rows)), 1)]:
+        for row in drawn[:math.ceil(args.sample * len(rows))]:
             row["sample"] = True
     write_whole(work.made, "".join(json.dumps(row) + "\n" for row in rows))
     lines, n = work.finish()
@@ -876,7 +883,7 @@ def parse(argv):
     flag("file", help="JSONL file with captions")
     flag("--questions", type=number(int, 1), default=12, help="asked for per caption [12]")
     flag("--sample", type=number(float, 0, 1), default=0.1,
-         help="share of lines marked for people to check, at least one line [0.1]")
+         help="share of lines marked for people to check [0.1]")
     for flag in served + [flag]:
         flag("--out", required=True, help="JSONL file to write; its folder must hold the media")
         flag("--url", required=True, help="OpenAI-compatible server, e.g. http://localhost:8000/v1; "
