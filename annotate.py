@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import toy
 from data import MEDIA, STYLE
-from fetch import NetError, UserError, patiently
+from fetch import NetError, UserError, is_loopback, patiently
 from media import BadMedia, inside_folder, load_frames, open_video, sample_times, video_duration
 from review import HERE, Reviewer, Work, digest, jpeg, read_rows, settled, write_whole
 from sample import Chat, load
@@ -65,7 +65,8 @@ CLOSED_HOSTS = re.compile(r"(^|\.)(openai\.com|openai\.azure\.com|anthropic\.com
                           r"bedrock[\w-]*\.[\w-]+\.amazonaws\.com)$")
 CLOSED_MODELS = re.compile(r"gpt-[3-9]|chatgpt|claude|gemini|(^|/)o[134](-|$)|"
                            r"qwen[\d.]*-(vl-)?(max|plus)", re.I)
-REFUSAL = re.compile(r"\s*((i'?m |i am )?sorry|i can ?not|i can'?t|i'?m unable|i am unable|as an ai\b)", re.I)
+REFUSAL = re.compile(r"\s*((i\W?m |i am )?sorry|i (can ?not|can\W?t|won\Wt|must decline)\b|"
+                     r"(i\W?m|i am) (unable|not able)|as an ai\b|unfortunately, i\b)", re.I)
 LONGEST = 12000  # characters of an answer; a model that writes more has lost its way
 
 
@@ -99,6 +100,7 @@ PROMPTS = dict(
 
 
 def today():
+    """The date, as rows have it."""
     return datetime.date.today().isoformat()
 
 
@@ -111,8 +113,9 @@ def check_server(url, model, allow_closed):
         host = port = None
     if not host or not port or parts.scheme not in ("http", "https"):
         raise UserError(f"{url}: not the URL of a server; e.g. http://localhost:8000/v1")
-    if parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-        raise UserError(f"{url}: only https, except on this machine")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise UserError(f"{url}: only https, except on this machine; e.g. ssh -L {port}:localhost:{port} "
+                        f"{host}, and then http://localhost:{port}{parts.path}")
     by_host = CLOSED_HOSTS.search(host)
     closed = bool(by_host or CLOSED_MODELS.search(model))
     if closed and not allow_closed:
@@ -149,6 +152,8 @@ class Client:
         trouble = list(trouble)
 
         def attempt():
+            if self.stop.is_set():
+                raise Unusable("stopped")
             try:
                 r = requests.post(url, headers=self.headers, timeout=(10, self.timeout),
                                   allow_redirects=False, **request)  # a redirect could lead to any host
@@ -202,12 +207,16 @@ def parse_list(text):
 
 
 def parse_bool(text):
-    """The JSON true or false that an answer is; KeyError if it is anything else."""
-    return {"true": True, "false": False}[text.strip(" .`\n").lower()]
+    """The JSON true or false that an answer is, fenced or not; ValueError if it is anything else."""
+    m = re.fullmatch(r"\W*(json)?\W*(true|false)\W*", text, re.I)
+    if not m:
+        raise ValueError(text)
+    return m[2].lower() == "true"
 
 
 class Served:
-    """What a model behind a server is asked about one row; `notes` says who did each step, for the row."""
+    """What a model behind a server is asked about one row; `notes` says who did each step, for the row. Each
+    raises Unusable where no usable answer comes."""
 
     def __init__(self, client, url, model, licence):
         self.client, self.url, self.model, self.licence = client, url.rstrip("/"), model, licence
@@ -234,7 +243,7 @@ class Served:
             if why is None:
                 try:
                     return parse(text)
-                except (ValueError, KeyError, RecursionError):
+                except (ValueError, RecursionError):
                     why = "invalid JSON"
             if why not in ("invalid JSON", "empty answer"):
                 break
@@ -258,24 +267,31 @@ class Served:
             raise Unusable("narration: no answer of the protocol") from None
 
     def describe(self, t, picture):
+        """What a frame (JPEG bytes) at t seconds shows."""
         return self.ask("describe", pictures=[picture], t=t)
 
     def merge(self, narration, frames):
+        """One dense caption of what was said and what was seen."""
         return self.ask("merge", narration=narration, frames=frames)
 
     def contradictions(self, narration, frames):
+        """[what was said and cannot be, by what was seen]."""
         return self.ask("contradictions", parse_list, narration=narration, frames=frames)
 
     def questions(self, caption, n):
+        """[{question, answer, wrong}], as the model words them: not checked yet."""
         return self.ask("questions", parse_list, caption=caption, n=n)
 
     def ambiguous(self, q, caption):
+        """Whether a question could mean more than one thing."""
         return self.ask("ambiguous", parse_bool, question=q["question"], caption=caption)
 
     def answerable(self, q, caption):
+        """Whether who has the caption alone gives the question's answer."""
         return self.agrees("answerable", q, caption=caption)
 
     def guessable(self, q):
+        """Whether who has nothing but the question gives its answer."""
         return self.agrees("guessable", q)
 
     def agrees(self, step, q, **known):
@@ -288,12 +304,12 @@ class Served:
                                                            one=q["answer"], other=said)
 
 
-def own_checkpoint(args, client):
-    """describe(lm, t, picture), which has one of our own checkpoints say what a picture shows, and notes it
-    with what the language model `lm` did. What it said is kept like the answer of a server."""
+def own_checkpoint(args):
+    """describe(picture) -> (what one of our own checkpoints says it shows, provenance), kept like the answer
+    of a server."""
     folder, lock, prompt = args.checkpoint, threading.Lock(), "Describe the image."
     try:
-        model = load(folder, args.device)
+        client, model = Client(args), load(folder, args.device)
     except (RuntimeError, AssertionError) as e:  # as torch says that there is no such device
         raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
     weights = os.path.realpath(folder), os.stat(folder).st_mtime_ns  # `latest` is another one next week
@@ -307,14 +323,13 @@ def own_checkpoint(args, client):
         reply = dict(choices=[dict(message=dict(content=text))])
         return dict(step="describe", reply=reply, trouble=[], date=today())
 
-    def describe(lm, t, picture):
+    def describe(picture):
         kept = client.once(digest(weights, prompt, picture), lambda: look(picture))
-        lm.notes["describe", folder] = dict(step="describe", by="model", model=folder, date=kept["date"],
-                                            licence="as its weights", prompt=digest(prompt)[:16])
         text, why = read_reply(kept["reply"])
         if why:
             raise Unusable(f"describe: {why}")
-        return text.strip()
+        return text.strip(), dict(step="describe", by="model", model=folder, licence="as its weights",
+                                  prompt=digest(prompt)[:16], date=kept["date"])
     return describe
 
 
@@ -338,12 +353,7 @@ def read_narration(path, duration):
 
 
 def sound_of(path):
-    """(name, bytes) of the audio beside a video, else of its own first audio track as WAV; None without."""
-    for ending in (".wav", ".mp3", ".m4a", ".flac", ".ogg"):
-        beside = os.path.splitext(path)[0] + ending
-        if os.path.exists(beside):
-            with open(beside, "rb") as f:
-                return os.path.basename(beside), f.read()
+    """The first audio track of a video as the bytes of a WAV file, 16 kHz mono; None without one."""
     out, (container, _) = io.BytesIO(), open_video(path)
     with container, av.open(out, "w", format="wav") as wav:
         if not container.streams.audio:
@@ -354,23 +364,31 @@ def sound_of(path):
             for part in turn.resample(frame):
                 wav.mux(stream.encode(part))
         wav.mux(stream.encode(None))
-    return "narration.wav", out.getvalue()
+    return out.getvalue()
 
 
 def narration_of(path, duration, ears, narrator):
-    """(segments, provenance) of what was said about a video: a file beside it, or speech, transcribed."""
-    for ending in (".srt", ".vtt", ".txt"):
-        beside = os.path.splitext(path)[0] + ending
-        if os.path.exists(beside):
-            date = datetime.date.fromtimestamp(os.path.getmtime(beside)).isoformat()
-            who = dict(by=STAND_IN) if narrator == STAND_IN else dict(by="people", who=narrator)
-            return read_narration(beside, duration), [dict(step="narration", **who, date=date)]
-    sound = ears and sound_of(path)
+    """([{start, end, text}], provenance) of what was said about a video: text beside it, else speech beside
+    it or in it, which ears transcribe."""
+    base = os.path.splitext(path)[0]
+    beside = lambda *endings: next((base + e for e in endings if os.path.exists(base + e)), None)
+    by = dict(by=STAND_IN) if narrator == STAND_IN else dict(by="people", who=narrator)
+    date = lambda file: datetime.date.fromtimestamp(os.path.getmtime(file)).isoformat()
+    text, recording = beside(".srt", ".vtt", ".txt"), beside(".wav", ".mp3", ".m4a", ".flac", ".ogg")
+    if text:
+        return read_narration(text, duration), [dict(step="narration", **by, date=date(text))]
+    if not ears:
+        return [], []
+    if recording:
+        with open(recording, "rb") as f:
+            name, sound = os.path.basename(recording), f.read()
+    else:
+        name, sound = "narration.wav", sound_of(path)
     if not sound:
         return [], []
-    said = [dict(s, end=min(float(duration if s["end"] is None else s["end"]), duration))
-            for s in ears.transcribe(*sound) if s["text"] and s["start"] < duration]
-    return said, [dict(step="speech", by="people", who=narrator), *ears.notes.values()]
+    said = [dict(s, end=min(duration if s["end"] is None else s["end"], duration))
+            for s in ears.transcribe(name, sound) if s["text"] and s["start"] < duration]
+    return said, [dict(step="speech", **by, date=date(recording or path)), *ears.notes.values()]
 
 
 def cut_clips(said, duration, longest):
@@ -378,7 +396,7 @@ def cut_clips(said, duration, longest):
     seconds unless a segment alone is longer."""
     clips, begin = [[]], 0.0
     for s in sorted(said, key=lambda s: s["start"]):
-        if clips[-1] and s["end"] - begin > longest:
+        if clips[-1] and s["end"] - begin > longest and s["start"] > begin:
             clips.append([])
             begin = s["start"]
         clips[-1].append(s)
@@ -407,19 +425,41 @@ def faults(text, shortest, language):
         yield f"not in {language}"
 
 
-def caption_clip(name, path, clip, people, args, lm):
-    """One clip -> its row. Where it cannot go on it keeps what it has, and says at which step."""
-    start, end, said = clip
-    narration, a = " ".join(s["text"] for s in said), dict(task="video_caption", answer="")
-    row = dict(id=f"{name} {start:g}-{end:g}", video=name, start=start, end=end, narration=said, frames=[],
-               annotations=[a])
+def clips_of(path, args, ears):
+    """The rows of a video, one per clip, with what was said in it and nothing seen yet; where that cannot be
+    had, one row that says why."""
+    name = os.path.relpath(os.path.abspath(path), os.path.dirname(os.path.abspath(args.out)))
+    try:
+        duration = video_duration(path)
+        said, people = narration_of(path, duration, ears, args.narrator)
+    except (Unusable, BadMedia, av.FFmpegError) as e:
+        reason = str(e) if isinstance(e, Unusable) else "narration: unreadable video"
+        return [dict(id=name, video=name, annotations=[
+            dict(task="video_caption", answer="", left_out=reason)])]
+    return [dict(id=f"{name} {start:g}-{end:g}", video=name, start=start, end=end, narration=told, frames=[],
+                 duration=round(duration, 3), annotations=[dict(task="video_caption", answer="")],
+                 provenance=list(people))
+            for start, end, told in cut_clips(said, duration, args.clip_seconds)]
+
+
+def caption_clip(row, args, lm, eyes=None):
+    """The row of a clip, with its caption; eyes(picture) describes the frames, if not the language model.
+    Where it cannot go on it keeps what it has, and says at which step."""
+    a = row["annotations"][0]
+    if "left_out" in a:
+        return row
+    start, narration = row["start"], " ".join(s["text"] for s in row["narration"])
     try:
         for fault in faults(narration, 3, args.language) if narration else ["none"]:
             raise Unusable(f"narration: {fault}")
-        times = sample_times(max(end - start - 0.1, 0), args.frames, 1.0)
+        times = sample_times(max(row["end"] - start - 0.1, 0), args.frames, 1.0)
         times = [round(float(t) + start, 2) for t in times]
+        path = os.path.join(os.path.dirname(args.out), row["video"])
         for t, pixels in zip(times, load_frames(path, times)):
-            row["frames"].append(dict(t=t, text=lm.describe(t, jpeg(pixels, 768))))
+            picture = jpeg(pixels, 768)
+            text, who = eyes(picture) if eyes else (lm.describe(t, picture), None)
+            row["frames"].append(dict(t=t, text=text))
+            row["provenance"] += [who] if who and who not in row["provenance"] else []
         frames = "\n".join(f"{f['t']:g} s: {f['text']}" for f in row["frames"])
         a["answer"] = lm.merge(narration, frames)
         for fault in faults(a["answer"], 8, args.language):
@@ -431,21 +471,8 @@ def caption_clip(name, path, clip, people, args, lm):
         a["left_out"] = str(e)
     except BadMedia:
         a["left_out"] = "describe: unreadable video"
-    return dict(row, provenance=[*people, *lm.notes.values()])
-
-
-def caption_video(path, args, make_lm, make_ears):
-    """The rows of a video, one per clip."""
-    name = os.path.relpath(os.path.abspath(path), os.path.dirname(os.path.abspath(args.out)))
-    try:
-        duration = video_duration(path)
-        said, people = narration_of(path, duration, make_ears(), args.narrator)
-    except (Unusable, BadMedia, av.FFmpegError) as e:
-        reason = str(e) if isinstance(e, Unusable) else "narration: unreadable video"
-        a = dict(task="video_caption", answer="", left_out=reason)
-        return [dict(id=name, video=name, annotations=[a])]
-    return [dict(caption_clip(name, path, clip, people, args, make_lm()), duration=round(duration, 3))
-            for clip in cut_clips(said, duration, args.clip_seconds)]
+    row["provenance"] += lm.notes.values()
+    return row
 
 
 # ---- questions and filters ---------------------------------------------------------------------------------
@@ -582,11 +609,13 @@ class StandIn:
         return toy.listing(seen) if seen else "no shape"
 
     def merge(self, narration, frames):
+        """What was said, and then what was seen whenever it changed."""
         seen = [line.split(": ", 1) for line in frames.splitlines()]
         changes = [next(same) for _, same in itertools.groupby(seen, key=lambda s: s[1])]
         return narration + "".join(f" At {t} there is {what}." for t, what in changes)
 
     def contradictions(self, narration, frames):
+        """Coloured shapes that were told of and seen in no frame."""
         said = re.findall(rf"({'|'.join(toy.COLOURS)}) ({'|'.join(toy.SHAPES)})", narration.lower())
         return [" ".join(words) for words in said if " ".join(words) not in frames]
 
@@ -634,17 +663,22 @@ class StandIn:
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
-def write_rows(args, jobs, work_on):
-    """Do the jobs, a few at a time, and write their rows, in order, and then FILE."""
-    work = Work(args.out)
-    work.check()
+def side_by_side(args, what, jobs, work_on):
+    """[row]: those that work_on(job) gives for each job, --concurrency jobs at a time, in the jobs' order."""
     with concurrent.futures.ThreadPoolExecutor(args.concurrency) as pool:
         try:
-            done = tqdm(pool.map(work_on, jobs), args.out, len(jobs), leave=False, disable=None)
-            rows = [row for made in done for row in made]
-        except BaseException:  # a mistake, or Ctrl-C: requests under way may finish, no other need start
+            done = tqdm(pool.map(work_on, jobs), what, len(jobs), leave=False, disable=None)
+            return [row for made in done for row in made]
+        except BaseException as e:  # requests under way may finish, so that they are kept; no other starts
             args.stop.set()
+            if isinstance(e, KeyboardInterrupt):
+                print("\nwaiting for answers under way; Ctrl-C again does not", file=sys.stderr)
             raise
+
+
+def write_rows(args, rows):
+    """Keep the rows in FILE.work/, write FILE, and say what was left out."""
+    work = Work(args.out)
     if "sample" in args:  # for people to judge the whole by
         drawn = sorted(rows, key=lambda row: digest("sample", row["id"]))
         for row in drawn[:math.ceil(args.sample * len(rows))]:
@@ -661,25 +695,17 @@ def write_rows(args, jobs, work_on):
 
 
 def language_model(args):
-    """A function that gives a new language model for each row, by --url, --model and --checkpoint."""
-    client, make = Client(args), StandIn
-    if args.url != "stand-in":
-        if not args.model or not args.licence:
-            raise UserError(f"--url {args.url}: needs --model and --licence, which every row will name")
-        check_server(args.url, args.model, args.allow_closed)
-        make = functools.partial(Served, client, args.url, args.model, args.licence)
-    if not getattr(args, "checkpoint", None):
-        return make
-    describe = own_checkpoint(args, client)
-
-    def with_eyes():
-        lm = make()
-        lm.describe = functools.partial(describe, lm)
-        return lm
-    return with_eyes
+    """A function that gives a new language model for each row, by --url and --model."""
+    if args.url == "stand-in":
+        return StandIn
+    if not args.model or not args.licence:
+        raise UserError(f"--url {args.url}: needs --model and --licence, which every row will name")
+    check_server(args.url, args.model, args.allow_closed)
+    return functools.partial(Served, Client(args), args.url, args.model, args.licence)
 
 
 def run_caption(args):
+    """Narrated videos -> FILE with a line per clip. The videos must lie under its folder."""
     folder = os.path.dirname(os.path.abspath(args.out))
     for path in args.videos:
         if not os.path.isfile(path):
@@ -689,20 +715,26 @@ def run_caption(args):
         except BadMedia as e:
             raise UserError(f"{e}; put --out {args.out} into a folder that holds the videos") from None
     make_lm, make_ears = language_model(args), lambda: None
+    eyes = own_checkpoint(args) if args.checkpoint else None
     if args.asr_url:
         check_server(args.asr_url, args.asr_model, args.allow_closed)
         make_ears = functools.partial(Served, Client(args), args.asr_url, args.asr_model, args.asr_licence)
-    write_rows(args, args.videos, lambda path: caption_video(path, args, make_lm, make_ears))
+    Work(args.out).check()
+    clips = side_by_side(args, "narrations", args.videos, lambda path: clips_of(path, args, make_ears()))
+    captioned = lambda row: [caption_clip(row, args, make_lm(), eyes)]
+    write_rows(args, side_by_side(args, "clips", clips, captioned))
 
 
 def run_qa(args):
+    """FILE with captions -> another one beside it, with questions about the same media."""
     folder = lambda path: os.path.dirname(os.path.abspath(path))
     if folder(args.file) != folder(args.out) or os.path.abspath(args.file) == os.path.abspath(args.out):
         raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where the "
                         "media are")
     rows = [dict(id=str(n)) | row for n, row in read_rows(args.file)]
     make_lm = language_model(args)
-    write_rows(args, rows, lambda row: question_row(row, args, make_lm()))
+    Work(args.out).check()
+    write_rows(args, side_by_side(args, "lines", rows, lambda row: question_row(row, args, make_lm())))
 
 
 def run_review(args):
@@ -891,7 +923,7 @@ def parse(argv):
         flag("--model", help="name of its model")
         flag("--licence", help="licence of that model, named in every row")
         flag("--concurrency", type=number(int, 1, 256), default=8,
-             help="videos or lines worked on at a time [8]")
+             help="clips or lines worked on at a time [8]")
         flag("--timeout", type=number(float, 0.1, 86400), default=120.0,
              help="seconds to wait for an answer [120]")
         flag("--allow_closed", action="store_true", help="let closed models through; their rows are marked")
@@ -917,8 +949,8 @@ def main(argv=None):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)  # a thread that still waits for a server would hold up any other way out
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ OWN = ("key", "status", "left_out")  # what an annotation carries here and not i
 
 
 def digest(*parts):
+    """32 hexadecimal digits by which equal parts are known, in any run."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -56,6 +57,7 @@ def jpeg(pixels, side):
 
 
 def kind_of(row):
+    """Which of image, images and video a row is about, or None."""
     return next((k for k in MEDIA if k in row), None)
 
 
@@ -113,6 +115,7 @@ class Work:
         return last
 
     def append(self, decision):
+        """A decision, at the end of the log and on disk before this returns."""
         with open(self.log, "a+b") as f:
             f.seek(max(f.seek(0, 2) - 1, 0))
             torn = f.read(1) not in (b"", b"\n")  # what a crash left stays a line of its own

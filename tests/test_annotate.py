@@ -306,7 +306,7 @@ def test_closing_the_review_in_any_way_loses_nothing(lines, capsys, monkeypatch)
     with open(lines, "a") as f:  # by hand, with an editor
         f.write(json.dumps(dict(annotations=[dict(task="text", prompt="2 + 2?", answer="4")])) + "\n")
     with pytest.raises(SystemExit) as e:
-        annotate.main(["review", lines, "--no-open"])
+        look()
     assert e.value.code == 2 and "is not what was last written here" in capsys.readouterr().err
     assert "2 + 2?" in open(lines).read()
 
@@ -523,7 +523,8 @@ def test_what_is_no_text_and_what_is_too_deep_stops_nothing(tmp_path, model, cli
     def answer(step, body):
         clip = body["messages"][0]["content"][0]["text"].partition("in clip ")[2][:1]
         if step == "merge" and clip == "0":
-            return 200, b'{"choices": [{"message": {"content": "%s \\ud83d"}}]}' % MERGED.encode(), {}
+            half = b'{"choices": [{"message": {"content": "%s \\ud83d"}}]}'
+            return 200, half % MERGED.encode(), {}
         if step == "merge" and clip == "1":
             return 200, b"[" * 100_000, {}
         return "[" * 5000 + "]" * 5000 if step == "contradictions" and clip == "2" else USUAL[step]
@@ -534,6 +535,19 @@ def test_what_is_no_text_and_what_is_too_deep_stops_nothing(tmp_path, model, cli
     assert row["annotations"][0]["answer"] == MERGED + " ?"
     assert [row["annotations"][0].get("left_out") for row in all_rows(tmp_path)] == [
         None, "merge: no answer of the protocol", "contradictions: invalid JSON"]
+
+
+def test_refusals_and_truths_are_read_however_they_are_worded():
+    chatted = lambda text: annotate.read_reply(chat(text))[1]
+    for text in ("I'm sorry, but no.", "I\u2019m sorry.", "Sorry, I cannot.", "I can\u2019t help.",
+                 "I cannot.", "I am not able to see it.", "As an AI, I see nothing.", "Unfortunately, I have no access."):
+        assert chatted(text) == "refusal"
+    assert not any(map(chatted, ("I see a wall.", "A man says: sorry.", "Icant is a village.", "As an aim")))
+    assert all(map(annotate.parse_bool, ("true", " True.", "```json\ntrue\n```", "**true**")))
+    assert not any(map(annotate.parse_bool, ("false", "False.\n", "```\nfalse```")))
+    for text in ("", "yes", "true or false", "not true", "untrue"):
+        with pytest.raises(ValueError):
+            annotate.parse_bool(text)
 
 
 def test_a_server_that_is_gone_or_says_no_ends_it_with_one_line(tmp_path, model, clips, capsys, monkeypatch):
@@ -621,6 +635,7 @@ def test_speech_is_transcribed_and_cut_into_clips(tmp_path, model, beside):
             heard = np.frombuffer(f.readframes(16000), np.int16)
         assert abs(np.abs(heard).max() / 2 ** 15 - 0.5) < 0.05
     assert [p["step"] for p in rows[0]["provenance"]][:2] == ["speech", "narration"]
+    assert all(p["date"][:4].isdigit() for row in rows for p in row["provenance"])
 
 
 @pytest.mark.parametrize("reply, left_out, said", [
@@ -744,6 +759,14 @@ def test_narrations_are_read_as_people_write_them(tmp_path):
         [line], [line], [dict(start=0.0, end=10.0, text="One line")], []]
 
 
+def test_every_clip_lasts_whatever_was_said_at_once():
+    """Two people who begin together must not make a clip of no length, which no one could train on."""
+    said = [dict(start=a, end=b, text="") for a, b in ((5.0, 8.0), (0.0, 40.0), (0.0, 50.0), (50.0, 90.0))]
+    clips = annotate.cut_clips(said, 100.0, 30.0)
+    assert [(a, b, len(c)) for a, b, c in clips] == [(0, 50, 3), (50, 100, 1)]
+    assert annotate.cut_clips([], 9.0, 30.0) == [(0, 9, [])]
+
+
 @pytest.mark.parametrize("text, faults", [
     ("A man walks his dog along the river and then they both sit down on a bench.", []),
     ("Nice wall, tall windows, green shutters.", ["too short"]),
@@ -836,8 +859,9 @@ def test_the_demo_runs_from_narration_to_training_and_the_page(tmp_path):
         page = (folder / f"{name}.work" / "report.html").read_text()
         assert "Yield of each step" in page and annotate.STAND_IN in page
         assert name == "qa" or "said: Ein Kreis und ein Stern" in page  # what a check turned away
-    reasons = {a.get("left_out", "kept").partition(":")[0] for row in all_rows(folder, "qa")
-               for a in row["annotations"]}
+    rows = all_rows(folder, "qa")
+    assert sum("sample" in row for row in rows) == -(-len(rows) // 10)  # one in ten, for people to check
+    reasons = {a.get("left_out", "kept").partition(":")[0] for row in rows for a in row["annotations"]}
     assert {"kept", "duplicate", "yes/no", "ambiguous", "unanswerable", "guessable"} <= reasons
     log = [json.loads(line) for line in open(folder / "run/small/pretrain/log.jsonl")]
     assert [row["step"] for row in log if "loss" in row] == [1, 2] and "eval" in log[-1]
