@@ -300,6 +300,9 @@ def test_closing_the_review_in_any_way_loses_nothing(lines, capsys, monkeypatch)
     url = p.stdout.readline().split(": ")[1].split()[0]
     key = requests.get(url + "row?i=0").json()["annotations"][1]["key"]
     requests.post(url + "decide", json=dict(i=0, key=key, verdict="reject"))
+    with pytest.raises(SystemExit) as e:  # a second page on its port
+        annotate.main(["review", lines, "--no-open", "--port", url.split(":")[2].strip("/")])
+    assert e.value.code == 2 and "--port" in capsys.readouterr().err
     p.terminate()
     assert "2 lines, 2 annotations" in p.communicate(timeout=20)[0] and p.returncode == 0
     assert [d["who"] for d in said(lines)] == ["ann", "eve"]
@@ -540,7 +543,8 @@ def test_what_is_no_text_and_what_is_too_deep_stops_nothing(tmp_path, model, cli
 def test_refusals_and_truths_are_read_however_they_are_worded():
     chatted = lambda text: annotate.read_reply(chat(text))[1]
     for text in ("I'm sorry, but no.", "I\u2019m sorry.", "Sorry, I cannot.", "I can\u2019t help.",
-                 "I cannot.", "I am not able to see it.", "As an AI, I see nothing.", "Unfortunately, I have no access."):
+                 "I cannot.", "I am not able to see it.", "As an AI, I see nothing.",
+                 "Unfortunately, I have no access."):
         assert chatted(text) == "refusal"
     assert not any(map(chatted, ("I see a wall.", "A man says: sorry.", "Icant is a village.", "As an aim")))
     assert all(map(annotate.parse_bool, ("true", " True.", "```json\ntrue\n```", "**true**")))
