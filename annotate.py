@@ -742,10 +742,7 @@ def run_review(args):
     work = Work(args.file)
     if work.decisions():  # of an earlier session, which may have been killed
         work.finish()
-    try:
-        server = Reviewer(args.file, args.who or getpass.getuser(), args.port)
-    except OSError as e:
-        raise UserError(f"--port {args.port}: {e.strerror}; without --port a free one is taken") from None
+    server = Reviewer(args.file, args.who or getpass.getuser(), args.port)
     url = f"http://127.0.0.1:{server.server_port}/"
     print(f"reviewing {args.file} as {server.who}: {url}   (Ctrl-C ends it)", flush=True)
     for name in (signal.SIGTERM, signal.SIGHUP):

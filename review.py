@@ -183,7 +183,10 @@ class Reviewer(http.server.ThreadingHTTPServer):
         self.work, self.who, self.lock = Work(file), who, threading.Lock()
         self.rows, self.decisions = self.work.rows(), self.work.decisions()
         self.media = os.path.dirname(os.path.abspath(file))
-        super().__init__(("127.0.0.1", port), Handler)
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as e:
+            raise UserError(f"--port {port}: {e.strerror}; without --port a free one is taken") from None
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
     def handle_error(self, request, client_address):
