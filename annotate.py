@@ -76,6 +76,19 @@ class Unusable(Exception):
 
 # ---- a language model behind a server ----------------------------------------------------------------------
 
+def parse_list(text):
+    """The JSON list in an answer; ValueError if there is none."""
+    return json.loads(text[text.find("["):text.rfind("]") + 1])
+
+
+def parse_bool(text):
+    """The JSON true or false that an answer is, fenced or not; ValueError if it is anything else."""
+    m = re.fullmatch(r"\W*(json)?\W*(true|false)\W*", text, re.I)
+    if not m:
+        raise ValueError(text)
+    return m[2].lower() == "true"
+
+
 PROMPTS = dict(
     describe="This is the frame at {t:g} s of a video. Describe in two or three sentences what can be seen: "
              "people, things, how they look and where they are, actions, written text. Nothing else.",
@@ -97,6 +110,8 @@ PROMPTS = dict(
               "{question}",
     agree="{question}\nOne answer: {one}\nAnother: {other}\nDo they say the same? Answer with JSON, true or "
           "false.")
+# How what comes back is read, where it is not plain text.
+READ = dict(contradictions=parse_list, questions=parse_list, ambiguous=parse_bool, agree=parse_bool)
 
 
 def today():
@@ -201,22 +216,8 @@ def read_reply(reply):
     return text, None if text.strip() else "empty answer"
 
 
-def parse_list(text):
-    """The JSON list in an answer; ValueError if there is none."""
-    return json.loads(text[text.find("["):text.rfind("]") + 1])
-
-
-def parse_bool(text):
-    """The JSON true or false that an answer is, fenced or not; ValueError if it is anything else."""
-    m = re.fullmatch(r"\W*(json)?\W*(true|false)\W*", text, re.I)
-    if not m:
-        raise ValueError(text)
-    return m[2].lower() == "true"
-
-
 class Served:
-    """What a model behind a server is asked about one row; `notes` says who did each step, for the row. Each
-    raises Unusable where no usable answer comes."""
+    """What a model behind a server is asked about one row; `notes` says who did each step, for the row."""
 
     def __init__(self, client, url, model, licence):
         self.client, self.url, self.model, self.licence = client, url.rstrip("/"), model, licence
@@ -227,8 +228,9 @@ class Served:
         self.notes[step, model] = dict(step=step, by="model", model=model, licence=self.licence, date=date,
                                        **prompt, **closed)
 
-    def ask(self, step, parse=str.strip, pictures=(), **about):
-        """The answer to a step's prompt, parsed. What is empty or cannot be parsed is asked for once more."""
+    def ask(self, step, *pictures, **about):
+        """The answer to a step's prompt about JPEG pictures or what else it names, read as READ says. What is
+        empty or cannot be read is asked for once more; Unusable where no usable answer comes."""
         url = lambda p: "data:image/jpeg;base64," + base64.b64encode(p).decode()
         content = [dict(type="text", text=PROMPTS[step].format(**about)),
                    *(dict(type="image_url", image_url=dict(url=url(p))) for p in pictures)]
@@ -242,7 +244,7 @@ class Served:
                       prompt=digest(PROMPTS[step])[:16])
             if why is None:
                 try:
-                    return parse(text)
+                    return READ.get(step, str.strip)(text)
                 except (ValueError, RecursionError):
                     why = "invalid JSON"
             if why not in ("invalid JSON", "empty answer"):
@@ -266,42 +268,14 @@ class Served:
         except (LookupError, TypeError, ValueError, AttributeError):
             raise Unusable("narration: no answer of the protocol") from None
 
-    def describe(self, t, picture):
-        """What a frame (JPEG bytes) at t seconds shows."""
-        return self.ask("describe", pictures=[picture], t=t)
-
-    def merge(self, narration, frames):
-        """One dense caption of what was said and what was seen."""
-        return self.ask("merge", narration=narration, frames=frames)
-
-    def contradictions(self, narration, frames):
-        """[what was said and cannot be, by what was seen]."""
-        return self.ask("contradictions", parse_list, narration=narration, frames=frames)
-
-    def questions(self, caption, n):
-        """[{question, answer, wrong}], as the model words them: not checked yet."""
-        return self.ask("questions", parse_list, caption=caption, n=n)
-
-    def ambiguous(self, q, caption):
-        """Whether a question could mean more than one thing."""
-        return self.ask("ambiguous", parse_bool, question=q["question"], caption=caption)
-
-    def answerable(self, q, caption):
-        """Whether who has the caption alone gives the question's answer."""
-        return self.agrees("answerable", q, caption=caption)
-
-    def guessable(self, q):
-        """Whether who has nothing but the question gives its answer."""
-        return self.agrees("guessable", q)
-
-    def agrees(self, step, q, **known):
-        """Whether what the model answers to a question is what the question's own answer says."""
+    def answers(self, step, q, **known):
+        """Whether the model, which knows the rest alone, answers a question as the question's own answer."""
         options = sorted([q["answer"], *q["wrong"]]) if q["wrong"] else []
         asked = "Question: " + q["question"] + "".join(f"\n- {o}" for o in options)
         said = self.ask(step, question=asked, **known)
         same = lambda text: text.strip(" .\"'").lower()
-        return same(said) == same(q["answer"]) or self.ask("agree", parse_bool, question=asked,
-                                                           one=q["answer"], other=said)
+        return same(said) == same(q["answer"]) or self.ask("agree", question=asked, one=q["answer"],
+                                                           other=said)
 
 
 def own_checkpoint(args):
@@ -457,14 +431,15 @@ def caption_clip(row, args, lm, eyes=None):
         path = os.path.join(os.path.dirname(args.out), row["video"])
         for t, pixels in zip(times, load_frames(path, times)):
             picture = jpeg(pixels, 768)
-            text, who = eyes(picture) if eyes else (lm.describe(t, picture), None)
+            text, who = eyes(picture) if eyes else (lm.ask("describe", picture, t=t), None)
             row["frames"].append(dict(t=t, text=text))
             row["provenance"] += [who] if who and who not in row["provenance"] else []
         frames = "\n".join(f"{f['t']:g} s: {f['text']}" for f in row["frames"])
-        a["answer"] = lm.merge(narration, frames)
+        a["answer"] = lm.ask("merge", narration=narration, frames=frames)
         for fault in faults(a["answer"], 8, args.language):
             raise Unusable(f"check: {fault}")
-        row["contradictions"] = [str(c) for c in lm.contradictions(narration, frames)]
+        against = lm.ask("contradictions", narration=narration, frames=frames)
+        row["contradictions"] = [str(c) for c in against]
         if row["contradictions"]:
             raise Unusable("check: narration and frames disagree")
     except Unusable as e:
@@ -515,11 +490,11 @@ def why_not(q, kept, caption, lm):
         return "duplicate: near another one"
     if is_yes_no(q) and 3 * (1 + sum(map(is_yes_no, kept))) > sum(not is_yes_no(k) for k in kept):
         return "yes/no: more than one in four"
-    if lm.ambiguous(q, caption):
+    if lm.ask("ambiguous", question=q["question"], caption=caption):
         return "ambiguous: several meanings"
-    if not lm.answerable(q, caption):
+    if not lm.answers("answerable", q, caption=caption):
         return "unanswerable: not from the caption"
-    return "guessable: without looking" if lm.guessable(q) else None
+    return "guessable: without looking" if lm.answers("guessable", q) else None
 
 
 def well_formed(q):
@@ -551,7 +526,7 @@ def question_row(row, args, lm):
     task, out, kept = a["task"].replace("_caption", "_qa"), [], []
     left_out = lambda reason, prompt="": dict(task=task, prompt=prompt, answer="", left_out=reason)
     try:
-        proposed = lm.questions(a["answer"], args.questions)[:args.questions]
+        proposed = lm.ask("questions", caption=a["answer"], n=args.questions)[:args.questions]
         if not proposed:
             raise Unusable("questions: none")
         good = [q for q in map(well_formed, proposed) if q]
@@ -589,12 +564,17 @@ def several(noun, text):
 
 
 class StandIn:
-    """Answers what Served answers, by rules."""
+    """Answers what Served answers, each step by a rule of its name."""
 
     def __init__(self):
-        self.notes = {"all": dict(step="every step of a model", by=STAND_IN)}
+        self.notes = {"all": dict(step="every step of a model", by=STAND_IN, date=today())}
 
-    def describe(self, t, picture):
+    def ask(self, step, *about, **more):
+        return getattr(self, step)(*about, **more)
+
+    answers = ask
+
+    def describe(self, picture, t):
         """Regions of the toy world's colours: a bar is longer than wide, a star does not fill its circle."""
         pixels, seen = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), float), []
         for colour, rgb in toy.COLOURS.items():
@@ -633,14 +613,14 @@ class StandIn:
             out += [(f"What colour does the {shape} turn?", turns, others[:3])] if turns else []
         return [dict(question=q, answer=a, wrong=wrong) for q, a, wrong in out[:n]]
 
-    def ambiguous(self, q, caption):
+    def ambiguous(self, question, caption):
         """Nothing but pronouns; a pronoun before any noun, unless one only can be meant; one of several."""
-        words, caption = re.findall(r"\w+", q["question"].lower()), caption.lower()
+        words, caption = re.findall(r"\w+", question.lower()), caption.lower()
         first = next((i for i, w in enumerate(words) if w not in EMPTY), None)
         open_to = lambda w: w in ("it", "they", "that", "there", "them") or w in PEOPLE and len(
             re.findall(rf"\b({PEOPLE[w]})\b", caption)) != 1
-        return not content(q["question"]) or any(map(open_to, words[:first])) or any(
-            several(noun, caption) for noun in re.findall(r"\bthe (\w+)", q["question"].lower()))
+        return not content(question) or any(map(open_to, words[:first])) or any(
+            several(noun, caption) for noun in re.findall(r"\bthe (\w+)", question.lower()))
 
     def answerable(self, q, caption):
         """Whether the sentence that shares most words with the question has at least half of the answer's."""

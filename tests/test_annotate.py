@@ -554,6 +554,32 @@ def test_refusals_and_truths_are_read_however_they_are_worded():
             annotate.parse_bool(text)
 
 
+def test_a_question_that_goes_wrong_costs_no_other(tmp_path, model, clips):
+    """Of each question, and of what is none, the reason is kept; another run asks nothing again."""
+    more = [dict(question=f"What is on wall {k}?", answer=f"paint {k}", wrong=None) for k in range(5)]
+    proposed = [ASKED, *more, "What?", dict(ASKED, answer=""), dict(ASKED, wrong=["it gets lighter. "])]
+
+    def answer(step, body):
+        text = body["messages"][0]["content"][0]["text"]
+        k = text.partition("on wall ")[2][:1] if step != "questions" else ""
+        wrong = {("ambiguous", "0"): "I cannot answer that.", ("ambiguous", "1"): "true",
+                 ("answerable", "2"): "unknown", ("guessable", "3"): "Paint 3", ("guessable", "4"): ""}
+        if step == "questions":
+            return json.dumps(proposed)
+        return wrong.get((step, k), f"paint {k}" if k and step == "answerable" else USUAL[step])
+
+    server = model(answer)
+    annotate.main(["caption", *clips(1), *flags(tmp_path, server)])
+    for _ in range(2):
+        annotate.main(["qa", str(tmp_path / "captions.jsonl"), *flags(tmp_path, server, "qa")])
+        row, = all_rows(tmp_path, "qa")
+        assert [a.get("left_out") for a in row["annotations"]] == 3 * ["questions: malformed"] + [
+            None, "ambiguous: refusal", "ambiguous: several meanings", "unanswerable: not from the caption",
+            "guessable: without looking", "guessable: empty answer"]
+        asked, server.asked = server.asked, []
+    assert not asked
+
+
 def test_a_server_that_is_gone_or_says_no_ends_it_with_one_line(tmp_path, model, clips, capsys, monkeypatch):
     paths = clips(1)
     for status in (401, 307):
@@ -805,7 +831,8 @@ def test_the_filters_on_pairs_labelled_by_hand(written, labels, right, kept):
             passed += [] if reason else [q]
             verdicts[q["label"], not reason] += 1
             alone = dict(duplicate=any(annotate.alike(q, p) for p in pairs[:i]), blind=lm.guessable(q),
-                         ambiguous=lm.ambiguous(q, caption), unanswerable=not lm.answerable(q, caption))
+                         ambiguous=lm.ambiguous(q["question"], caption),
+                         unanswerable=not lm.answerable(q, caption))
             for name, fails in alone.items():
                 effect[name][q["label"]] += fails
     with open(os.path.join(ROOT, "README.md")) as f:
@@ -827,8 +854,13 @@ def test_yes_and_no_stay_few_and_options_are_shuffled_by_the_row():
                       for i in range(10, 13)]
 
     class Content:
-        notes, questions = {}, lambda self, caption, n: questions
-        ambiguous, answerable, guessable = lambda *a: False, lambda *a: True, lambda *a: False
+        notes = {}
+
+        def ask(self, step, **about):
+            return questions if step == "questions" else False
+
+        def answers(self, step, q, **known):
+            return step == "answerable"
 
     args = annotate.parse(["qa", "x.jsonl", "--out", "y.jsonl", "--url", "stand-in"])
     row = dict(video="a.mp4", annotations=[dict(task="video_caption", answer="c")])
