@@ -557,7 +557,8 @@ def test_refusals_and_truths_are_read_however_they_are_worded():
 def test_a_question_that_goes_wrong_costs_no_other(tmp_path, model, clips):
     """Of each question, and of what is none, the reason is kept; another run asks nothing again."""
     more = [dict(question=f"What is on wall {k}?", answer=f"paint {k}", wrong=None) for k in range(5)]
-    proposed = [ASKED, *more, "What?", dict(ASKED, answer=""), dict(ASKED, wrong=["it gets lighter. "])]
+    spaced = dict(ASKED, answer=" It gets lighter.", wrong=["It falls. ", "It moves."])
+    proposed = [spaced, *more, "What?", dict(ASKED, answer=""), dict(ASKED, wrong=["it gets lighter. "])]
 
     def answer(step, body):
         text = body["messages"][0]["content"][0]["text"]
@@ -576,6 +577,7 @@ def test_a_question_that_goes_wrong_costs_no_other(tmp_path, model, clips):
         assert [a.get("left_out") for a in row["annotations"]] == 3 * ["questions: malformed"] + [
             None, "ambiguous: refusal", "ambiguous: several meanings", "unanswerable: not from the caption",
             "guessable: without looking", "guessable: empty answer"]
+        assert sorted(row["annotations"][3]["options"]) == ["It falls.", "It gets lighter.", "It moves."]
         asked, server.asked = server.asked, []
     assert not asked
 
