@@ -25,6 +25,7 @@ import urllib.parse
 from PIL import Image
 
 from data import MEDIA, BadRow, check_annotation, parse_row
+from fetch import UserError
 from media import BadMedia, inside_folder, load_frames, load_image, sample_times, video_duration
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -32,6 +33,7 @@ OWN = ("key", "status", "left_out")  # what an annotation carries here and not i
 
 
 def digest(*parts):
+    """32 hexadecimal digits by which equal parts are known, in any run."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -41,6 +43,8 @@ def write_whole(path, text):
     aside = f"{path}.{os.getpid()}.{threading.get_ident()}"
     with open(aside, "w", encoding="utf-8") as f:
         f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(aside, path)
 
 
@@ -53,7 +57,22 @@ def jpeg(pixels, side):
 
 
 def kind_of(row):
+    """Which of image, images and video a row is about, or None."""
     return next((k for k in MEDIA if k in row), None)
+
+
+def read_rows(path):
+    """[(line number from 1, row)] of a JSONL file; UserError names the line that cannot be used."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    rows = []
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                rows += [(n, parse_row(line))] if line.strip() else []
+            except BadRow as e:
+                raise UserError(f"{path}:{n}: {e}; put it right, or take the line out") from None
+    return rows
 
 
 # ---- lines, decisions, and the file that trains ------------------------------------------------------------
@@ -70,9 +89,7 @@ class Work:
         """Every line as it was made, with a name of its own, its annotations with theirs. The lines of a file
         made elsewhere are copied first."""
         if not os.path.exists(self.made):
-            with open(self.file, "rb") as f:
-                lines = [json.dumps(parse_row(line)) + "\n" for line in f if line.strip()]
-            write_whole(self.made, "".join(lines))
+            write_whole(self.made, "".join(json.dumps(row) + "\n" for _, row in read_rows(self.file)))
             write_whole(self.mark, self.contents())
         with open(self.made, encoding="utf-8") as f:
             rows, names = [json.loads(line) for line in f], collections.Counter()
@@ -98,6 +115,7 @@ class Work:
         return last
 
     def append(self, decision):
+        """A decision, at the end of the log and on disk before this returns."""
         with open(self.log, "a+b") as f:
             f.seek(max(f.seek(0, 2) - 1, 0))
             torn = f.read(1) not in (b"", b"\n")  # what a crash left stays a line of its own
@@ -119,7 +137,7 @@ class Work:
             with open(self.mark) as f:
                 ours = f.read()
         if self.contents() not in ("", ours):
-            raise ValueError(f"{self.file}: is not what was last written here, and would be lost; move it "
+            raise UserError(f"{self.file}: is not what was last written here, and would be lost; move it "
                              f"away, or remove {self.made} and review it as it is now")
 
     def finish(self):
@@ -165,7 +183,10 @@ class Reviewer(http.server.ThreadingHTTPServer):
         self.work, self.who, self.lock = Work(file), who, threading.Lock()
         self.rows, self.decisions = self.work.rows(), self.work.decisions()
         self.media = os.path.dirname(os.path.abspath(file))
-        super().__init__(("127.0.0.1", port), Handler)
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as e:
+            raise UserError(f"--port {port}: {e.strerror}; without --port a free one is taken") from None
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 
     def handle_error(self, request, client_address):

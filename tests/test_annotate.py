@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +20,7 @@ import av
 import numpy as np
 import pytest
 import requests
+import torch
 from conftest import HERE, picture, tiny_model, video, write_lines
 from PIL import Image
 
@@ -229,9 +230,8 @@ def test_the_page_answers_this_machine_alone(lines, tmp_path):
             for verb, path in (("GET", "rows"), ("GET", "picture?i=0&t=0"), ("POST", "decide")):
                 r = requests.request(verb, url + path, headers={name: value}, json=dict(i=0))
                 assert r.status_code == 403 and "for this machine" in r.text
-        with open("/proc/net/tcp") as f:  # address:port in hex, 0A = listens
-            listening = [line.split()[1] for line in f if line.split()[3] == "0A"]
-        assert f"0100007F:{port:04X}" in listening and f"00000000:{port:04X}" not in listening
+        with pytest.raises(OSError):  # another address of this machine; all of 127.0.0.0/8 are its own
+            socket.create_connection(("127.0.0.2", port), 2).close()
         assert not os.path.exists(lines.replace(".jsonl", ".work/decisions.jsonl"))
 
 
@@ -300,15 +300,54 @@ def test_closing_the_review_in_any_way_loses_nothing(lines, capsys, monkeypatch)
     url = p.stdout.readline().split(": ")[1].split()[0]
     key = requests.get(url + "row?i=0").json()["annotations"][1]["key"]
     requests.post(url + "decide", json=dict(i=0, key=key, verdict="reject"))
+    with pytest.raises(SystemExit) as e:  # a second page on its port
+        annotate.main(["review", lines, "--no-open", "--port", url.split(":")[2].strip("/")])
+    assert e.value.code == 2 and "--port" in capsys.readouterr().err
     p.terminate()
     assert "2 lines, 2 annotations" in p.communicate(timeout=20)[0] and p.returncode == 0
     assert [d["who"] for d in said(lines)] == ["ann", "eve"]
     with open(lines, "a") as f:  # by hand, with an editor
         f.write(json.dumps(dict(annotations=[dict(task="text", prompt="2 + 2?", answer="4")])) + "\n")
     with pytest.raises(SystemExit) as e:
-        annotate.main(["review", lines, "--no-open"])
+        look()
     assert e.value.code == 2 and "is not what was last written here" in capsys.readouterr().err
     assert "2 + 2?" in open(lines).read()
+
+
+@pytest.mark.parametrize("command, words", [
+    ("caption FILE --frames 0", "argument --frames: 0: must be at least 1"),
+    ("caption FILE --clip_seconds nan", "argument --clip_seconds: nan: must be at least 1"),
+    ("caption FILE --concurrency 0", "argument --concurrency: 0: must be from 1 to 256"),
+    ("caption FILE --timeout 0", "argument --timeout: 0: must be from 0.1 to 86400"),
+    ("caption FILE --language xx", "argument --language: invalid choice: 'xx'"),
+    ("caption nowhere.mp4", "nowhere.mp4: no such file"),
+    ("caption /dev/null/../elsewhere", "elsewhere: no such file"),
+    ("caption FILE --checkpoint nowhere", "nowhere/config.json: no such file"),
+    ("caption FILE --url http://[::1/v1 --model m --licence l", "http://[::1/v1: not the URL of a server"),
+    ("caption FILE --url http://localhost:70000/v1 --model m --licence l", "not the URL of a server"),
+    ("caption FILE --url http://localhost:1/v1 --model m", "needs --model and --licence"),
+    ("caption FILE --asr_url http://models.example/v1", "http://models.example/v1: only https"),
+    ("qa FILE --sample 7", "argument --sample: 7: must be from 0 to 1"),
+    ("qa FILE --questions few", "argument --questions: invalid int value: 'few'"),
+    ("qa FILE", "rows.jsonl:4: wrong field: annotations must be"),
+    ("qa FILE --out elsewhere/qa.jsonl", "must be another file in the folder of"),
+    ("review FILE --port 70000", "argument --port: 70000: must be from 0 to 65535"),
+    ("review FILE --no-open", "rows.jsonl:4: wrong field: annotations must be"),
+    ("report FILE", "rows.jsonl:4: wrong field: annotations must be"),
+    ("report nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("demo --clips 0", "argument --clips: 0: must be at least 1")])
+def test_a_mistake_is_told_in_a_line_that_names_it(command, words, lines, capsys):
+    """A traceback, or a message that names no flag and no line, leaves one guessing."""
+    with open(lines, "a") as f:
+        f.write('{"id": "half"}\n')
+    name, *rest = [lines if word == "FILE" else word for word in command.split()]
+    if name in ("caption", "qa"):
+        rest += [] if "--out" in rest else ["--out", lines.replace("rows", "out")]
+        rest += [] if "--url" in rest else ["--url", "stand-in"]
+    with pytest.raises(SystemExit) as e:
+        annotate.main([name, *rest])
+    said = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and words in said[-1] and "error: " in said[-1]
 
 
 # ---- servers of models -------------------------------------------------------------------------------------
@@ -482,6 +521,67 @@ def test_every_failure_of_a_server_is_counted_and_asked_again_where_it_helps(tmp
     assert "left_out" not in all_rows(tmp_path)[7]["annotations"][0]
 
 
+def test_what_is_no_text_and_what_is_too_deep_stops_nothing(tmp_path, model, clips):
+    """Half a character, which JSON can spell and no file can hold; brackets without end."""
+    def answer(step, body):
+        clip = body["messages"][0]["content"][0]["text"].partition("in clip ")[2][:1]
+        if step == "merge" and clip == "0":
+            half = b'{"choices": [{"message": {"content": "%s \\ud83d"}}]}'
+            return 200, half % MERGED.encode(), {}
+        if step == "merge" and clip == "1":
+            return 200, b"[" * 100_000, {}
+        return "[" * 5000 + "]" * 5000 if step == "contradictions" and clip == "2" else USUAL[step]
+
+    annotate.main(["caption", *clips(3), *flags(tmp_path, model(answer))])
+    annotate.main(["report", str(tmp_path / "captions.jsonl")])
+    row, = map(parse_row, open(tmp_path / "captions.jsonl", "rb"))
+    assert row["annotations"][0]["answer"] == MERGED + " ?"
+    assert [row["annotations"][0].get("left_out") for row in all_rows(tmp_path)] == [
+        None, "merge: no answer of the protocol", "contradictions: invalid JSON"]
+
+
+def test_refusals_and_truths_are_read_however_they_are_worded():
+    chatted = lambda text: annotate.read_reply(chat(text))[1]
+    for text in ("I'm sorry, but no.", "I\u2019m sorry.", "Sorry, I cannot.", "I can\u2019t help.",
+                 "I cannot.", "I am not able to see it.", "As an AI, I see nothing.",
+                 "Unfortunately, I have no access."):
+        assert chatted(text) == "refusal"
+    assert not any(map(chatted, ("I see a wall.", "A man says: sorry.", "Icant is a village.", "As an aim")))
+    assert all(map(annotate.parse_bool, ("true", " True.", "```json\ntrue\n```", "**true**")))
+    assert not any(map(annotate.parse_bool, ("false", "False.\n", "```\nfalse```")))
+    for text in ("", "yes", "true or false", "not true", "untrue"):
+        with pytest.raises(ValueError):
+            annotate.parse_bool(text)
+
+
+def test_a_question_that_goes_wrong_costs_no_other(tmp_path, model, clips):
+    """Of each question, and of what is none, the reason is kept; another run asks nothing again."""
+    more = [dict(question=f"What is on wall {k}?", answer=f"paint {k}", wrong=None) for k in range(5)]
+    spaced = dict(ASKED, answer=" It gets lighter.", wrong=["It falls. ", "It moves."])
+    proposed = [spaced, *more, "What?", dict(ASKED, answer=""), dict(ASKED, wrong=["it gets lighter. "])]
+
+    def answer(step, body):
+        text = body["messages"][0]["content"][0]["text"]
+        k = text.partition("on wall ")[2][:1] if step != "questions" else ""
+        wrong = {("ambiguous", "0"): "I cannot answer that.", ("ambiguous", "1"): "true",
+                 ("answerable", "2"): "unknown", ("guessable", "3"): "Paint 3", ("guessable", "4"): ""}
+        if step == "questions":
+            return json.dumps(proposed)
+        return wrong.get((step, k), f"paint {k}" if k and step == "answerable" else USUAL[step])
+
+    server = model(answer)
+    annotate.main(["caption", *clips(1), *flags(tmp_path, server)])
+    for _ in range(2):
+        annotate.main(["qa", str(tmp_path / "captions.jsonl"), *flags(tmp_path, server, "qa")])
+        row, = all_rows(tmp_path, "qa")
+        assert [a.get("left_out") for a in row["annotations"]] == 3 * ["questions: malformed"] + [
+            None, "ambiguous: refusal", "ambiguous: several meanings", "unanswerable: not from the caption",
+            "guessable: without looking", "guessable: empty answer"]
+        assert sorted(row["annotations"][3]["options"]) == ["It falls.", "It gets lighter.", "It moves."]
+        asked, server.asked = server.asked, []
+    assert not asked
+
+
 def test_a_server_that_is_gone_or_says_no_ends_it_with_one_line(tmp_path, model, clips, capsys, monkeypatch):
     paths = clips(1)
     for status in (401, 307):
@@ -567,10 +667,29 @@ def test_speech_is_transcribed_and_cut_into_clips(tmp_path, model, beside):
             heard = np.frombuffer(f.readframes(16000), np.int16)
         assert abs(np.abs(heard).max() / 2 ** 15 - 0.5) < 0.05
     assert [p["step"] for p in rows[0]["provenance"]][:2] == ["speech", "narration"]
+    assert all(p["date"][:4].isdigit() for row in rows for p in row["provenance"])
 
 
-def test_one_of_our_own_checkpoints_describes_frames(tmp_path, model, clips, tokenizer, monkeypatch):
-    """Its words are in the merge prompt, and its folder in the row."""
+@pytest.mark.parametrize("reply, left_out, said", [
+    (dict(text=" It gets lighter and lighter. "), None, [(0, 6, "It gets lighter and lighter.")]),
+    (dict(segments=[dict(start=None, end=float("nan"), text="It gets lighter and lighter."),
+                    dict(start=7.0, end=8.0, text="After the end.")]), None,
+     [(0, 6, "It gets lighter and lighter.")]),
+    (dict(text=""), "narration: none", []),
+    (dict(segments=[dict(start="soon", end=1, text="It")]), "narration: no answer of the protocol", None),
+    (dict(text=None), "narration: no answer of the protocol", None)])
+def test_what_a_server_of_speech_may_answer(tmp_path, model, reply, left_out, said):
+    server = model(lambda step, body: (200, reply, {}) if step == "narration" else USUAL[step])
+    annotate.main(["caption", sounding_video(str(tmp_path / "a.mp4")), *flags(tmp_path, server),
+                   "--asr_url", server.url])
+    row, = all_rows(tmp_path)
+    assert row["annotations"][0].get("left_out") == left_out
+    assert said is None or [(s["start"], s["end"], s["text"]) for s in row["narration"]] == said
+
+
+def test_one_of_our_own_checkpoints_describes_frames(tmp_path, model, clips, tokenizer, monkeypatch, capsys):
+    """Its words are in the merge prompt, its folder in the row; it is not asked twice, with or without a
+    server for the rest."""
     weights = tiny_model()
     weights.save_pretrained(tmp_path / "mine")
     tokenizer.save(tmp_path / "mine")
@@ -580,7 +699,19 @@ def test_one_of_our_own_checkpoints_describes_frames(tmp_path, model, clips, tok
     row, = all_rows(tmp_path)
     step, body = server.asked[0]
     assert step == "merge" and row["frames"][0]["text"] in body["messages"][0]["content"][0]["text"]
-    assert [p["model"] for p in row["provenance"] if p["step"] == "describe"] == [mine]
+    by, = (p for p in row["provenance"] if p["step"] == "describe")
+    assert (by["model"], by["licence"]) == (mine, "as its weights") and by["prompt"] and by["date"]
+    monkeypatch.setattr(annotate, "Chat", None)
+    os.remove(tmp_path / "captions.jsonl")
+    annotate.main(["caption", *clips(1), "--out", str(tmp_path / "captions.jsonl"), "--url", "stand-in",
+                   "--checkpoint", mine, "--frames", "1"])
+    again, = all_rows(tmp_path)
+    assert again["frames"] == row["frames"] and by in again["provenance"]
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as e:
+            annotate.main(["caption", *clips(1), "--out", str(tmp_path / "captions.jsonl"), "--url",
+                           "stand-in", "--checkpoint", mine, "--device", "cuda"])
+        assert e.value.code == 2 and "--device cuda" in capsys.readouterr().err
 
 
 # ---- no distillation ---------------------------------------------------------------------------------------
@@ -593,6 +724,7 @@ def test_one_of_our_own_checkpoints_describes_frames(tmp_path, model, clips, tok
     ("https://generativelanguage.googleapis.com/v1beta/openai", "some-model", "googleapis.com is a closed"),
     ("http://localhost:1/v1", "openai/gpt-4o-mini", "model openai/gpt-4o-mini is a closed"),
     ("http://localhost:1/v1", "claude-x", "model claude-x is a closed"),
+    ("http://localhost:1/v1", "qwen-vl-max", "model qwen-vl-max is a closed"),
     ("http://models.example/v1", "open-vl", "only https"), ("file:///etc/passwd", "open-vl", "not the URL")])
 def test_closed_models_and_plain_http_are_refused_by_name(url, name, words, capsys, tmp_path, clips):
     with pytest.raises(SystemExit) as e:
@@ -604,7 +736,9 @@ def test_closed_models_and_plain_http_are_refused_by_name(url, name, words, caps
 
 def test_open_models_are_not_refused():
     for url, name in (("http://localhost:8000/v1", "gpt-oss-120b"), ("http://[::1]:8000/v1", "gpt-2"),
-                      ("https://api.openai.com.example/v1", "gpt-j"), ("https://notopenai.com", "olmo3-7b")):
+                      ("https://api.openai.com.example/v1", "gpt-j"),
+                      ("http://127.0.0.1:1/v1", "Qwen/Qwen3-VL-8B-Instruct"),
+                      ("https://notopenai.com", "olmo3-7b")):
         assert not annotate.check_server(url, name, False)
 
 
@@ -657,6 +791,14 @@ def test_narrations_are_read_as_people_write_them(tmp_path):
         [line], [line], [dict(start=0.0, end=10.0, text="One line")], []]
 
 
+def test_every_clip_lasts_whatever_was_said_at_once():
+    """Two people who begin together must not make a clip of no length, which no one could train on."""
+    said = [dict(start=a, end=b, text="") for a, b in ((5.0, 8.0), (0.0, 40.0), (0.0, 50.0), (50.0, 90.0))]
+    clips = annotate.cut_clips(said, 100.0, 30.0)
+    assert [(a, b, len(c)) for a, b, c in clips] == [(0, 50, 3), (50, 100, 1)]
+    assert annotate.cut_clips([], 9.0, 30.0) == [(0, 9, [])]
+
+
 @pytest.mark.parametrize("text, faults", [
     ("A man walks his dog along the river and then they both sit down on a bench.", []),
     ("Nice wall, tall windows, green shutters.", ["too short"]),
@@ -691,12 +833,17 @@ def test_the_filters_on_pairs_labelled_by_hand(written, labels, right, kept):
             passed += [] if reason else [q]
             verdicts[q["label"], not reason] += 1
             alone = dict(duplicate=any(annotate.alike(q, p) for p in pairs[:i]), blind=lm.guessable(q),
-                         ambiguous=lm.ambiguous(q, caption), unanswerable=not lm.answerable(q, caption))
+                         ambiguous=lm.ambiguous(q["question"], caption),
+                         unanswerable=not lm.answerable(q, caption))
             for name, fails in alone.items():
                 effect[name][q["label"]] += fails
-    print(f"\n{written}: precision {right / kept:.3f}, recall {right / labels['good']:.3f}")
-    for name, by_label in effect.items():
-        print(f"  the filter for {name} by itself turns away {dict(+by_label)}")
+    with open(os.path.join(ROOT, "README.md")) as f:
+        told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.startswith("| ")]
+    for name, n in effect.items():
+        cells = [f"{n[name]} of {labels[name]}", str(n["good"]), str(n.total() - n[name] - n["good"])]
+        print(written, name, *cells, sep=" | ")
+        column = 1 + 3 * (written == "after the rules")
+        assert cells in [line[column:column + 3] for line in told if line[0].startswith(name)]
     assert {label: verdicts[label, True] + verdicts[label, False] for label in labels} == labels
     assert (verdicts["good", True], sum(n for (_, passed), n in verdicts.items() if passed)) == (right, kept)
     for name, by_label in effect.items():  # each does more good than harm
@@ -709,8 +856,13 @@ def test_yes_and_no_stay_few_and_options_are_shuffled_by_the_row():
                       for i in range(10, 13)]
 
     class Content:
-        notes, questions = {}, lambda self, caption, n: questions
-        ambiguous, answerable, guessable = lambda *a: False, lambda *a: True, lambda *a: False
+        notes = {}
+
+        def ask(self, step, **about):
+            return questions if step == "questions" else False
+
+        def answers(self, step, q, **known):
+            return step == "answerable"
 
     args = annotate.parse(["qa", "x.jsonl", "--out", "y.jsonl", "--url", "stand-in"])
     row = dict(video="a.mp4", annotations=[dict(task="video_caption", answer="c")])
@@ -723,11 +875,20 @@ def test_yes_and_no_stay_few_and_options_are_shuffled_by_the_row():
 
 # ---- all of it ---------------------------------------------------------------------------------------------
 
-def test_the_demo_runs_from_narration_to_two_steps_of_training(tmp_path):
+def test_the_demo_runs_from_narration_to_training_and_the_page(tmp_path):
     """What a visitor tries first, from a fresh clone, without a server."""
-    p = subprocess.run([*ANNOTATE, "demo", "--no-review", "--clips", "15"], cwd=tmp_path, text=True,
-                       capture_output=True, env=ENV, timeout=110)
-    assert p.returncode == 0, p.stdout + p.stderr
+    browser = f"{sys.executable} -c 'import sys; open(\"opened\", \"w\").write(sys.argv[1])' %s"
+    p = subprocess.Popen([*ANNOTATE, "demo", "--clips", "15"], cwd=tmp_path, text=True,
+                         env=dict(ENV, BROWSER=browser), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = []
+    while not said or said[-1] and not said[-1].startswith("reviewing"):
+        said.append(p.stdout.readline())
+    assert said[-1], "".join(said)
+    url = said[-1].split(": ")[1].split()[0]
+    assert "<title>review</title>" in requests.get(url).text
+    assert len(requests.get(url + "rows").json()["rows"]) > 5
+    p.terminate()
+    assert p.wait(20) == 0 and (tmp_path / "opened").read_text() == url
     folder = tmp_path / "out" / "annotate"
     for name in ("captions", "qa"):
         rows = [parse_row(line) for line in open(folder / f"{name}.jsonl", "rb")]
@@ -735,8 +896,10 @@ def test_the_demo_runs_from_narration_to_two_steps_of_training(tmp_path):
         assert 5 < len(rows) < 15 and by == {annotate.STAND_IN}
         page = (folder / f"{name}.work" / "report.html").read_text()
         assert "Yield of each step" in page and annotate.STAND_IN in page
-    reasons = {a.get("left_out", "kept").partition(":")[0] for row in all_rows(folder, "qa")
-               for a in row["annotations"]}
+        assert name == "qa" or "said: Ein Kreis und ein Stern" in page  # what a check turned away
+    rows = all_rows(folder, "qa")
+    assert sum("sample" in row for row in rows) == -(-len(rows) // 10)  # one in ten, for people to check
+    reasons = {a.get("left_out", "kept").partition(":")[0] for row in rows for a in row["annotations"]}
     assert {"kept", "duplicate", "yes/no", "ambiguous", "unanswerable", "guessable"} <= reasons
     log = [json.loads(line) for line in open(folder / "run/small/pretrain/log.jsonl")]
     assert [row["step"] for row in log if "loss" in row] == [1, 2] and "eval" in log[-1]
