@@ -37,7 +37,6 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
 
 import av
 from tqdm import tqdm
@@ -134,11 +133,11 @@ def file_rows(path):
         raise BadRow("unreadable", f"{path}: {e}") from None
 
 
-def unpack(path, folder, within=True):
+def unpack(path, folder, room=None):
     """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that
     leads elsewhere is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB).
-    Archives within it are unpacked too, those within them not."""
-    room, inner = os.path.getsize(path) * 20 + GROWTH, []
+    Archives within it are unpacked too, those within them not. Returns what is left of the bytes allowed."""
+    within, room, inner = room is None, os.path.getsize(path) * 20 + GROWTH if room is None else room, []
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
@@ -160,8 +159,9 @@ def unpack(path, folder, within=True):
             os.replace(f"{target}.part", target)
             inner += [target] if name.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")) else []
     for target in inner if within else ():
-        unpack(target, os.path.dirname(target), False)
+        room = unpack(target, os.path.dirname(target), room)
         os.remove(target)
+    return room
 
 
 # ---- media on this disk ------------------------------------------------------------------------------------
@@ -286,7 +286,10 @@ class Spool:
                      for i in range(BUCKETS)]
             for n, item in enumerate(items(counts)):
                 bucket = zlib.crc32(json.dumps(refs_of(item) or n).encode()) % BUCKETS
-                files[bucket].write(json.dumps(item, ensure_ascii=False, separators=(",", ":")) + "\n")
+                try:
+                    files[bucket].write(json.dumps(item, ensure_ascii=False, separators=(",", ":")) + "\n")
+                except UnicodeError:  # JSON can spell half a character, which is no text
+                    counts["left out: not UTF-8"] += 1
         with open(f"{self.done}.part", "w") as f:
             json.dump(dict(key=key, counts=counts), f)
         os.replace(f"{self.done}.part", self.done)
@@ -320,14 +323,16 @@ class Maker:
     def __init__(self, net, root, name, recipe, entry, limit, barred=()):
         self.net, self.root, self.name, self.recipe, self.entry = net, root, name, recipe, entry
         self.limit, self.barred, self.here = limit, barred, os.path.join(root, "media", name)
+        self.places = [f"media/{name}"]  # and, for points in videos of a tracking set, where those are
+        self.places += ["media/" + name.removeprefix("academic-video-point-")] * (name in convert.ACADEMIC)
         os.makedirs(self.here, exist_ok=True)
         self.asked = Counter()  # how often the page at hand
         self.manifest = Manifest(os.path.join(root, "media", "manifest.jsonl"))
         configs = (entry.get("config") or "default").split(",")
         self.sources = recipe.rows or tuple(("hub", entry["source"], c.strip(), entry["split"])
                                             for c in configs)
-        if recipe.media == "youtube":
-            self.sources += (("file", self.sources[0][1], "youtube_id_to_urls_mapping.json"),)
+        if recipe.media == "youtube" and all(kind == "hub" for kind, *_ in self.sources):
+            self.sources += convert.links(self.sources[0][1])
 
     def cache(self, repo):
         return os.path.join(self.root, ".work", "hub", repo.replace("/", "--"))
@@ -359,28 +364,37 @@ class Maker:
         jobs, named = [], []
         for row, number in ((r["row"], r["row_idx"]) for r in rows):
             for column, cell in row.items():
-                cells = cell if isinstance(cell, list) else [cell]
-                for k, c in enumerate(cells):
+                for k, c in enumerate(cell if isinstance(cell, list) else [cell]):
                     if isinstance(c, dict) and ("src" in c or "bytes" in c):
-                        rel = f"{label}/{number:07d}-{column}-{k}"
-                        path = inside_folder(self.root, f"media/{self.name}/{rel}")
+                        path = inside_folder(self.here, f"{label}/{number}-{column}-{k}")
                         if "src" in c:
                             jobs.append((c["src"], path, dict(most=PICTURE_BYTES, trust=is_picture)))
                         elif c["bytes"] and not os.path.exists(path):
                             save(path, c["bytes"])
-                        named.append((row, column, k, rel))
+                        named.append((row, column, k, path))
         fetch_all(self.net, self.manifest, jobs, "pictures", fresh=True)
         self.asked[label] += 1
         refused = any("status 403" in self.manifest.why.get(path, "") for _, path, _ in jobs)
         if refused and self.asked[label] < 3:
             return True
         self.asked[label] = 0
-        for row, column, k, rel in named:
+        for row, column, k, path in named:
             if isinstance(row[column], list):
-                row[column][k] = rel
+                row[column][k] = self.by_contents(path)
             else:
-                row[column] = rel
+                row[column] = self.by_contents(path)
         return False
+
+    def by_contents(self, path):
+        """A picture out of a row under the name of its contents, as tables repeat a picture for each question
+        about it; its name below self.here. A link stays behind until all rows are read: that is here."""
+        if os.path.isfile(path) and not os.path.islink(path):
+            digest = file_digest(path)
+            target = os.path.join(self.here, digest[:2], digest)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(path, target)
+            os.symlink(os.path.relpath(target, os.path.dirname(path)), path)
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(self.here))
 
     def items(self, counts):
         """Converted rows; `counts` gets what was read and what was left out, by reason."""
@@ -388,7 +402,7 @@ class Maker:
         seen, bad = set(), None
         for row, is_link in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
             if is_link:
-                if row["_key"] in seen and str(row.get("gcp_url")).startswith("http"):
+                if row["_key"] in seen and re.match("https?://.+/.+/.+/", str(row.get("gcp_url"))):
                     yield dict(video=row["_key"], link=row["gcp_url"], annotations=[])
                 continue
             counts["rows"] += 1
@@ -429,18 +443,21 @@ class Maker:
 
     def run(self):
         """(lines written, Counter of everything else)"""
-        if self.recipe.media == "hand" and not os.listdir(self.here):
+        if self.recipe.media == "hand" and not any(glob.glob(os.path.join(glob.escape(self.root), p, "*"))
+                                                   for p in self.places):
             raise ByHand(self.by_hand())
         spool = Spool(os.path.join(self.root, ".work", self.name))
         mine = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for kind, *where in self.sources
                 for p in glob.glob(os.path.join(glob.escape(self.here), where[0])) if kind == "here"]
         counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred), mine)))
-        for _, repo, *_ in self.sources:  # all that was in there is in the spool
+        for kind, repo, *table in self.sources:  # all that was in there is in the spool
             shutil.rmtree(self.cache(repo), ignore_errors=True)
-        self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
+            if kind == "hub":
+                shutil.rmtree(os.path.join(self.here, "-".join(table[:2])), ignore_errors=True)
+        self.shelf = Shelf(self.root, *self.places, "media/youtube")
         if self.recipe.archives and any(None in self.find(i)[0] for items in spool.buckets() for i in items):
             self.unpack_archives()
-            self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
+            self.shelf = Shelf(self.root, *self.places, "media/youtube")
         out, written = os.path.join(self.root, self.name + ".jsonl"), 0
         with open(f"{out}.part", "wb") as f:
             for items in tqdm(spool.buckets(), f"{self.name} media", BUCKETS, leave=False, disable=None):
@@ -496,11 +513,11 @@ class Maker:
         """Fetch what these items lack, as far as it can be."""
         jobs, links = [], {}
         for item in items:
-            for ref, sha256 in zip(refs_of(item), item.get("sha256") or itertools.repeat(None)):
+            for ref in refs_of(item):
                 if self.recipe.media == "url":  # hosts that once had http alone have https by now
                     url = ref if self.net.mirror else ref.replace("http://", "https://", 1)
-                    jobs.append((url, os.path.join(self.root, url_path(ref)), dict(
-                        most=PICTURE_BYTES, tries=3, trust=functools.partial(is_picture, sha256=sha256))))
+                    jobs.append((url, os.path.join(self.root, url_path(ref)),
+                                 dict(most=PICTURE_BYTES, tries=3, trust=is_picture)))
                 elif item.get("link") and not self.shelf.file(ref):
                     links[ref] = item["link"]
         fetch_all(self.net, self.manifest, jobs, "pictures")
@@ -516,14 +533,19 @@ class Maker:
                     self.shelf.files[os.path.basename(ref)].append(os.path.relpath(path, self.root))
 
     def youtube(self, ref, url):
-        return inside_folder(self.root, f"media/youtube/{ref}{os.path.splitext(urlsplit(url).path)[1]}")
+        return inside_folder(self.root, f"media/youtube/{ref}{os.path.splitext(url)[1]}")
 
     def line(self, item):
         """The row of an item whose media are here; BadMedia says why they are not."""
         refs, (paths, frames) = refs_of(item), self.find(item)
-        for ref, path in zip(refs, paths):
+        for ref, path, sha256 in zip(refs, paths, item.get("sha256") or itertools.repeat(None)):
             if path is None:
                 raise BadMedia(self.why(item, ref))
+            if sha256 and file_digest(file := os.path.join(self.root, path)) != sha256:
+                problem = "not the picture that was annotated"  # a set without sha256 may have use for it
+                if self.manifest.why.get(file) != problem:
+                    self.manifest.note(file, ref, problem)
+                raise BadMedia(problem)
         annotations = item["annotations"]
         digest = hashlib.sha256((same(item) if refs else json.dumps(annotations)).encode()).hexdigest()
         row, sizes = dict(id=f"{self.name}-{digest[:12]}"), []
