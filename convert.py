@@ -66,6 +66,7 @@ def said(value):
 
 
 def qa(task, question, answer):
+    """An annotation that asks and is answered; Skip if either is empty."""
     if not str(question).strip():
         raise Skip("empty question")
     return dict(task=task, prompt=str(question).strip(), answer=said(answer))
@@ -136,6 +137,7 @@ def pixmo_caption(row, name):
 
 
 def pixmo_question(row, name):
+    """A question of a person, and the answer they agreed to."""
     yield picture(row["image_url"], [qa("image_qa", row["question"], row["answer"])],
                   sha256=[row.get("image_sha256")])
 
@@ -242,6 +244,7 @@ def several_points(row, name):
 
 
 def clock_face(row, name):
+    """The rows say what time it is on a face that somebody else has to draw."""
     yield picture(f"{row['example_id']}.png", [qa("image_qa", "What time is shown?", row["watch_time"])])
 
 
@@ -267,6 +270,7 @@ def chat(row, name):
 
 
 def identity(row, name):
+    """Several ways to ask who the model is, and one answer."""
     yield dict(annotations=[qa("text", q, row["response"]) for q in row["questions"]])
 
 
@@ -366,10 +370,12 @@ def moments(row, name):
 
 
 def motion_caption(row, name):
+    """What moves, and how."""
     yield clip(row["video_path"], [dict(task="video_caption", answer=said(row["motion_caption"]))])
 
 
 def repetitions(row, name):
+    """How often a movement is repeated; the rows have its name and the number."""
     question = f"How many times is this done: {row['class']}?"
     yield clip(row["video_path"], [qa("video_qa", question, row["count"])])
 
@@ -505,6 +511,7 @@ def eval_points(row, name):
 
 
 def eval_count(row, name):
+    """A number of things, in a picture or in a clip."""
     if "image_url" in row:
         yield picture(row["image_url"], [dict(task="counting", label=row["label"].strip(),
                                               answer=str(row["count"]))],
@@ -516,6 +523,7 @@ def eval_count(row, name):
 
 
 def eval_captions(row, name):
+    """A caption, and the statements it is made of, which a judge looks for."""
     yield clip(row["video_id"], [dict(task="video_caption", answer=said(row["aggregated_caption"]),
                                       statements=list(row["atomic_statements"]))],
                row.get("video_start"), row.get("video_end"))
@@ -570,10 +578,12 @@ class Recipe(NamedTuple):
 
 
 def hub(repo, config="default", split="train", *page):
+    """A table of the hub; `page` rows at a time where rows are large."""
     return (("hub", repo, config, split, *page),)
 
 
 def files(repo, *patterns):
+    """Files of a hub repository."""
     return tuple(("file", repo, p) for p in patterns)
 
 
@@ -588,21 +598,25 @@ def cauldron(config):
 
 
 def mantis_of(folder):
+    """Sets of several pictures: rows in one repository, pictures in an archive of another."""
     return Recipe(mantis, "archive", hub(f"allenai/molmo2-mantis-instruct-{folder}"), "",
                   (("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip"),))
 
 
 def llava_video(kind, *sets):
+    """Folders by length and set, each with its questions and its videos."""
     repo = "lmms-lab/LLaVA-Video-178K"
     return Recipe(dialogue_of_video, "archive", files(repo, *(f"*_{s}/*_{kind}_*.json" for s in sets)), "",
                   tuple((repo, f"*_{s}/*.tar.gz") for s in sets))
 
 
 def by_hand(note, convert=plain, file="annotations.*"):
+    """Annotations and videos both put there by the user."""
     return Recipe(convert, "hand", (("here", file),), note)
 
 
 def tracking(note, *archives):
+    """The tracking schema, rows of the hub; videos by hand unless the hub has an archive."""
     return Recipe(tracks, "archive" if archives else "hand", (), note, archives)
 
 

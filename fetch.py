@@ -93,6 +93,7 @@ def patiently(send, what, tries=5, pause=1.0):
 
 
 def origin(url):
+    """(scheme, host, port) of a URL; NetError if it is none."""
     try:
         parts = urlsplit(url)
         return parts.scheme, parts.hostname, parts.port
@@ -101,6 +102,7 @@ def origin(url):
 
 
 def is_loopback(host):
+    """Whether a host's name or address is this machine, without asking anyone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -108,6 +110,7 @@ def is_loopback(host):
 
 
 def is_public(address):
+    """Whether an IP address is one of the public internet."""
     return ipaddress.ip_address(address.split("%")[0]).is_global
 
 
@@ -124,6 +127,8 @@ class PublicConnection(urllib3.connection.HTTPSConnection):
 
 
 class PublicAdapter(HTTPAdapter):
+    """A session's connections, of the class above. A proxy, if the user has one, is connected to as is."""
+
     def init_poolmanager(self, *args, **kwargs):
         super().init_poolmanager(*args, **kwargs)
         pool = type("PublicPool", (urllib3.HTTPSConnectionPool,), dict(ConnectionCls=PublicConnection))
@@ -311,6 +316,7 @@ def receive(net, r, part, have, what, most, url):
 
 
 def file_digest(path):
+    """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -339,6 +345,7 @@ class Manifest:
             self.dead |= set() if entry["again"] else {file}
 
     def note(self, file, url, reason="", again=False):
+        """Write down what became of a file; `again` if it may be there the next time."""
         entry = dict(file=file, url=url, done=not reason, reason=reason, again=again)
         with self.lock, open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
@@ -351,6 +358,7 @@ def is_picture(path):
 
 
 def is_video(path):
+    """BadMedia unless a file is a video."""
     open_video(path)[0].close()
 
 
@@ -392,8 +400,7 @@ def hub_files(net, repo, patterns, kind="datasets"):
         raise NetError(f"{repo}: has no file {' or '.join(patterns)}")
     head = f"{net.hub}/{'datasets/' if kind == 'datasets' else ''}{repo}/resolve/{quote(revision)}/"
     return [dict(url=head + quote(e["path"]), name=e["path"], size=e["size"],
-                 sha256=(e.get("lfs") or {}).get("oid"),
-                 mark=revision[:8]) for e in found]
+                 sha256=(e.get("lfs") or {}).get("oid"), mark=revision[:8]) for e in found]
 
 
 def fetch_files(net, files, folder):
@@ -465,8 +472,7 @@ def parquet_rows(net, repo, config, split, keep, cache):
     listed = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}", "parquet_files")[0][
         "parquet_files"]
     files = [dict(url=f["url"], name=f"{config}/{split}/{os.path.basename(f['filename'])}", size=f["size"],
-                  sha256=None,
-                  mark="") for f in listed if (f["config"], f["split"]) == (config, split)]
+                  sha256=None, mark="") for f in listed if (f["config"], f["split"]) == (config, split)]
     number = 0
     for path in fetch_files(net, files, cache):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):

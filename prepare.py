@@ -167,6 +167,7 @@ def unpack(path, folder, room=None):
 # ---- media on this disk ------------------------------------------------------------------------------------
 
 def save(path, content):
+    """Bytes to a file that is there whole or not at all."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.part", "wb") as f:
         f.write(content)
@@ -204,6 +205,7 @@ class Shelf:
         return None
 
     def file(self, ref):
+        """A picture or a video."""
         return self.pick(self.files, ref, ("{}", "v_{}", "ytb_{}", "vimeo_{}", "{}_2fps"))
 
     def folder(self, ref):
@@ -235,6 +237,7 @@ def encode(root, folder, rate, first=0, last=None):
 
 
 def url_path(url):
+    """Where under root the picture behind a URL is kept, for all sets."""
     digest = hashlib.sha256(url.encode()).hexdigest()
     return f"media/url/{digest[:2]}/{digest}"
 
@@ -478,6 +481,7 @@ class Maker:
         return written, counts
 
     def unpack_archives(self):
+        """Fetch, unpack and remove the set's archives one after another, those not unpacked before."""
         for repo, pattern in self.recipe.archives:
             for file in hub_files(self.net, repo, [pattern]):
                 mark = os.path.join(self.here, ".unpacked",
@@ -641,6 +645,7 @@ def select(names, registry):
 
 
 def data(args):
+    """`prepare.py data`: set after set; 2 after a user's mistake, 1 if nothing came of one, 0 otherwise."""
     registry, net, code, total = read_registry(), Net(), 0, 0
     for name, evaluation in select(args.names, registry):
         root = os.path.join(args.out, "eval") if evaluation else args.out
@@ -676,6 +681,7 @@ MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "
 
 
 def show_list(args):
+    """`prepare.py list`: a line for each set."""
     registry, root = read_registry(), {True: os.path.join(args.out, "eval"), False: args.out}
     chosen = select([args.group] if args.group else [*registry, "eval"], registry)
     print(f"{'name':35}{'stage':14}{'task':22}{'rows':>10}  {'media':23}{'licence':18}here")
@@ -699,6 +705,7 @@ WEIGHTS = {os.path.basename(repo): repo for repo in (
 
 
 def get_weights(args):
+    """`prepare.py weights`: folders for --init_from, which is printed."""
     net = Net()
     names = ["OLMo-2-0425-1B", "siglip2-so400m-patch14-384"] if args.names == ["stage1"] else args.names
     for name in names:
@@ -795,6 +802,7 @@ def problems(dataset, checked):
 
 
 def check(args):
+    """`prepare.py check`: 1 if a line cannot be used. Each is counted by its first problem."""
     held_out = os.path.join(args.path, "eval")
     paths = [args.path] + [held_out] * bool(glob.glob(os.path.join(glob.escape(held_out), "*.jsonl")))
     try:
