@@ -405,7 +405,7 @@ class Maker:
         seen, bad = set(), None
         for row, is_link in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
             if is_link:
-                if row["_key"] in seen and re.match("https?://.+/.+/.+/", str(row.get("gcp_url"))):
+                if row.get("_key") in seen and re.match("https?://.+/.+/.+/", str(row.get("gcp_url"))):
                     yield dict(video=row["_key"], link=row["gcp_url"], annotations=[])
                 continue
             counts["rows"] += 1
@@ -414,7 +414,7 @@ class Maker:
             except Skip as e:
                 counts[f"left out: {e}"] += 1
                 continue
-            except (LookupError, TypeError, ValueError, AttributeError) as e:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
                 counts["left out: not in the published schema"] += 1
                 bad = bad or f"{type(e).__name__} {e}; its columns: {', '.join(map(str, row))}"
                 continue

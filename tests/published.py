@@ -274,7 +274,7 @@ CASES = [
     ("molmo2-videotrack", {"rows": {("allenai/molmo2-track-instruction", config, "train"): rows for config,
                                     rows in (
         ("track", [TRACK, dict(TRACK, clip="b", video="whole", start_frame=5, end_frame=14),
-                   dict(TRACK, sampling_fps=3),
+                   dict(TRACK, sampling_fps=3), dict(TRACK, width=0),
                    dict(TRACK, clip="c", video="gone")]),
         ("ground", [TRACK]), ("single_point_track",
                               [ONE, dict(ONE, clip="d", video="frames", start_frame=0, end_frame=9)]))}},
