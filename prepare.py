@@ -7,7 +7,7 @@ Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and w
     python prepare.py weights stage1                   # OLMo-2 1B and SigLIP 2; or Molmo2-8B, Qwen3-8B, ...
     python prepare.py check data/                      # every line, every picture, every video
 
-    rows of the hub, files ─► convert.py ─► items ─► spool: 64 files by media ─► one item per picture, video
+    rows of the hub, files ─► convert.py ─► items ─► spool, sorted by media ─► one item per picture, video
                                                                                  │ or text, with all that is
                                                                                  ▼ said about it
           data/NAME.jsonl ◄─ as data.py accepts it ◄─ size, duration ◄─ its media: here, or fetched (fetch.py)
@@ -50,6 +50,7 @@ from fetch import patiently  # noqa: F401  public under this name too
 from media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
 
 BUCKETS = 64       # files a spool has
+AT_ONCE = 1 << 20  # bytes of them that are looked at together; in memory ten times as much
 GROWTH = 1 << 30   # bytes that even a small archive may unpack to
 PLACEHOLDER = 5    # pictures of the same bytes are not pictures but a notice that they are gone
 
@@ -269,8 +270,8 @@ def same(item):
 
 
 class Spool:
-    """Items on the disk, in files by their media: what is said about one picture on rows far apart meets in
-    one file, which fits into memory."""
+    """Items on the disk, in files by a number that their media have: what is said about one picture on rows
+    far apart meets in one file."""
 
     def __init__(self, folder):
         self.folder, self.done = folder, os.path.join(folder, "done.json")
@@ -285,12 +286,11 @@ class Spool:
         os.makedirs(self.folder)
         counts = Counter()
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(os.path.join(self.folder, f"{i:02d}"), "w", encoding="utf-8"))
-                     for i in range(BUCKETS)]
+            files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in self.paths()]
             for n, item in enumerate(items(counts)):
-                bucket = zlib.crc32(json.dumps(refs_of(item) or n).encode()) % BUCKETS
+                number, bucket = divmod(zlib.crc32(json.dumps(refs_of(item) or n).encode()), BUCKETS)
                 try:
-                    files[bucket].write(json.dumps(item, ensure_ascii=False, separators=(",", ":")) + "\n")
+                    files[bucket].write(f"{number} {json.dumps(item, ensure_ascii=False)}\n")
                 except UnicodeError:  # JSON can spell half a character, which is no text
                     counts["left out: not UTF-8"] += 1
         with open(f"{self.done}.part", "w") as f:
@@ -298,11 +298,28 @@ class Spool:
         os.replace(f"{self.done}.part", self.done)
         return counts
 
-    def buckets(self):
-        """The items of one file after another, each list holding one item per picture, clip or text."""
-        for i in range(BUCKETS):
-            with open(os.path.join(self.folder, f"{i:02d}"), encoding="utf-8") as f:
-                yield merge(map(json.loads, f))
+    def paths(self):
+        return [os.path.join(self.folder, f"{i:02d}") for i in range(BUCKETS)]
+
+    def __len__(self):
+        return 1 + sum(map(os.path.getsize, self.paths())) // AT_ONCE
+
+    def pieces(self):
+        """Lists of items, about len(self) of them; each picture, clip or text is one item of one list. Small
+        files go together, large ones in shares, by number."""
+        lines, size = [], 0
+        for path in self.paths():
+            shares = 1 + os.path.getsize(path) // AT_ONCE
+            for share in range(shares):
+                with open(path, encoding="utf-8") as f:
+                    for number, item in (line.split(" ", 1) for line in f):
+                        if int(number) % shares == share:
+                            lines.append(item)
+                            size += len(item)
+                if size >= AT_ONCE // 2:
+                    yield merge(map(json.loads, lines))
+                    lines, size = [], 0
+        yield merge(map(json.loads, lines))
 
 
 def merge(items):
@@ -458,12 +475,12 @@ class Maker:
             if kind == "hub":
                 shutil.rmtree(os.path.join(self.here, "-".join(table[:2])), ignore_errors=True)
         self.shelf = Shelf(self.root, *self.places, "media/youtube")
-        if self.recipe.archives and any(None in self.find(i)[0] for items in spool.buckets() for i in items):
+        if self.recipe.archives and any(None in self.find(i)[0] for items in spool.pieces() for i in items):
             self.unpack_archives()
             self.shelf = Shelf(self.root, *self.places, "media/youtube")
         out, written = os.path.join(self.root, self.name + ".jsonl"), 0
         with open(f"{out}.part", "wb") as f:
-            for items in tqdm(spool.buckets(), f"{self.name} media", BUCKETS, leave=False, disable=None):
+            for items in tqdm(spool.pieces(), f"{self.name} media", len(spool), leave=False, disable=None):
                 self.fetch(items)
                 for item in items:
                     try:

@@ -54,7 +54,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.url, self.film = f"http://127.0.0.1:{self.server_port}", film
         self.rows, self.files, self.faults, self.log = {}, {}, [], []
         self.sent, self.lock, self.busy, self.most = collections.Counter(), threading.Lock(), 0, 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request, address):
         pass  # a client that was killed
@@ -863,6 +863,19 @@ def test_columns_that_changed_are_named(hub, tmp_path, capsys):
     hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [dict(picture=None, asks="?")]
     assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 1
     assert "its columns: picture, asks" in capsys.readouterr().out
+
+
+def test_a_spool_gives_each_picture_once_in_pieces_that_fit(tmp_path, monkeypatch):
+    """Else memory would grow with a set; or all that is said about a picture would not be on one line."""
+    items = [dict(image=f"{i % 97}", annotations=[dict(answer=i)]) for i in range(970)]
+    spool = prepare.Spool(str(tmp_path / "spool"))
+    spool.fill(lambda counts: items, "key")
+    assert [len(piece) for piece in spool.pieces()] == [97] and len(spool) == 1
+    monkeypatch.setattr(prepare, "AT_ONCE", 400)  # less than is said about one
+    pieces = list(spool.pieces())
+    assert len(pieces) > 60 and max(map(len, pieces)) < 6 and 60 < len(spool) < 200
+    found = {item["image"]: [a["answer"] for a in item["annotations"]] for piece in pieces for item in piece}
+    assert found == {f"{k}": list(range(k, 970, 97)) for k in range(97)} and sum(map(len, pieces)) == 97
 
 
 def test_many_rows_convert_in_little_memory(hub, tmp_path):
