@@ -218,7 +218,7 @@ class Net:
                     body = r.content
                     try:
                         answer = json.loads(body)
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         raise NetError(f"{what}: the answer is not JSON: {body[:80]!r}") from None
                     if needs and not (isinstance(answer, dict) and needs in answer):
                         raise NetError(f"{what}: the answer has no {needs}: {body[:80]!r}")

@@ -130,7 +130,7 @@ def file_rows(path):
                         yield row
         else:
             yield from json_items(path)
-    except (ValueError, csv.Error) as e:
+    except (ValueError, csv.Error, RecursionError) as e:
         raise BadRow("unreadable", f"{path}: {e}") from None
 
 
@@ -216,11 +216,13 @@ class Shelf:
 
 def encode(root, folder, rate, first=0, last=None):
     """A folder of frames, or some of them, as an H.264 clip at `rate` a second; its path under root."""
-    rel = f"media/encoded/{hashlib.sha256(f'{folder} {rate} {first} {last}'.encode()).hexdigest()[:24]}.mp4"
-    path, source = os.path.join(root, rel), os.path.join(root, folder)
+    source = os.path.join(root, folder)
+    names = sorted(n for n in os.listdir(source) if n.lower().endswith((".jpg", ".jpeg", ".png")))
+    key = f"{folder} {rate} {first} {last} {len(names)}"  # if frames are added or thinned, again
+    rel = f"media/encoded/{hashlib.sha256(key.encode()).hexdigest()[:24]}.mp4"
+    path = os.path.join(root, rel)
     if os.path.exists(path):
         return rel
-    names = sorted(n for n in os.listdir(source) if n.lower().endswith((".jpg", ".jpeg", ".png")))
     names = names[first:None if last is None else last + 1]
     if not names:
         raise BadMedia(f"{folder}: has no frames {first} to {last}")
@@ -391,28 +393,31 @@ class Maker:
                             jobs.append((c["src"], path, dict(most=PICTURE_BYTES, trust=is_picture)))
                         elif c["bytes"] and not os.path.exists(path):
                             save(path, c["bytes"])
-                        named.append((row, column, k, path))
+                        named.append((row, column, k, path, "src" in c))
         fetch_all(self.net, self.manifest, jobs, "pictures", fresh=True)
         self.asked[label] += 1
         refused = any("status 403" in self.manifest.why.get(path, "") for _, path, _ in jobs)
         if refused and self.asked[label] < 3:
             return True
         self.asked[label] = 0
-        for row, column, k, path in named:
+        for row, column, k, path, fetched in named:
             if isinstance(row[column], list):
-                row[column][k] = self.by_contents(path)
+                row[column][k] = self.by_contents(path, fetched)
             else:
-                row[column] = self.by_contents(path)
+                row[column] = self.by_contents(path, fetched)
         return False
 
-    def by_contents(self, path):
+    def by_contents(self, path, link):
         """A picture out of a row under the name of its contents, as tables repeat a picture for each question
-        about it; its name below self.here. A link stays behind until all rows are read: that is here."""
+        about it; its name below self.here. A link left behind says that this cell's need not be fetched."""
         if os.path.isfile(path) and not os.path.islink(path):
             digest = file_digest(path)
-            target = os.path.join(self.here, digest[:2], digest)
+            name = os.path.join(digest[:2], digest)
+            target = os.path.join(self.here, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             os.replace(path, target)
+            if not link:
+                return name
             os.symlink(os.path.relpath(target, os.path.dirname(path)), path)
         return os.path.relpath(os.path.realpath(path), os.path.realpath(self.here))
 
@@ -470,10 +475,8 @@ class Maker:
         mine = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for kind, *where in self.sources
                 for p in glob.glob(os.path.join(glob.escape(self.here), where[0])) if kind == "here"]
         counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred), mine)))
-        for kind, repo, *table in self.sources:  # all that was in there is in the spool
+        for _, repo, *_ in self.sources:  # all that was in there is in the spool
             shutil.rmtree(self.cache(repo), ignore_errors=True)
-            if kind == "hub":
-                shutil.rmtree(os.path.join(self.here, "-".join(table[:2])), ignore_errors=True)
         self.shelf = Shelf(self.root, *self.places, "media/youtube")
         if self.recipe.archives and any(None in self.find(i)[0] for items in spool.pieces() for i in items):
             self.unpack_archives()
@@ -879,8 +882,9 @@ def main(argv=None):
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode [one per core]")
     args = parser.parse_args(argv)
     try:
-        if getattr(args, "limit", None) is not None and args.limit < 1:
-            raise UserError(f"--limit {args.limit}: at least 1")
+        for flag in ("limit", "workers"):
+            if (n := getattr(args, flag, None)) is not None and n < 1:
+                raise UserError(f"--{flag} {n}: at least 1")
         return args.run(args)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
