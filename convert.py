@@ -382,16 +382,8 @@ def repetitions(row, name):
 
 def plain(row, name):
     """The layout asked for where the published one is not known: a row per question or caption, in the fields
-    a line of this project has."""
-    if "image" in row or "images" in row:
-        task, question = "image_qa" if "image" in row else "multi_image_qa", row.get("question")
-        if question and options_of(row):
-            annotation = choice(task, question, *options_of(row))
-        else:
-            annotation = qa(task, question, row["answer"]) if question else \
-                dict(task="image_caption", answer=said(row["answer"]))
-        yield picture(row.get("images") or row["image"], [annotation])
-    elif "question" in row:
+    a line of this project has. All of these sets are videos."""
+    if "question" in row:
         yield from asked_of_video(row, name)
     else:
         yield clip(first(row, *VIDEO_NAMES),

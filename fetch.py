@@ -98,7 +98,7 @@ def origin(url):
         parts = urlsplit(url)
         return parts.scheme, parts.hostname, parts.port
     except ValueError:
-        raise NetError(f"{url[:200]!r} is no URL") from None
+        raise NetError(f"is no URL ({url[:200]!r})") from None
 
 
 def is_loopback(host):

@@ -461,9 +461,9 @@ class Maker:
         text = (f"{self.name}: in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put the "
                 f"media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
         if here and self.recipe.convert is convert.plain:
-            text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), "
-                     "question, answer or options and correct, start and end in seconds if it is a clip; "
-                     "without a question a row is a caption.")
+            text += (" annotations.jsonl (or .json, .csv): a row per question with video, question, answer "
+                     "or options and correct, start and end in seconds if it is a clip; without a question a "
+                     "row is a caption.")
         return text
 
     def run(self):

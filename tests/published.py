@@ -261,7 +261,7 @@ CASES = [
              merged_caption="A dog runs.",
              video_frame_merged_caption="A brown dog runs.", clip_captions=[], frame_captions=[],
              annotation_score=4), **more) for more in (
-            {}, dict(annotation_score=2), dict(annotation_score=0),
+            {}, dict(annotation_score=2), dict(annotation_score=0), dict(video_start=5.0, video_end=9.0),
             dict(video_id="m2", video_start=0, video_end=None, video_caption="")))),
      {"v_m1.mp4": "film", "deep/m2.mkv": "film"},
      [film("here/v_m1.mp4", dict(task="video_caption", style="video_short_caption", answer="A dog."),

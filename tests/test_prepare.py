@@ -288,9 +288,9 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
             if prefix + n in names}
     assert used == {r.convert for table in (convert.RECIPES, convert.EVALS) for r in table.values()}
     for needle in ("count and points differ", "picture is held out for evaluation", "annotator unsure",
-                   "status 404 Not Found",
-                   "fps is no multiple", "not the picture that was annotated", "more than 60 points",
-                   "annotation score below 3", "not in the published schema, the first: ZeroDivisionError"):
+                   "status 404 Not Found", "fps is no multiple", "not the picture that was annotated",
+                   "more than 60 points", "annotation score below 3", "the video ends before the clip begins",
+                   "not in the published schema, the first: ZeroDivisionError"):
         assert needle in text.out, needle
     questions = load_questions(data.find_datasets([str(out / "eval")])[0])
     assert len(questions) == 8 and all(q.masks and q.hits(p, p) for q in questions for p in q.points)
@@ -393,7 +393,7 @@ def test_retry_after_is_honoured(hub):
         prepare.patiently(lambda: requests.get(hub.url), "a page", tries=3, pause=0.01)
 
 
-def test_what_cannot_be_had_is_counted_by_name_and_not_asked_for_again(hub, tmp_path, capsys):
+def test_what_cannot_be_had_is_counted_by_name_and_not_asked_for_again(hub, tmp_path, capsys, monkeypatch):
     """Dead links, notices in place of pictures and ways into the network cost their rows, never the run."""
     answers = {
         "dead": lambda r: r.reply(b"", 404), "html": lambda r: r.reply(b"<html>We have moved</html>" * 20),
@@ -402,21 +402,28 @@ def test_what_cannot_be_had_is_counted_by_name_and_not_asked_for_again(hub, tmp_
         "plain": lambda r: r.reply(status=302, Location="http://example.com/a.png"),
         "port": lambda r: r.reply(status=302, Location=f"http://127.0.0.1:{hub.server_port - 1}/"),
         "loop": lambda r: r.reply(status=302, Location=r.path), "busy": lambda r: r.reply(status=503),
-        "other": lambda r: r.reply(drawn_picture("another"))}
+        "large": lambda r: r.reply(bytes(5000)), "other": lambda r: r.reply(drawn_picture("another"))}
+    monkeypatch.setattr(prepare, "PICTURE_BYTES", 4000)
     questions(hub, ["a", *answers], sha256=True)
+    for url in ("https://[no URL", "https:///nowhere", "https://nowhere.invalid/a.png", "//a.png"):
+        hub.rows[ASKED, "default", "train"].append(dict(image_url=url, question="Colour?", answer="x"))
+    known = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: known(  # without asking a name server
+        host if host != "nowhere.invalid" else "no host", *a, **k))
     hub.faults = [lambda r, n: (answers.get(r.path.removeprefix("/pic/"), lambda r: None)(r),
                                 r.path.removeprefix("/pic/") in answers)[1]]
     assert ask(tmp_path) == 0
     text = capsys.readouterr().out
-    assert "10 rows read, 1 lines written" in text
-    for reason in ("1 left out: status 404", "1 left out: not a readable picture",
-                   "10.0.0.1 is a private address", "only https is read",
-                   "169.254.169.254 is a private address", "more than 5 redirects",
-                   "gave up after 3 tries, the last: status 503",
-                   "not the picture that was annotated"):
+    assert "15 rows read, 1 lines written" in text
+    for reason in ("1 left out: is no URL", "1 left out: no such host", "1 left out: more than 4000 bytes",
+                   "1 left out: status 404", "1 left out: not a readable picture",
+                   "10.0.0.1 is a private address", "169.254.169.254 is a private address",
+                   "4 left out: only https is read", "1 left out: more than 5 redirects",
+                   "1 left out: gave up after 3 tries, the last: status 503",
+                   "1 left out: not the picture that was annotated"):
         assert reason in text, text
     manifest = {m["file"]: m for m in map(json.loads, open(tmp_path / "media/manifest.jsonl"))}.values()
-    assert len(manifest) == 10 and sum(m["done"] for m in manifest) == 1
+    assert len(manifest) == 15 and sum(m["done"] for m in manifest) == 1
     assert all(m["reason"] for m in manifest if not m["done"])
     hub.log.clear()
     assert ask(tmp_path) == 0
@@ -665,6 +672,43 @@ def test_a_large_file_survives_what_connections_do(hub, tmp_path, capsys):
     assert f"--init_from {folder}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("left, sent", [(0, 0), (5, 1000)])
+def test_a_file_that_was_whole_before_it_was_renamed(hub, tmp_path, left, sent):
+    """Killed at the very end, all of it is there and nothing is sent; what is longer is thrown away."""
+    path = put_weights(hub, b"y" * 1000)
+    os.makedirs(tmp_path / "Molmo2-8B")
+    (tmp_path / "Molmo2-8B" / "model.safetensors.c0ffee00.part").write_bytes(b"y" * (1000 + left))
+    assert weights(tmp_path) == 0 and hub.sent[path] == sent
+    assert open(tmp_path / "Molmo2-8B" / "model.safetensors", "rb").read() == b"y" * 1000
+
+
+@pytest.mark.parametrize("answer, told", [
+    (b"<html>", "the answer is not JSON: b'<html>'"), (b'{"error": "?"}', "the answer has no rows"),
+    (b"[" * 100_000, "the answer is not JSON"), (None, "the connection broke 5 times")])
+def test_rows_that_are_none_are_named(hub, tmp_path, capsys, answer, told):
+    hub.faults = [lambda r, n: hang_up(r) if answer is None else r.reply(answer) or True]
+    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path)]) == 1
+    assert f"molmo2-hardcodes: rows 0 of allenai/molmo2-hardcodes: {told}" in capsys.readouterr().err
+
+
+def test_the_video_mirror_is_told_who_pays_and_nobody_else(hub, tmp_path, capsys, monkeypatch):
+    repo = "allenai/Molmo2-AskModelAnything"
+    hub.rows[repo, "default", "HumanQA"] = [dict(video_id="v1", question="What?", answer="A dog.")]
+    hub.files[repo, "youtube_id_to_urls_mapping.json"] = json.dumps(
+        dict(v1=dict(gcp_url=f"{hub.url}/cc/v1/v1.mkv"))).encode()
+    hub.faults = [lambda r, n: r.path.startswith("/cc") and (r.reply(b"UserProjectMissing", 400), True)[1]]
+    assert prepare.main(["data", "molmo2-askmodelanything", "--out", str(tmp_path)]) == 1
+    assert "set GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN" in (text := capsys.readouterr().out)
+    assert "1 left out: status 400" in text
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "mine")
+    monkeypatch.setenv("GOOGLE_OAUTH_TOKEN", "secret")
+    assert prepare.billing("https://storage.googleapis.com/b/cc/v1/v1.mkv") == {
+        "x-goog-user-project": "mine", "Authorization": "Bearer secret"}
+    for url in (f"{hub.url}/cc/v1/v1.mkv", "https://storage.googleapis.com.evil.example/x",
+                "http://storage.googleapis.com/x"):
+        assert prepare.billing(url) == {}
+
+
 @pytest.mark.parametrize("what, served, told", [
     ("size", b"short", "5 bytes instead of 1000"),
     ("sha256", b"x" * 1000, "its sha256 is not the one published"),
@@ -760,7 +804,7 @@ def archive(path, members, kind="zip"):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-@pytest.mark.parametrize("name", ["../out.png", "/tmp/out.png", "a/../../out.png"])
+@pytest.mark.parametrize("name", ["../out.png", "/out.png", "a/../../out.png"])
 def test_archives_stay_in_their_folder(tmp_path, kind, name):
     os.makedirs(tmp_path / "in")
     with pytest.raises(prepare.BadMedia):
@@ -768,12 +812,21 @@ def test_archives_stay_in_their_folder(tmp_path, kind, name):
     assert os.listdir(tmp_path / "in") == []
 
 
+def test_a_broken_archive_is_named(hub, tmp_path, capsys):
+    hub.rows["allenai/molmo2-mantis-instruct-nlvr2", "default", "train"] = [dict(
+        images=["a.png", "b.png"], mc_question=[""], choices=[[]], correct_choice_idx=[None],
+        oe_question=["Why?"], direct_answer=["so"])]
+    hub.files["TIGER-Lab/Mantis-Instruct", "nlvr2/train_images.zip"] = b"PK\x03\x04" + bytes(100)
+    assert prepare.main(["data", "nlvr2", "--out", str(tmp_path)]) == 1
+    assert "train_images.zip: a broken archive" in capsys.readouterr().err
+
+
 def test_archives_bring_no_links_and_no_bombs(tmp_path, monkeypatch):
     folder = str(tmp_path / "in")
     prepare.unpack(archive(tmp_path / "a", [("link", "/etc/passwd"), ("a.txt", b"x")], "tar"), folder)
     assert os.listdir(folder) == ["a.txt"]
     with pytest.raises(prepare.BadMedia):  # through a link that lies there
-        os.symlink("/tmp", os.path.join(folder, "way"))
+        os.symlink(tmp_path, os.path.join(folder, "way"))
         prepare.unpack(archive(tmp_path / "b", [("way/out", b"x")], "tar"), folder)
     monkeypatch.setattr(prepare, "GROWTH", 0)
     with pytest.raises(prepare.BadMedia, match="times its size"):
