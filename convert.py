@@ -66,6 +66,7 @@ def said(value):
 
 
 def qa(task, question, answer):
+    """An annotation that asks and is answered; Skip if either is empty."""
     if not str(question).strip():
         raise Skip("empty question")
     return dict(task=task, prompt=str(question).strip(), answer=said(answer))
@@ -136,6 +137,7 @@ def pixmo_caption(row, name):
 
 
 def pixmo_question(row, name):
+    """A question of a person, and the answer they agreed to."""
     yield picture(row["image_url"], [qa("image_qa", row["question"], row["answer"])],
                   sha256=[row.get("image_sha256")])
 
@@ -205,6 +207,8 @@ def asked(row, name):
         annotations.append(choice("image_qa", question, row["choices"], right))
     if "choices" not in row or "direct_answers" in row:
         answer = first(row, "direct_answers", "answers", "label", "answer")
+        if "direct_answers" in row and isinstance(answer, str):  # a list as text: "['a', 'b']"
+            answer = [a or b for a, b in re.findall(r"'(.*?)'(?=[,\]])|\"(.*?)\"(?=[,\]])", answer)]
         annotations.append(qa("image_qa", question, answer))
     yield picture(row["image"], annotations)
 
@@ -240,6 +244,7 @@ def several_points(row, name):
 
 
 def clock_face(row, name):
+    """The rows say what time it is on a face that somebody else has to draw."""
     yield picture(f"{row['example_id']}.png", [qa("image_qa", "What time is shown?", row["watch_time"])])
 
 
@@ -265,6 +270,7 @@ def chat(row, name):
 
 
 def identity(row, name):
+    """Several ways to ask who the model is, and one answer."""
     yield dict(annotations=[qa("text", q, row["response"]) for q in row["questions"]])
 
 
@@ -272,7 +278,7 @@ def identity(row, name):
 
 def video_captions(row, name):
     """Up to three captions of a video, short, whole, and with every frame's details."""
-    if (row.get("annotation_score") or 3) < 3:
+    if row.get("annotation_score") is not None and row["annotation_score"] < 3:
         raise Skip("annotation score below 3")
     kinds = (("video_caption", "video_short_caption"), ("merged_caption", "video_caption"),
              ("video_frame_merged_caption", "video_long_caption"))
@@ -300,6 +306,11 @@ def options_of(row):
     return None
 
 
+def subtitles(lines):
+    """[{start, end, text}] of what came as such; lines without times are no subtitles here."""
+    return [{k: s[k] for k in ("start", "end", "text")} for s in lines or () if isinstance(s, dict)]
+
+
 def asked_of_video(row, name, video=None):
     """One question about a video: with choices, with distractors, or open."""
     question = first(row, "question", "Question", "q", "q_body", "query", "instruction")
@@ -309,8 +320,8 @@ def asked_of_video(row, name, video=None):
         annotation = choice("video_qa", question, *found)
     else:
         annotation = qa("video_qa", question, first(row, "answer", "output"))
-    lines = row.get("subtitle") or row.get("subtitles") or []
-    more = dict(subtitles=[{k: s[k] for k in ("start", "end", "text")} for s in lines]) if lines else {}
+    lines = subtitles(row.get("subtitle") or row.get("subtitles"))
+    more = dict(subtitles=lines) if lines else {}
     start, end = row.get("start"), row.get("end")
     if re.fullmatch(r"[\d.]+-[\d.]+", row.get("ts") or ""):  # TVQA
         start, end = row["ts"].split("-")
@@ -320,8 +331,7 @@ def asked_of_video(row, name, video=None):
 def tvqa(row, name):
     """Questions in one file, subtitles in another: a line of the second asks nothing."""
     if "sub" in row:
-        yield clip(row["vid_name"], [],
-                   subtitles=[{k: s[k] for k in ("start", "end", "text")} for s in row["sub"]])
+        yield clip(row["vid_name"], [], subtitles=subtitles(row["sub"]))
     else:
         yield from asked_of_video(row, name)
 
@@ -360,26 +370,20 @@ def moments(row, name):
 
 
 def motion_caption(row, name):
+    """What moves, and how."""
     yield clip(row["video_path"], [dict(task="video_caption", answer=said(row["motion_caption"]))])
 
 
 def repetitions(row, name):
+    """How often a movement is repeated; the rows have its name and the number."""
     question = f"How many times is this done: {row['class']}?"
     yield clip(row["video_path"], [qa("video_qa", question, row["count"])])
 
 
 def plain(row, name):
     """The layout asked for where the published one is not known: a row per question or caption, in the fields
-    a line of this project has."""
-    if "image" in row or "images" in row:
-        task, question = "image_qa" if "image" in row else "multi_image_qa", row.get("question")
-        if question and options_of(row):
-            annotation = choice(task, question, *options_of(row))
-        else:
-            annotation = qa(task, question, row["answer"]) if question else \
-                dict(task="image_caption", answer=said(row["answer"]))
-        yield picture(row.get("images") or row["image"], [annotation])
-    elif "question" in row:
+    a line of this project has. All of these sets are videos."""
+    if "question" in row:
         yield from asked_of_video(row, name)
     else:
         yield clip(first(row, *VIDEO_NAMES),
@@ -412,15 +416,17 @@ def video_points(row, name):
 
 
 def academic_points(row, name):
-    """One published table holds six sets."""
-    if row["subset"] != ACADEMIC[name]:
+    """One published table holds six sets. Videos may be folders of frames where their rate is known."""
+    subset, rate = ACADEMIC[name]
+    if row["subset"] != subset:
         raise Skip("of another set")
-    yield from video_points(dict(row, label=row.get("category") or row.get("label")), name)
+    for item in video_points(dict(row, label=row.get("category") or row.get("label")), name):
+        yield item | (dict(fps=rate, cut=[item["video"], 0, None]) if rate else {})
 
 
-ACADEMIC = {"academic-video-point-" + name: subset for name, subset in (
-    ("mevis", "mevis"), ("refvos", "refyoutube"), ("lv-vis", "lvvis"), ("ovis", "ovis"), ("burst", "burst"),
-    ("ref-davis17", "refdavis17"))}
+ACADEMIC = {"academic-video-point-" + name: known for name, *known in (  # subset, frames a second
+    ("mevis", "mevis", 6), ("refvos", "refyoutube", 6), ("lv-vis", "lvvis", 4), ("ovis", "ovis", None),
+    ("burst", "burst", 6), ("ref-davis17", "refdavis17", None))}
 
 
 def tracks(row, name):
@@ -497,6 +503,7 @@ def eval_points(row, name):
 
 
 def eval_count(row, name):
+    """A number of things, in a picture or in a clip."""
     if "image_url" in row:
         yield picture(row["image_url"], [dict(task="counting", label=row["label"].strip(),
                                               answer=str(row["count"]))],
@@ -508,6 +515,7 @@ def eval_count(row, name):
 
 
 def eval_captions(row, name):
+    """A caption, and the statements it is made of, which a judge looks for."""
     yield clip(row["video_id"], [dict(task="video_caption", answer=said(row["aggregated_caption"]),
                                       statements=list(row["atomic_statements"]))],
                row.get("video_start"), row.get("video_end"))
@@ -562,11 +570,18 @@ class Recipe(NamedTuple):
 
 
 def hub(repo, config="default", split="train", *page):
+    """A table of the hub; `page` rows at a time where rows are large."""
     return (("hub", repo, config, split, *page),)
 
 
 def files(repo, *patterns):
+    """Files of a hub repository."""
     return tuple(("file", repo, p) for p in patterns)
+
+
+def links(repo):
+    """Where a repository says which of its videos the mirror has."""
+    return files(repo, "youtube_id_to_urls_mapping.json")
 
 
 def cauldron(config):
@@ -575,25 +590,32 @@ def cauldron(config):
 
 
 def mantis_of(folder):
+    """Sets of several pictures: rows in one repository, pictures in an archive of another."""
     return Recipe(mantis, "archive", hub(f"allenai/molmo2-mantis-instruct-{folder}"), "",
                   (("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip"),))
 
 
 def llava_video(kind, *sets):
+    """Folders by length and set, each with its questions and its videos."""
     repo = "lmms-lab/LLaVA-Video-178K"
     return Recipe(dialogue_of_video, "archive", files(repo, *(f"*_{s}/*_{kind}_*.json" for s in sets)), "",
                   tuple((repo, f"*_{s}/*.tar.gz") for s in sets))
 
 
 def by_hand(note, convert=plain, file="annotations.*"):
+    """Annotations and videos both put there by the user."""
     return Recipe(convert, "hand", (("here", file),), note)
 
 
 def tracking(note, *archives):
+    """The tracking schema, rows of the hub; videos by hand unless the hub has an archive."""
     return Recipe(tracks, "archive" if archives else "hand", (), note, archives)
 
 
 YOUTUBE = "YouTube, of which some are gone; name the files by their ids"
+# Their rows count these frames, 6 to a second, whatever rate was filmed at.
+DECIMATED = ("only every n-th frame, n = round(its fps / 6), fps in video_original_fps.json of hub "
+             "repository allenai/molmo2-{}, as a folder of pictures or a file of 6 frames a second")
 
 RECIPES = {
     # pictures behind URLs
@@ -685,18 +707,22 @@ RECIPES = {
     "roadtextvqa": by_hand("RoadTextVQA of CVIT, IIIT Hyderabad"),
     # points in videos
     **{name: Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"),
-                    f"the videos of {name.removeprefix('academic-video-point-')}, as the rows' video_name")
-       for name in ACADEMIC},
+                    f"the videos of {name.removeprefix('academic-video-point-')}, as the rows' video_name"
+                    + (": files or folders of frames, unless that set has them already" * bool(rate)
+                       or ", made of its frames at their own rate"))
+       for name, (_, rate) in ACADEMIC.items()},
     # tracks: a clip is a video, part of one, or a folder of frames
     "molmo2-videotrack": tracking("16 sets, several after a form; the table is on the hub's page of "
                                   "allenai/Molmo2-VideoTrack"),
     "mevis": tracking("", ("FudanCVL/MeViS", "MeViS_release.zip")),
     "refvos": tracking("Refer-YouTube-VOS: Codalab 29139, with an account: train.zip"),
     "revos": tracking("ReVOS: JPEGImages.zip, on request"),
-    "vicas": tracking("hub repository kumuji/ViCaS: folders videos, videos2, videos3"),
+    "vicas": tracking("hub repository kumuji/ViCaS: folders videos, videos2, videos3; each under the part of "
+                      "its name before _, and " + DECIMATED.format("vicas")),
     "lv-vis": tracking("LV-VIS: train.zip, at a drive"),
     "yt-vis": tracking("YouTube-VIS: Codalab, with an account: train.zip"),
-    "burst": tracking("hub repository chengyenhsieh/TAO-Amodal, after accepting its terms: frames/"),
+    "burst": tracking("hub repository chengyenhsieh/TAO-Amodal, after accepting its terms: frames/, "
+                      + DECIMATED.format("burst")),
     "ref-davis17": tracking("DAVIS-2017-trainval-480p.zip of ETH: JPEGImages"),
     "moca-video": tracking("MoCA of the Visual Geometry Group, Oxford: the frames"),
     "trackingnet": tracking("hub repository SilvioGiancola/TrackingNet: 12 parts of 90 GB, unpacked"),
@@ -719,13 +745,14 @@ EVALS = {
     "pixmo-count": Recipe(eval_count, "url", hub("allenai/pixmo-count", "default", "validation")
                           + hub("allenai/pixmo-count", "default", "test")),
     "molmo2-capeval": Recipe(eval_captions, "archive", hub("allenai/Molmo2-CapEval", "default", "test"),
-                             "clips of BDD100K and Ego4D, which are not in the repository",
+                             "whole videos of BDD100K and Ego4D, which are not in the repository",
                              (("allenai/Molmo2-CapEval", "vimeo_videos.zip"),)),
     "molmo2-videopointeval": Recipe(eval_video_points, "youtube",
                                     hub("allenai/Molmo2-VideoPointEval", "default", "val", 10)),
-    "molmo2-videocounteval": Recipe(eval_count, "hand",
-                                    hub("allenai/Molmo2-VideoCountEval", "default", "val"),
-                                    YOUTUBE),
+    # without links of its own; those of its training set are the nearest
+    "molmo2-videocounteval": Recipe(
+        eval_count, "youtube", hub("allenai/Molmo2-VideoCountEval", "default", "val")
+        + links("allenai/Molmo2-VideoPoint"), YOUTUBE),
     "molmo2-videotrackeval": Recipe(
         eval_tracks, "hand", sum((hub("allenai/Molmo2-VideoTrackEval", domain, "test", 10) for domain in
                                   ("animal", "person", "sports", "dance", "misc")), ()),

@@ -31,6 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
+from requests.packages import urllib3  # what requests is made of
 from tqdm import tqdm
 
 from media import BadMedia, image_size, inside_folder, open_video
@@ -91,18 +93,46 @@ def patiently(send, what, tries=5, pause=1.0):
 
 
 def origin(url):
+    """(scheme, host, port) of a URL; NetError if it is none."""
     try:
         parts = urlsplit(url)
         return parts.scheme, parts.hostname, parts.port
     except ValueError:
-        raise NetError(f"{url[:200]!r} is no URL") from None
+        raise NetError(f"is no URL ({url[:200]!r})") from None
 
 
 def is_loopback(host):
+    """Whether a host's name or address is this machine, without asking anyone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_public(address):
+    """Whether an IP address is one of the public internet."""
+    return ipaddress.ip_address(address.split("%")[0]).is_global
+
+
+class PublicConnection(urllib3.connection.HTTPSConnection):
+    """Says nothing to a private address. `Net.allow` has looked the name up, but a name may lead elsewhere a
+    moment later (DNS rebinding); here the connection stands."""
+
+    def _new_conn(self):
+        sock = super()._new_conn()
+        if not is_public(sock.getpeername()[0]):
+            sock.close()
+            raise NetError(f"{self.host} is a private address")
+        return sock
+
+
+class PublicAdapter(HTTPAdapter):
+    """A session's connections, of the class above. A proxy, if the user has one, is connected to as is."""
+
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs)
+        pool = type("PublicPool", (urllib3.HTTPSConnectionPool,), dict(ConnectionCls=PublicConnection))
+        self.poolmanager.pool_classes_by_scheme = dict(https=pool)
 
 
 class Net:
@@ -139,7 +169,7 @@ class Net:
             found = {a[4][0] for a in socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)}
         except (OSError, UnicodeError) as e:
             raise NetError(f"{url[:200]}: no such host ({e})") from None
-        if not all(ipaddress.ip_address(a.split("%")[0]).is_global for a in found):
+        if not all(map(is_public, found)):
             raise NetError(f"{url[:200]}: {host} is a private address")
 
     def get(self, url, what, headers=None, tries=None):
@@ -149,6 +179,9 @@ class Net:
             raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set")
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
+            self.local.session.mount("https://", PublicAdapter())
+            for scheme, host, port in self.own:  # as the user set it
+                self.local.session.mount(f"{scheme}://{host}{port and f':{port}' or ''}/", HTTPAdapter())
 
         def send():
             target, linked = url, (None, None)
@@ -185,7 +218,7 @@ class Net:
                     body = r.content
                     try:
                         answer = json.loads(body)
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         raise NetError(f"{what}: the answer is not JSON: {body[:80]!r}") from None
                     if needs and not (isinstance(answer, dict) and needs in answer):
                         raise NetError(f"{what}: the answer has no {needs}: {body[:80]!r}")
@@ -214,10 +247,12 @@ def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=No
     `trust`, renamed.
 
     mark: what makes the contents what they are (a revision); a partial file of another one is not continued.
+    most: bytes that are too many. NetError after `tries` in a row that brought nothing, or as many files that
+    were thrown away; BadMedia of `trust`.
     """
-    what, part, failed, problem = url[:200], f"{path}{mark and '.'}{mark}.part", 0, ""
+    what, part, failed, wasted = url[:200], f"{path}{mark and '.'}{mark}.part", 0, 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    while failed < tries:
+    while max(failed, wasted) < tries:
         if failed:
             time.sleep(PAUSE * 2 ** failed * random.uniform(0.5, 1))
         have = os.path.getsize(part) if os.path.exists(part) else 0
@@ -242,6 +277,7 @@ def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=No
             return
         # What brought something new is no failure: a long file may break any number of times.
         failed = 0 if os.path.exists(part) and os.path.getsize(part) > have else failed + 1
+        wasted += not os.path.exists(part)
     raise NetError(f"{what}: gave up after {tries} tries, the last: {problem}")
 
 
@@ -280,6 +316,7 @@ def receive(net, r, part, have, what, most, url):
 
 
 def file_digest(path):
+    """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -308,21 +345,20 @@ class Manifest:
             self.dead |= set() if entry["again"] else {file}
 
     def note(self, file, url, reason="", again=False):
+        """Write down what became of a file; `again` if it may be there the next time."""
         entry = dict(file=file, url=url, done=not reason, reason=reason, again=again)
         with self.lock, open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
             self.learn(entry)
 
 
-def is_picture(path, sha256=None):
-    """BadMedia unless a file is a picture, and the one whose sha256 was published: a notice that it is gone
-    is not."""
+def is_picture(path):
+    """BadMedia unless a file is a picture: hosts send pages in place of those that are gone."""
     image_size(path)
-    if sha256 and file_digest(path) != sha256:
-        raise BadMedia("not the picture that was annotated")
 
 
 def is_video(path):
+    """BadMedia unless a file is a video."""
     open_video(path)[0].close()
 
 
@@ -364,8 +400,7 @@ def hub_files(net, repo, patterns, kind="datasets"):
         raise NetError(f"{repo}: has no file {' or '.join(patterns)}")
     head = f"{net.hub}/{'datasets/' if kind == 'datasets' else ''}{repo}/resolve/{quote(revision)}/"
     return [dict(url=head + quote(e["path"]), name=e["path"], size=e["size"],
-                 sha256=(e.get("lfs") or {}).get("oid"),
-                 mark=revision[:8]) for e in found]
+                 sha256=(e.get("lfs") or {}).get("oid"), mark=revision[:8]) for e in found]
 
 
 def fetch_files(net, files, folder):
@@ -406,11 +441,11 @@ def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows:
     sets come as parquet files, into `cache`."""
     first = hub_page(net, repo, config, split, 0, min(length, limit or length))
     total = first.get("num_rows_total", len(first["rows"]))
+    if first.get("partial"):
+        print(f"{repo} {config}: the hub offers only the first {total:,} rows this way")
     if not limit and total > WHOLE:
         yield from parquet_rows(net, repo, config, split, keep, cache)
         return
-    if first.get("partial"):
-        print(f"{repo} {config}: the hub offers only the first {total:,} rows this way")
     total = min(total, limit or total)
     starts, waiting = iter(range(length, total, length)), deque()
     with ThreadPoolExecutor(PER_HOST) as pool:
@@ -437,8 +472,7 @@ def parquet_rows(net, repo, config, split, keep, cache):
     listed = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}", "parquet_files")[0][
         "parquet_files"]
     files = [dict(url=f["url"], name=f"{config}/{split}/{os.path.basename(f['filename'])}", size=f["size"],
-                  sha256=None,
-                  mark="") for f in listed if (f["config"], f["split"]) == (config, split)]
+                  sha256=None, mark="") for f in listed if (f["config"], f["split"]) == (config, split)]
     number = 0
     for path in fetch_files(net, files, cache):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):

@@ -7,7 +7,7 @@ Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and w
     python prepare.py weights stage1                   # OLMo-2 1B and SigLIP 2; or Molmo2-8B, Qwen3-8B, ...
     python prepare.py check data/                      # every line, every picture, every video
 
-    rows of the hub, files ─► convert.py ─► items ─► spool: 64 files by media ─► one item per picture, video
+    rows of the hub, files ─► convert.py ─► items ─► spool, sorted by media ─► one item per picture, video
                                                                                  │ or text, with all that is
                                                                                  ▼ said about it
           data/NAME.jsonl ◄─ as data.py accepts it ◄─ size, duration ◄─ its media: here, or fetched (fetch.py)
@@ -37,7 +37,6 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
 
 import av
 from tqdm import tqdm
@@ -51,6 +50,7 @@ from fetch import patiently  # noqa: F401  public under this name too
 from media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
 
 BUCKETS = 64       # files a spool has
+AT_ONCE = 1 << 20  # bytes of them that are looked at together; in memory ten times as much
 GROWTH = 1 << 30   # bytes that even a small archive may unpack to
 PLACEHOLDER = 5    # pictures of the same bytes are not pictures but a notice that they are gone
 
@@ -130,15 +130,15 @@ def file_rows(path):
                         yield row
         else:
             yield from json_items(path)
-    except (ValueError, csv.Error) as e:
+    except (ValueError, csv.Error, RecursionError) as e:
         raise BadRow("unreadable", f"{path}: {e}") from None
 
 
-def unpack(path, folder, within=True):
+def unpack(path, folder, room=None):
     """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that
     leads elsewhere is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB).
-    Archives within it are unpacked too, those within them not."""
-    room, inner = os.path.getsize(path) * 20 + GROWTH, []
+    Archives within it are unpacked too, those within them not. Returns what is left of the bytes allowed."""
+    within, room, inner = room is None, os.path.getsize(path) * 20 + GROWTH if room is None else room, []
     with contextlib.ExitStack() as stack:
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
@@ -160,13 +160,15 @@ def unpack(path, folder, within=True):
             os.replace(f"{target}.part", target)
             inner += [target] if name.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")) else []
     for target in inner if within else ():
-        unpack(target, os.path.dirname(target), False)
+        room = unpack(target, os.path.dirname(target), room)
         os.remove(target)
+    return room
 
 
 # ---- media on this disk ------------------------------------------------------------------------------------
 
 def save(path, content):
+    """Bytes to a file that is there whole or not at all."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.part", "wb") as f:
         f.write(content)
@@ -204,6 +206,7 @@ class Shelf:
         return None
 
     def file(self, ref):
+        """A picture or a video."""
         return self.pick(self.files, ref, ("{}", "v_{}", "ytb_{}", "vimeo_{}", "{}_2fps"))
 
     def folder(self, ref):
@@ -213,11 +216,13 @@ class Shelf:
 
 def encode(root, folder, rate, first=0, last=None):
     """A folder of frames, or some of them, as an H.264 clip at `rate` a second; its path under root."""
-    rel = f"media/encoded/{hashlib.sha256(f'{folder} {rate} {first} {last}'.encode()).hexdigest()[:24]}.mp4"
-    path, source = os.path.join(root, rel), os.path.join(root, folder)
+    source = os.path.join(root, folder)
+    names = sorted(n for n in os.listdir(source) if n.lower().endswith((".jpg", ".jpeg", ".png")))
+    key = f"{folder} {rate} {first} {last} {len(names)}"  # if frames are added or thinned, again
+    rel = f"media/encoded/{hashlib.sha256(key.encode()).hexdigest()[:24]}.mp4"
+    path = os.path.join(root, rel)
     if os.path.exists(path):
         return rel
-    names = sorted(n for n in os.listdir(source) if n.lower().endswith((".jpg", ".jpeg", ".png")))
     names = names[first:None if last is None else last + 1]
     if not names:
         raise BadMedia(f"{folder}: has no frames {first} to {last}")
@@ -235,6 +240,7 @@ def encode(root, folder, rate, first=0, last=None):
 
 
 def url_path(url):
+    """Where under root the picture behind a URL is kept, for all sets."""
     digest = hashlib.sha256(url.encode()).hexdigest()
     return f"media/url/{digest[:2]}/{digest}"
 
@@ -266,8 +272,8 @@ def same(item):
 
 
 class Spool:
-    """Items on the disk, in files by their media: what is said about one picture on rows far apart meets in
-    one file, which fits into memory."""
+    """Items on the disk, in files by a number that their media have: what is said about one picture on rows
+    far apart meets in one file."""
 
     def __init__(self, folder):
         self.folder, self.done = folder, os.path.join(folder, "done.json")
@@ -282,21 +288,40 @@ class Spool:
         os.makedirs(self.folder)
         counts = Counter()
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(os.path.join(self.folder, f"{i:02d}"), "w", encoding="utf-8"))
-                     for i in range(BUCKETS)]
+            files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in self.paths()]
             for n, item in enumerate(items(counts)):
-                bucket = zlib.crc32(json.dumps(refs_of(item) or n).encode()) % BUCKETS
-                files[bucket].write(json.dumps(item, ensure_ascii=False, separators=(",", ":")) + "\n")
+                number, bucket = divmod(zlib.crc32(json.dumps(refs_of(item) or n).encode()), BUCKETS)
+                try:
+                    files[bucket].write(f"{number} {json.dumps(item, ensure_ascii=False)}\n")
+                except UnicodeError:  # JSON can spell half a character, which is no text
+                    counts["left out: not UTF-8"] += 1
         with open(f"{self.done}.part", "w") as f:
             json.dump(dict(key=key, counts=counts), f)
         os.replace(f"{self.done}.part", self.done)
         return counts
 
-    def buckets(self):
-        """The items of one file after another, each list holding one item per picture, clip or text."""
-        for i in range(BUCKETS):
-            with open(os.path.join(self.folder, f"{i:02d}"), encoding="utf-8") as f:
-                yield merge(map(json.loads, f))
+    def paths(self):
+        return [os.path.join(self.folder, f"{i:02d}") for i in range(BUCKETS)]
+
+    def __len__(self):
+        return 1 + sum(map(os.path.getsize, self.paths())) // AT_ONCE
+
+    def pieces(self):
+        """Lists of items, about len(self) of them; each picture, clip or text is one item of one list. Small
+        files go together, large ones in shares, by number."""
+        lines, size = [], 0
+        for path in self.paths():
+            shares = 1 + os.path.getsize(path) // AT_ONCE
+            for share in range(shares):
+                with open(path, encoding="utf-8") as f:
+                    for number, item in (line.split(" ", 1) for line in f):
+                        if int(number) % shares == share:
+                            lines.append(item)
+                            size += len(item)
+                if size >= AT_ONCE // 2:
+                    yield merge(map(json.loads, lines))
+                    lines, size = [], 0
+        yield merge(map(json.loads, lines))
 
 
 def merge(items):
@@ -320,14 +345,16 @@ class Maker:
     def __init__(self, net, root, name, recipe, entry, limit, barred=()):
         self.net, self.root, self.name, self.recipe, self.entry = net, root, name, recipe, entry
         self.limit, self.barred, self.here = limit, barred, os.path.join(root, "media", name)
+        self.places = [f"media/{name}"]  # and, for points in videos of a tracking set, where those are
+        self.places += ["media/" + name.removeprefix("academic-video-point-")] * (name in convert.ACADEMIC)
         os.makedirs(self.here, exist_ok=True)
         self.asked = Counter()  # how often the page at hand
         self.manifest = Manifest(os.path.join(root, "media", "manifest.jsonl"))
         configs = (entry.get("config") or "default").split(",")
         self.sources = recipe.rows or tuple(("hub", entry["source"], c.strip(), entry["split"])
                                             for c in configs)
-        if recipe.media == "youtube":
-            self.sources += (("file", self.sources[0][1], "youtube_id_to_urls_mapping.json"),)
+        if recipe.media == "youtube" and all(kind == "hub" for kind, *_ in self.sources):
+            self.sources += convert.links(self.sources[0][1])
 
     def cache(self, repo):
         return os.path.join(self.root, ".work", "hub", repo.replace("/", "--"))
@@ -359,28 +386,40 @@ class Maker:
         jobs, named = [], []
         for row, number in ((r["row"], r["row_idx"]) for r in rows):
             for column, cell in row.items():
-                cells = cell if isinstance(cell, list) else [cell]
-                for k, c in enumerate(cells):
+                for k, c in enumerate(cell if isinstance(cell, list) else [cell]):
                     if isinstance(c, dict) and ("src" in c or "bytes" in c):
-                        rel = f"{label}/{number:07d}-{column}-{k}"
-                        path = inside_folder(self.root, f"media/{self.name}/{rel}")
+                        path = inside_folder(self.here, f"{label}/{number}-{column}-{k}")
                         if "src" in c:
                             jobs.append((c["src"], path, dict(most=PICTURE_BYTES, trust=is_picture)))
                         elif c["bytes"] and not os.path.exists(path):
                             save(path, c["bytes"])
-                        named.append((row, column, k, rel))
+                        named.append((row, column, k, path, "src" in c))
         fetch_all(self.net, self.manifest, jobs, "pictures", fresh=True)
         self.asked[label] += 1
         refused = any("status 403" in self.manifest.why.get(path, "") for _, path, _ in jobs)
         if refused and self.asked[label] < 3:
             return True
         self.asked[label] = 0
-        for row, column, k, rel in named:
+        for row, column, k, path, fetched in named:
             if isinstance(row[column], list):
-                row[column][k] = rel
+                row[column][k] = self.by_contents(path, fetched)
             else:
-                row[column] = rel
+                row[column] = self.by_contents(path, fetched)
         return False
+
+    def by_contents(self, path, link):
+        """A picture out of a row under the name of its contents, as tables repeat a picture for each question
+        about it; its name below self.here. A link left behind says that this cell's need not be fetched."""
+        if os.path.isfile(path) and not os.path.islink(path):
+            digest = file_digest(path)
+            name = os.path.join(digest[:2], digest)
+            target = os.path.join(self.here, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(path, target)
+            if not link:
+                return name
+            os.symlink(os.path.relpath(target, os.path.dirname(path)), path)
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(self.here))
 
     def items(self, counts):
         """Converted rows; `counts` gets what was read and what was left out, by reason."""
@@ -388,7 +427,7 @@ class Maker:
         seen, bad = set(), None
         for row, is_link in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
             if is_link:
-                if row["_key"] in seen and str(row.get("gcp_url")).startswith("http"):
+                if row.get("_key") in seen and re.match("https?://.+/.+/.+/", str(row.get("gcp_url"))):
                     yield dict(video=row["_key"], link=row["gcp_url"], annotations=[])
                 continue
             counts["rows"] += 1
@@ -397,7 +436,7 @@ class Maker:
             except Skip as e:
                 counts[f"left out: {e}"] += 1
                 continue
-            except (LookupError, TypeError, ValueError, AttributeError) as e:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
                 counts["left out: not in the published schema"] += 1
                 bad = bad or f"{type(e).__name__} {e}; its columns: {', '.join(map(str, row))}"
                 continue
@@ -422,14 +461,15 @@ class Maker:
         text = (f"{self.name}: in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put the "
                 f"media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
         if here and self.recipe.convert is convert.plain:
-            text += (" annotations.jsonl (or .json, .csv): a row per question with video (or image, images), "
-                     "question, answer or options and correct, start and end in seconds if it is a clip; "
-                     "without a question a row is a caption.")
+            text += (" annotations.jsonl (or .json, .csv): a row per question with video, question, answer "
+                     "or options and correct, start and end in seconds if it is a clip; without a question a "
+                     "row is a caption.")
         return text
 
     def run(self):
         """(lines written, Counter of everything else)"""
-        if self.recipe.media == "hand" and not os.listdir(self.here):
+        if self.recipe.media == "hand" and not any(glob.glob(os.path.join(glob.escape(self.root), p, "*"))
+                                                   for p in self.places):
             raise ByHand(self.by_hand())
         spool = Spool(os.path.join(self.root, ".work", self.name))
         mine = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for kind, *where in self.sources
@@ -437,13 +477,13 @@ class Maker:
         counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred), mine)))
         for _, repo, *_ in self.sources:  # all that was in there is in the spool
             shutil.rmtree(self.cache(repo), ignore_errors=True)
-        self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
-        if self.recipe.archives and any(None in self.find(i)[0] for items in spool.buckets() for i in items):
+        self.shelf = Shelf(self.root, *self.places, "media/youtube")
+        if self.recipe.archives and any(None in self.find(i)[0] for items in spool.pieces() for i in items):
             self.unpack_archives()
-            self.shelf = Shelf(self.root, f"media/{self.name}", "media/youtube")
+            self.shelf = Shelf(self.root, *self.places, "media/youtube")
         out, written = os.path.join(self.root, self.name + ".jsonl"), 0
         with open(f"{out}.part", "wb") as f:
-            for items in tqdm(spool.buckets(), f"{self.name} media", BUCKETS, leave=False, disable=None):
+            for items in tqdm(spool.pieces(), f"{self.name} media", len(spool), leave=False, disable=None):
                 self.fetch(items)
                 for item in items:
                     try:
@@ -461,6 +501,7 @@ class Maker:
         return written, counts
 
     def unpack_archives(self):
+        """Fetch, unpack and remove the set's archives one after another, those not unpacked before."""
         for repo, pattern in self.recipe.archives:
             for file in hub_files(self.net, repo, [pattern]):
                 mark = os.path.join(self.here, ".unpacked",
@@ -496,11 +537,11 @@ class Maker:
         """Fetch what these items lack, as far as it can be."""
         jobs, links = [], {}
         for item in items:
-            for ref, sha256 in zip(refs_of(item), item.get("sha256") or itertools.repeat(None)):
+            for ref in refs_of(item):
                 if self.recipe.media == "url":  # hosts that once had http alone have https by now
                     url = ref if self.net.mirror else ref.replace("http://", "https://", 1)
-                    jobs.append((url, os.path.join(self.root, url_path(ref)), dict(
-                        most=PICTURE_BYTES, tries=3, trust=functools.partial(is_picture, sha256=sha256))))
+                    jobs.append((url, os.path.join(self.root, url_path(ref)),
+                                 dict(most=PICTURE_BYTES, tries=3, trust=is_picture)))
                 elif item.get("link") and not self.shelf.file(ref):
                     links[ref] = item["link"]
         fetch_all(self.net, self.manifest, jobs, "pictures")
@@ -516,14 +557,19 @@ class Maker:
                     self.shelf.files[os.path.basename(ref)].append(os.path.relpath(path, self.root))
 
     def youtube(self, ref, url):
-        return inside_folder(self.root, f"media/youtube/{ref}{os.path.splitext(urlsplit(url).path)[1]}")
+        return inside_folder(self.root, f"media/youtube/{ref}{os.path.splitext(url)[1]}")
 
     def line(self, item):
         """The row of an item whose media are here; BadMedia says why they are not."""
         refs, (paths, frames) = refs_of(item), self.find(item)
-        for ref, path in zip(refs, paths):
+        for ref, path, sha256 in zip(refs, paths, item.get("sha256") or itertools.repeat(None)):
             if path is None:
                 raise BadMedia(self.why(item, ref))
+            if sha256 and file_digest(file := os.path.join(self.root, path)) != sha256:
+                problem = "not the picture that was annotated"  # a set without sha256 may have use for it
+                if self.manifest.why.get(file) != problem:
+                    self.manifest.note(file, ref, problem)
+                raise BadMedia(problem)
         annotations = item["annotations"]
         digest = hashlib.sha256((same(item) if refs else json.dumps(annotations)).encode()).hexdigest()
         row, sizes = dict(id=f"{self.name}-{digest[:12]}"), []
@@ -619,6 +665,7 @@ def select(names, registry):
 
 
 def data(args):
+    """`prepare.py data`: set after set; 2 after a user's mistake, 1 if nothing came of one, 0 otherwise."""
     registry, net, code, total = read_registry(), Net(), 0, 0
     for name, evaluation in select(args.names, registry):
         root = os.path.join(args.out, "eval") if evaluation else args.out
@@ -654,6 +701,7 @@ MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "
 
 
 def show_list(args):
+    """`prepare.py list`: a line for each set."""
     registry, root = read_registry(), {True: os.path.join(args.out, "eval"), False: args.out}
     chosen = select([args.group] if args.group else [*registry, "eval"], registry)
     print(f"{'name':35}{'stage':14}{'task':22}{'rows':>10}  {'media':23}{'licence':18}here")
@@ -677,6 +725,7 @@ WEIGHTS = {os.path.basename(repo): repo for repo in (
 
 
 def get_weights(args):
+    """`prepare.py weights`: folders for --init_from, which is printed."""
     net = Net()
     names = ["OLMo-2-0425-1B", "siglip2-so400m-patch14-384"] if args.names == ["stage1"] else args.names
     for name in names:
@@ -773,6 +822,7 @@ def problems(dataset, checked):
 
 
 def check(args):
+    """`prepare.py check`: 1 if a line cannot be used. Each is counted by its first problem."""
     held_out = os.path.join(args.path, "eval")
     paths = [args.path] + [held_out] * bool(glob.glob(os.path.join(glob.escape(held_out), "*.jsonl")))
     try:
@@ -832,8 +882,9 @@ def main(argv=None):
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode [one per core]")
     args = parser.parse_args(argv)
     try:
-        if getattr(args, "limit", None) is not None and args.limit < 1:
-            raise UserError(f"--limit {args.limit}: at least 1")
+        for flag in ("limit", "workers"):
+            if (n := getattr(args, flag, None)) is not None and n < 1:
+                raise UserError(f"--{flag} {n}: at least 1")
         return args.run(args)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -2,8 +2,8 @@
 lies in the set's folder, lines).
 
 Every picture is 40 x 20 pixels, every video 2 s at 10 frames a second of 48 x 32. URL is where the test's
-server listens. In the lines, "@name" stands for where the picture behind URL/pic/name is kept, and "here/"
-for media/NAME/ of the set.
+server listens. In the lines, "@name" stands for where the picture behind URL/pic/name is kept, "&name" for
+where that picture is kept if it came inside a row, and "here/" for media/NAME/ of the set.
 """
 URL = "URL"
 PIC = lambda name: f"{URL}/pic/{name}"
@@ -135,7 +135,7 @@ CASES = [
         id="1", image=IMAGE("a"), questions=["Point to the bar.", "Point to the axis."],
         names=["bar", "axis"],
         answer_points=[dict(x=[75.0, 25.0], y=[50.0, 50.0]), dict(x=[0.0], y=[100.0])])), {},
-     [drawn("here/default-train/0000000-image-0",
+     [drawn("&a",
             dict(task="image_pointing", prompt="Point to the bar.", label="bar",
                  points=[dict(x=0.25, y=0.5, id=0), dict(x=0.75, y=0.5, id=1)]),
             dict(task="image_pointing", prompt="Point to the axis.", label="axis",
@@ -143,7 +143,7 @@ CASES = [
     ("cosyn-chart", table("allenai/CoSyn-400K", dict(
         id="1", image=IMAGE("a"), qa_pairs=dict(question=["Sum?", "Max?"], explanation=["2 and 3.", ""],
                                                 answer=["5", "3"])), config="chart"), {},
-     [drawn("here/chart-train/0000000-image-0",
+     [drawn("&a",
             dict(task="image_qa", prompt="Sum?", answer="2 and 3. Answer: 5"),
             dict(task="image_qa", prompt="Max?", answer="3"))]),
     ("molmo2-synmultiimageqa", {"rows": {("allenai/Molmo2-SynMultiImageQA", config, "train"): [dict(
@@ -151,31 +151,39 @@ CASES = [
         qa_pairs=dict(question=["More?"], explanation=["5 is more than 3."], answer=["the first"]))]
                                          if config == "doc" else []
         for config in ("chart", "chemical", "diagram", "doc", "music", "table")}}, {},
-     [dict(images=["here/doc-train/0000000-images-0", "here/doc-train/0000000-images-1"], annotations=[
+     [dict(images=["&a", "&b"], annotations=[
          dict(task="multi_image_qa", prompt="More?", answer="5 is more than 3. Answer: the first")])]),
     ("chartqa", table("HuggingFaceM4/ChartQA",
                       dict(image=IMAGE("a"), query="How many?", label=["12"], human_or_machine=0)), {},
-     [drawn("here/default-train/0000000-image-0", dict(task="image_qa", prompt="How many?", answer="12"))]),
+     [drawn("&a", dict(task="image_qa", prompt="How many?", answer="12"))]),
     ("scienceqa", table("derek-thomas/ScienceQA",
                         dict(image=IMAGE("a"), question="Which?", choices=["this", "that"], answer=1,
                              hint="Look."),
                         dict(image=None, question="Which?", choices=["this", "that"], answer=1, hint="")), {},
-     [drawn("here/default-train/0000000-image-0",
+     [drawn("&a",
             dict(task="image_qa", question="Look.\nWhich?", options=["this", "that"], correct=1))]),
     ("a-okvqa", table("HuggingFaceM4/A-OKVQA",
                       dict(image=IMAGE("a"), question="What?", choices=["cat", "dog"], correct_choice_idx=0,
-                           direct_answers=["a cat", "cat", "cat"])), {},
-     [drawn("here/default-train/0000000-image-0",
+                           direct_answers=["a cat", "cat", "cat"]),
+                      dict(image=IMAGE("b"), question="Whose?", choices=["A", "B"], correct_choice_idx=1,
+                           direct_answers="['that, mine', \"Ann's\", \"Ann's\"]")), {},  # a list as text
+     [drawn("&a",
             dict(task="image_qa", question="What?", options=["cat", "dog"], correct=0),
-            dict(task="image_qa", prompt="What?", answer="cat"))]),
+            dict(task="image_qa", prompt="What?", answer="cat")),
+      drawn("&b", dict(task="image_qa", question="Whose?", options=["A", "B"], correct=1),
+            dict(task="image_qa", prompt="Whose?", answer="Ann's"))]),
     ("docvqa", table("HuggingFaceM4/DocumentVQA",
-                     dict(image=IMAGE("a"), question="Sum?", answers=["12", "12.0"])), {},
-     [drawn("here/default-train/0000000-image-0", dict(task="image_qa", prompt="Sum?", answer="12"))]),
+                     dict(image=IMAGE("a"), question="Sum?", answers=["12", "12.0"]),
+                     dict(image=IMAGE("b"), question="Whose?", answers=["Ann's"]),
+                     dict(image=IMAGE("a"), question="When?", answers=["[1999]"])), {},
+     [drawn("&a", dict(task="image_qa", prompt="Sum?", answer="12"),
+            dict(task="image_qa", prompt="When?", answer="[1999]")),
+      drawn("&b", dict(task="image_qa", prompt="Whose?", answer="Ann's"))]),
     ("tallyqa", table("HuggingFaceM4/the_cauldron", dict(images=[IMAGE("a")], texts=[
         dict(user="How many dogs?", assistant="2", source="TallyQA"),
         dict(user="Cats?", assistant="0", source="TallyQA")]),
         config="tallyqa"), {},
-     [drawn("here/tallyqa-train/0000000-images-0", dict(task="counting", prompt="How many dogs?", answer="2"),
+     [drawn("&a", dict(task="counting", prompt="How many dogs?", answer="2"),
             dict(task="counting", prompt="Cats?", answer="0"))]),
     ("nlvr2", table("allenai/molmo2-mantis-instruct-nlvr2",
                     dict(subset="nlvr2", example_id="1", images=["x/a.png", "x/b.png"],
@@ -253,7 +261,7 @@ CASES = [
              merged_caption="A dog runs.",
              video_frame_merged_caption="A brown dog runs.", clip_captions=[], frame_captions=[],
              annotation_score=4), **more) for more in (
-            {}, dict(annotation_score=2),
+            {}, dict(annotation_score=2), dict(annotation_score=0), dict(video_start=5.0, video_end=9.0),
             dict(video_id="m2", video_start=0, video_end=None, video_caption="")))),
      {"v_m1.mp4": "film", "deep/m2.mkv": "film"},
      [film("here/v_m1.mp4", dict(task="video_caption", style="video_short_caption", answer="A dog."),
@@ -266,7 +274,7 @@ CASES = [
     ("molmo2-videotrack", {"rows": {("allenai/molmo2-track-instruction", config, "train"): rows for config,
                                     rows in (
         ("track", [TRACK, dict(TRACK, clip="b", video="whole", start_frame=5, end_frame=14),
-                   dict(TRACK, sampling_fps=3),
+                   dict(TRACK, sampling_fps=3), dict(TRACK, width=0),
                    dict(TRACK, clip="c", video="gone")]),
         ("ground", [TRACK]), ("single_point_track",
                               [ONE, dict(ONE, clip="d", video="frames", start_frame=0, end_frame=9)]))}},
@@ -289,15 +297,24 @@ CASES = [
     ("academic-video-point-mevis", table("allenai/molmo2-academic-video-points", *(dict(
         dict(subset="mevis", video_name="n1", category="dog", count=1, timestamps=[0.5],
              points=[[dict(x=50, y=25)]], video_duration=2.0,
-             clip_start_time=None, clip_end_time=None), **more) for more in ({}, dict(subset="ovis")))),
+             clip_start_time=None, clip_end_time=None), **more) for more in (
+            {}, dict(subset="ovis"), dict(video_name="walk", video_duration=3.5)))),
      {"n1.mp4": "film"},
      [film("here/n1.mp4", dict(task="video_pointing", style="STYLE", label="dog",
-                               points=[dict(t=0.5, x=0.5, y=0.25, id=0)]))]),
+                               points=[dict(t=0.5, x=0.5, y=0.25, id=0)])),
+      # the 20 frames that mevis has, 6 to a second
+      dict(video="ENCODED", width=40, height=20, duration=3.333, fps=6.0, annotations=[
+          dict(task="video_pointing", style="STYLE", label="dog",
+               points=[dict(t=0.5, x=0.5, y=0.25, id=0)])])]),
     ("cinepile", table("allenai/Molmo2-cinepile", dict(
         video_id="c1", movie_name="x", subtitles=[dict(start=0, end=1, text="hi")], examples=[
-            dict(question="Who?", choices=["A", "B", "C"], answer_key_position=2)])), {"c1.mp4": "film"},
+            dict(question="Who?", choices=["A", "B", "C"], answer_key_position=2)]), dict(
+        video_id="c2", movie_name="x", subtitles="hi, without times", examples=[
+            dict(question="Who?", choices=["A", "B", "C"], answer_key_position=0)])),
+     {"c1.mp4": "film", "c2.mp4": "film"},
      [film("here/c1.mp4", dict(task="video_qa", question="Who?", options=["A", "B", "C"], correct=2),
-           subtitles=[dict(start=0, end=1, text="hi")])]),
+           subtitles=[dict(start=0, end=1, text="hi")]),
+      film("here/c2.mp4", dict(task="video_qa", question="Who?", options=["A", "B", "C"], correct=0))]),
     ("camerabench", table("allenai/Molmo2-CameraBenchTrain", dict(video_path="x/k.mp4", mc_qa_list=[
         dict(question="Pan?", options=["yes", "no"], answer="no")])), {"x/k.mp4": "film"},
      [film("here/x/k.mp4", dict(task="video_qa", question="Pan?", options=["yes", "no"], correct=1))]),
@@ -420,12 +437,14 @@ CASES = [
      [film("media/youtube/v1.mp4", dict(task="video_pointing", label="dog",
                                         points=[dict(t=0.5, x=0.5, y=0.25, id=0)], masks=[
          dict(t=0.5, id=0, rle=dict(size=[32, 48], counts=[512, 512, 512]))]))]),
-    ("eval/molmo2-videocounteval", table("allenai/Molmo2-VideoCountEval", dict(
-        video_id="n1", video_source="youtube", question="How many dogs?", label="dogs", count=4,
+    # one by hand, one from the mirror, by the links of molmo2-videopoint
+    ("eval/molmo2-videocounteval", table("allenai/Molmo2-VideoCountEval", *(dict(
+        video_id=i, video_source="youtube", question="How many dogs?", label="dogs", count=4,
         category="animal", clip_start=0.5,
-        clip_end=1.5, video_duration=2.0), split="val"), {"n1.mp4": "film"},
-     [film("here/n1.mp4", dict(task="counting", prompt="How many dogs?", label="dogs", answer="4",
-                               category="animal"), start=0.5, end=1.5)]),
+        clip_end=1.5, video_duration=2.0) for i in ("n1", "v1")), split="val"), {"n1.mp4": "film"},
+     [film(ref, dict(task="counting", prompt="How many dogs?", label="dogs", answer="4",
+                     category="animal"), start=0.5, end=1.5)
+      for ref in ("here/n1.mp4", "media/youtube/v1.mp4")]),
     ("eval/molmo2-videotrackeval", {"rows": {("allenai/Molmo2-VideoTrackEval", config, "test"): [dict(
         id="1", video="w", clip="w_0", exp="the dog", obj_id=[3], mask_id=["0"], points=[
             dict(object_id="0", points=[[24.0, 8.0]] + [[0, 0]] * 9 + [None] * 10)], segments=[],
