@@ -870,8 +870,8 @@ class Batches(torch.utils.data.IterableDataset):
             torch.set_num_threads(1)
             os.nice(10)  # where cores are few, training goes first
             die_with_parent()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the training process decides
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, torchrun and job queues signal all processes;
+                signal.signal(number, signal.SIG_IGN)       # the training process decides
         events, mine = [], itertools.count()
         for i, (plans, state) in enumerate(self.stream.rows(self.state)):
             events += state.pop("events")
