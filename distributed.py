@@ -128,11 +128,19 @@ def share_work(model, world, compile_blocks, recompute, bf16):
         shard = lambda module: module
     for block in model.blocks():
         if recompute:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = computed_again(block.forward)
         if compile_blocks:
             block.compile()
         shard(block)
     shard(model)
+
+
+def computed_again(forward):
+    """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, for the compiler leaves
+    alone what checkpoint() calls by itself."""
+    def run(*args, **kw):
+        return checkpoint(forward, *args, use_reentrant=False, **kw)
+    return run
 
 
 def whole(model, make, device=None, keep=True):
