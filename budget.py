@@ -11,6 +11,7 @@ On the meta device tensors have shapes and no numbers. So the very code that tra
 every storage is counted when it is made and when it is freed. What FSDP adds is arithmetic, and is written out below.
 """
 import functools
+import random
 import resource
 import sys
 import weakref
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import model as network
-from model import ChunkedNLL
+from model import ChunkedNLL, allowed_pairs, flops, is_vision
 
 # ---- bytes that live at once -------------------------------------------------------------------------------
 
@@ -131,6 +132,44 @@ def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1)
     return use
 
 
+def step_flops(batch, cfg, freeze):
+    """Operations of a forward and a backward pass; a frozen ViT is passed once, the rest three times."""
+    ids = batch["example"], batch["branch"], is_vision(batch["tokens"], cfg.vocab)
+    of = flops(cfg, len(batch["crops"]), tuple(batch["pool"].shape), int((batch["example"] > 0).sum()),
+               allowed_pairs(*ids), int((batch["weights"] > 0).sum()))
+    return sum(n * (1 if part == "vit" and part in freeze else 3) for part, n in of.items())
+
+
+def long_video(planner):
+    """A row's plan: a video of as many frames as leave room for an answer of an eighth of the row."""
+    video = dict(id="v", video="v.mp4", duration=planner.max_frames / 2, annotations=[
+        dict(task="video_caption", prompt="Describe.", answer="x" * (planner.seq_len // 8))])
+    return planner.plan(video, ".", random.Random(0))[0]
+
+
+def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
+    """Print parameters, operations and memory of the steps of a run. model: on the meta device, used up; batches: what a
+    rank may get at a time, before it is cut; empty_step(): the least a process does."""
+    dp, micro, b = ranks // cfg.cp, len(batches[0]["tokens"]), max(batches, key=lambda b: len(b["crops"]))
+    work = sum(step_flops(b, model.cfg, cfg.freeze) for b in batches) / len(batches) / micro * cfg.global_batch
+    shape = dict(rows=micro, tokens=cfg.seq_len, crops=len(b["crops"]), windows=tuple(b["pool"].shape),
+                 learned=int((b["weights"] > 0).sum()))
+    sizes = {part: sum(p.numel() for _, p in ps) for part, ps in model.parts().items()}
+    print(f"{model.num_params():,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in sizes.items()))
+    print(f"a step: {cfg.global_batch} rows of {cfg.seq_len:,} tokens; {micro} at a time on each of {dp} x {cfg.cp} ranks, "
+          f"{-(-cfg.global_batch // dp // micro)} times; {work:.3g} operations, {work / ranks:.3g} a rank")
+    print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, {shape['learned']:,} learned")
+    use = memory(model, optimizers, shape, cuda, cfg.recompute, ranks, cfg.cp)
+    if not cuda:
+        use = {"python and torch": resident(empty_step)} | use
+        use["held by malloc"] = use["activations"] // 3  # as seen in stages 1 and 2 of small: glibc, 40 to 1,000 steps
+    total = sum(use.values()) / 2 ** 30
+    for what, n in use.items():
+        print(f"  {what:<20}{n / 2 ** 30:8.3f} GB")
+    print(f"  {'together':<20}{total:8.3f} GB a rank"
+          + (f": {'fits' if total < 0.95 * cfg.gpu_memory else 'does not fit'} in {cfg.gpu_memory:g} GB" if cuda else ""))
+
+
 def resident(step):
     """Bytes this process takes after `step()`, once all code of a step has been loaded (Linux; elsewhere: the most)."""
     step()
@@ -138,4 +177,24 @@ def resident(step):
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_memory("cpu")
+
+
+# ---- what a run took, and what a card could do --------------------------------------------------------------
+
+# Dense bf16 products per second, as the makers state them. Another card gets no MFU rather than a wrong one.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak_flops(device, bf16):
+    """What this card could do at most, or None."""
+    name = torch.cuda.get_device_name() if device == "cuda" and bf16 else ""
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name and "PCIe" not in name), None)
+
+
+def peak_memory(device):
+    """The most memory this process had so far, bytes: of the card, or of the computer."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+

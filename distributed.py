@@ -17,11 +17,10 @@ process with all rows. FSDP2 takes the mean over ranks; hence the loss is multip
 """
 import contextlib
 import fcntl
-import functools
+import hashlib
 import itertools
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -78,6 +77,20 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def first(self, do, tell=lambda value: value):
+        """do() on the first rank alone. It gets what do() returns and the others tell(that), a small object; what the
+        user can put right is raised on all of them."""
+        value = error = None
+        if self.rank == 0:
+            try:
+                value = do()
+            except (UserError, ValueError) as e:
+                error = e
+        told, error = self.gather((None if value is None else tell(value), error))[0]
+        if error:
+            raise error
+        return value if self.rank == 0 else told
+
     def add(self, x):
         """The sum of a tensor over all ranks."""
         if self.size > 1:
@@ -118,14 +131,21 @@ def start(device, cp=1):
 
 def share_work(model, world, compile_blocks, recompute, bf16):
     """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and FSDP2, block
-    by block and in this order, so that what is computed again is compiled too."""
+    by block and in this order, so that what is computed again is compiled too. Only the first rank's model needs to
+    hold numbers; no rank ever has more than its part and one block on its device."""
     if world.size > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # Weights are kept and gradients are added up in fp32; inputs stay as they are (loss weights, angles).
         policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
-        shard = functools.partial(fully_shard, mesh=world.mesh, mp_policy=policy)
     else:
-        shard = lambda module: module
+        model.to(world.device)
+
+    def shard(module):
+        if world.size > 1:
+            receive(module, world)
+            fully_shard(module, mesh=world.mesh, mp_policy=policy)
+    if compile_blocks:  # else PyTorch would quietly go on without compiling
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in model.blocks():
         if recompute:
             block.forward = computed_again(block.forward)
@@ -141,6 +161,20 @@ def computed_again(forward):
     def run(*args, **kw):
         return checkpoint(forward, *args, use_reentrant=False, **kw)
     return run
+
+
+def receive(module, world):
+    """Give parameters that are not sharded yet the first rank's numbers, on this rank's device."""
+    new = {}  # a tied one is met twice
+    for m in module.modules():
+        for name, p in [*m.named_parameters(recurse=False)]:
+            if hasattr(p, "full_tensor"):
+                continue
+            if p not in new:
+                full = torch.empty_like(p, device=world.device) if world.rank else p.detach().to(world.device)
+                dist.broadcast(full, 0)
+                new[p] = torch.nn.Parameter(full, p.requires_grad)
+            setattr(m, name, new[p])
 
 
 def whole(model, make, device=None, keep=True):
@@ -166,33 +200,16 @@ def number(x):
     return float(x.full_tensor() if hasattr(x, "full_tensor") else x)
 
 
-# Dense bf16 products per second, as the makers state them. Another card gets no MFU rather than a wrong one.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-
-
-def peak_flops(device, bf16):
-    """What this card could do at most, or None."""
-    name = torch.cuda.get_device_name() if device == "cuda" and bf16 else ""
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name and "PCIe" not in name), None)
-
-
-def peak_memory(device):
-    """The most memory this process had so far, bytes: of the card, or of the computer."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # ---- checkpoints -------------------------------------------------------------------------------------------
 #
 # run/step_0000500/  config.json model.safetensors tokenizer.json ...   weights, for the next stage and for others
 #                    train_state/  the optimiser, in pieces as it was sharded (torch.distributed.checkpoint), and
 #                                  state.json; only --resume of this very run reads it: its index is a pickle
-#                    COMPLETE      written last
+#                    COMPLETE      written last: the sha256 of every file, as `sha256sum -c COMPLETE` reads it
 # run/latest         -> the last complete one
 #
 # Everything is written under another name and synced before it gets its own: after a power cut or a kill -9 a name
-# never stands for half a checkpoint.
+# never stands for half a checkpoint. What a disk or a copy did to it later, the sums tell.
 
 def optimizer_state(optimizers, names):
     """{"optimiser/what/parameter": tensor}"""
@@ -207,6 +224,11 @@ def sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Saver:
@@ -262,10 +284,15 @@ class Saver:
 
 def publish(aside, final):
     """Give a finished checkpoint its name, and make it the latest."""
+    sums = []
     for path, _, files in os.walk(aside):
-        for name in [*files, "."]:
-            sync(os.path.join(path, name))
+        for file in (os.path.join(path, name) for name in sorted(files)):
+            sync(file)
+            sums.append(f"{digest(file)}  {os.path.relpath(file, aside)}\n")
+        sync(path)
     with open(os.path.join(aside, "COMPLETE"), "w") as f:
+        f.writelines(sums)
+        f.flush()
         os.fsync(f.fileno())
     sync(aside)
     shutil.rmtree(final, ignore_errors=True)
@@ -277,6 +304,35 @@ def publish(aside, final):
     os.symlink(name, link + ".tmp")
     os.replace(link + ".tmp", link)
     sync(run)
+
+
+def damage(folder, leave_out=()):
+    """What is wrong with a checkpoint, in one line, or None: its files against their sums in COMPLETE."""
+    path = os.path.join(folder, "COMPLETE")
+    try:
+        with open(path) as f:
+            sums = [line.rstrip("\n").split("  ", 1) for line in f]
+        for want, path in ((want, os.path.join(folder, name)) for want, name in sums if not name.startswith(leave_out)):
+            if digest(path) != want:
+                return f"{path}: not what was written (its sha256 differs from that in COMPLETE)"
+    except OSError as e:
+        return f"{path}: {e.strerror}"
+    except ValueError:
+        sums = []
+    return None if sums else f"{os.path.join(folder, 'COMPLETE')}: not a list of sums"
+
+
+def last_whole(run):
+    """(The last checkpoint of a run that is as it was written, or None, [what is wrong with those after it])."""
+    latest, wrong = os.path.join(run, "latest"), []
+    names = [n for n in os.listdir(run) if re.fullmatch(r"step_\d+", n)] if os.path.isdir(run) else []
+    if os.path.islink(latest):  # a kill -9 may have come just before it was moved on
+        names = [n for n in names if n <= os.readlink(latest)]
+    for folder in (os.path.join(run, n) for n in sorted(names, reverse=True)):
+        wrong.append(damage(folder))
+        if not wrong[-1]:
+            return folder, wrong[:-1]
+    return None, wrong
 
 
 def load_optimizers(folder, optimizers, names, world):
@@ -337,7 +393,7 @@ class Pulse:
     """Each rank says every few seconds that it lives and listens to the next one. A rank that died, or whose
     machine did, would otherwise leave the others waiting in a collective for half an hour."""
 
-    EVERY, PATIENCE = 3, 30  # seconds
+    EVERY, PATIENCE = 3, 25  # seconds; then torchrun waits 30 for a rank that hangs on its own machine
 
     def __init__(self, world, store):
         self.rank, self.next, self.store, self.step = world.rank, (world.rank + 1) % world.size, store, 0
