@@ -18,7 +18,9 @@ def told(text):
 
 
 @pytest.mark.parametrize("config, vit, total", [("8b", 382_505_936, 8_661_703_120), ("4b", 382_505_936, 4_850_869_200),
-                                                ("7b", 382_505_936, 7_760_786_896)])
+                                                ("7b", 382_505_936, 7_760_786_896),
+                                                # OLMo-2-0425-1B's 1,484,916,736, a connector and 128 rows
+                                                ("1b", 382_505_936, 1_484_916_736 + 382_505_936 + 45_208_064)])
 def test_parameters_are_those_of_the_published_files(config, vit, total, capsys):
     with pytest.raises(SystemExit) as e:
         pretrain.main(longctx.DEFAULTS, longctx.PRESETS, ["--config", config, "--cp", "8", "--world", "16", "--dry_run"])
