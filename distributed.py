@@ -78,8 +78,8 @@ class World:
         return values
 
     def first(self, do, tell=lambda value: value):
-        """do() on the first rank alone. It gets what do() returns and the others tell(that), a small object; what the
-        user can put right is raised on all of them."""
+        """do() on the first rank alone. It gets what do() returns and the others tell(that), a small object; what
+        the user can put right is raised on all of them."""
         value = error = None
         if self.rank == 0:
             try:
@@ -130,9 +130,9 @@ def start(device, cp=1):
 
 
 def share_work(model, world, compile_blocks, recompute, bf16):
-    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and FSDP2, block
-    by block and in this order, so that what is computed again is compiled too. Only the first rank's model needs to
-    hold numbers; no rank ever has more than its part and one block on its device."""
+    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and FSDP2,
+    block by block and in this order, so that what is computed again is compiled too. Only the first rank's model
+    needs to hold numbers; on its device no rank ever has more than its part and one block."""
     if world.size > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # Weights are kept and gradients are added up in fp32; inputs stay as they are (loss weights, angles).
@@ -156,8 +156,8 @@ def share_work(model, world, compile_blocks, recompute, bf16):
 
 
 def computed_again(forward):
-    """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, for the compiler leaves
-    alone what checkpoint() calls by itself."""
+    """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, since the compiler
+    does not look into what checkpoint() itself is called with."""
     def run(*args, **kw):
         return checkpoint(forward, *args, use_reentrant=False, **kw)
     return run
@@ -236,6 +236,9 @@ class Saver:
 
     def __init__(self, run, world):
         self.run, self.world, self.thread, self.error = run, world, None, None
+        for name in os.listdir(run) if world.rank == 0 else ():
+            if re.fullmatch(r"\.step_\d+\.tmp", name):  # of a run that was killed
+                shutil.rmtree(os.path.join(run, name))
 
     def save(self, step, model, make, optimizers, names, write_files):
         """Begin to write run/step_N. make(): an empty model; write_files(model, folder): everything but the
@@ -244,7 +247,7 @@ class Saver:
         first, name = self.world.rank == 0, f"step_{step:07d}"
         aside = os.path.join(self.run, f".{name}.tmp")
         copy = whole(model, make, "cpu", keep=first)
-        tensors = {key: t.detach().clone() for key, t in optimizer_state(optimizers, names).items()}
+        tensors = {key: t.detach().to("cpu", copy=True) for key, t in optimizer_state(optimizers, names).items()}
         if first:
             shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(os.path.join(aside, "train_state"))
@@ -312,8 +315,9 @@ def damage(folder, leave_out=()):
     try:
         with open(path) as f:
             sums = [line.rstrip("\n").split("  ", 1) for line in f]
-        for want, path in ((want, os.path.join(folder, name)) for want, name in sums if not name.startswith(leave_out)):
-            if digest(path) != want:
+        for want, name in sums:
+            path = os.path.join(folder, name)
+            if not name.startswith(leave_out) and digest(path) != want:
                 return f"{path}: not what was written (its sha256 differs from that in COMPLETE)"
     except OSError as e:
         return f"{path}: {e.strerror}"
@@ -323,7 +327,7 @@ def damage(folder, leave_out=()):
 
 
 def last_whole(run):
-    """(The last checkpoint of a run that is as it was written, or None, [what is wrong with those after it])."""
+    """(The last checkpoint of a run that is as it was written, or None; [what is wrong with those after it])."""
     latest, wrong = os.path.join(run, "latest"), []
     names = [n for n in os.listdir(run) if re.fullmatch(r"step_\d+", n)] if os.path.isdir(run) else []
     if os.path.islink(latest):  # a kill -9 may have come just before it was moved on
@@ -369,17 +373,16 @@ def stop_signals():
 
 def lock(path, world):
     """Hold a file for as long as this process lives, so that two runs cannot write into one folder."""
-    held = None
-    if world.rank == 0:
+    def hold():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         held = open(path, "w")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            held = None
-    if world.gather(held is not None)[0]:
+            raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or choose "
+                            "another --out") from None
         return held
-    raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or choose another --out")
+    return world.first(hold, tell=lambda held: None)
 
 
 def end_if_a_rank_is_lost(error):
