@@ -1,10 +1,10 @@
 """
 What pretrain.py needs to run on more than one device, and to survive: the mesh, sharding, checkpoints of the
-training state, signals, and a pulse that tells which rank has died. Alone, each of these is a few plain lines.
+training state, signals, and a pulse that tells which rank has died. Each of these is a few plain lines.
 
     python pretrain.py                               1 process, plain modules
-    torchrun --nproc_per_node=8 pretrain.py          8 ranks: every rank reads its own rows (data parallel, dp)
-    torchrun --nproc_per_node=8 longctx.py --cp 4    2 x 4 ranks: 4 share each row (context parallel, ulysses.py)
+    torchrun --nproc_per_node=8 pretrain.py         8 ranks: each reads its own rows (data parallel, dp)
+    torchrun --nproc_per_node=8 longctx.py --cp 4   2 x 4 ranks: 4 share a row (context parallel, ulysses.py)
 
         rank      0    1    2    3  |  4    5    6    7
         row       a    a    a    a  |  b    b    b    b       dp 2
@@ -12,8 +12,8 @@ training state, signals, and a pulse that tells which rank has died. Alone, each
         weights   ⅛    ⅛    ⅛    ⅛  |  ⅛    ⅛    ⅛    ⅛       FSDP2: sharded over all ranks of a node, and copied
                                                               from node to node
 
-Every rank divides its loss by the same number, the step's weight over all ranks, so gradients are those of one
-process with all rows. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
+Every rank divides its loss by the same number, the step's weight over all ranks, so gradients are those of
+one process with all rows. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
 """
 import contextlib
 import fcntl
@@ -78,8 +78,8 @@ class World:
         return values
 
     def first(self, do, tell=lambda value: value):
-        """do() on the first rank alone. It gets what do() returns and the others tell(that), a small object; what
-        the user can put right is raised on all of them."""
+        """do() on the first rank alone. It gets what do() returns and the others tell(that), a small object;
+        what the user can put right is raised on all of them."""
         value = error = None
         if self.rank == 0:
             try:
@@ -117,8 +117,8 @@ def start(device, cp=1):
     if device == "cuda":
         torch.cuda.set_device(local)
     store, rank, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.PrefixStore("ours", store),
-                            rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", rank=rank, world_size=size,
+                            store=dist.PrefixStore("ours", store), timeout=timedelta(minutes=30))
     node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     node = node if size % node == 0 and node % cp == 0 else size
     mesh = dist.init_device_mesh(device, (size // node, node), mesh_dim_names=("copies", "shards"))
@@ -130,13 +130,14 @@ def start(device, cp=1):
 
 
 def share_work(model, world, compile_blocks, recompute, bf16):
-    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and FSDP2,
-    block by block and in this order, so that what is computed again is compiled too. Only the first rank's model
-    needs to hold numbers; on its device no rank ever has more than its part and one block."""
+    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and
+    FSDP2, block by block and in this order, so that what is computed again is compiled too. Only the first
+    rank's model needs to hold numbers; on its device no rank ever has more than its part and one block."""
     if world.size > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # Weights are kept and gradients are added up in fp32; inputs stay as they are (loss weights, angles).
-        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32,
+                                      cast_forward_inputs=False)
     else:
         model.to(world.device)
 
@@ -156,8 +157,8 @@ def share_work(model, world, compile_blocks, recompute, bf16):
 
 
 def computed_again(forward):
-    """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, since the compiler
-    does not look into what checkpoint() itself is called with."""
+    """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, since the
+    compiler does not look into what checkpoint() itself is called with."""
     def run(*args, **kw):
         return checkpoint(forward, *args, use_reentrant=False, **kw)
     return run
@@ -178,8 +179,8 @@ def receive(module, world):
 
 
 def whole(model, make, device=None, keep=True):
-    """A plain model with all weights, built by make(): `model` itself if it was not shared and no other `device` is
-    asked for. All ranks call it; those that do not `keep` get None."""
+    """A plain model with all weights, built by make(): `model` itself if it was not shared and no other
+    `device` is asked for. All ranks call it; those that do not `keep` get None."""
     if not dist.is_initialized() and device is None:
         return model
     state = {}
@@ -202,14 +203,14 @@ def number(x):
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
 #
-# run/step_0000500/  config.json model.safetensors tokenizer.json ...   weights, for the next stage and for others
-#                    train_state/  the optimiser, in pieces as it was sharded (torch.distributed.checkpoint), and
-#                                  state.json; only --resume of this very run reads it: its index is a pickle
+# run/step_0000500/  config.json model.safetensors tokenizer.json ...  weights, for the next stage and others
+#                    train_state/  the optimiser in pieces, as it was sharded (torch.distributed.checkpoint),
+#                                  and state.json; only --resume of this very run reads it: it has a pickle
 #                    COMPLETE      written last: the sha256 of every file, as `sha256sum -c COMPLETE` reads it
 # run/latest         -> the last complete one
 #
-# Everything is written under another name and synced before it gets its own: after a power cut or a kill -9 a name
-# never stands for half a checkpoint. What a disk or a copy did to it later, the sums tell.
+# Everything is written under another name and synced before it gets its own: after a power cut or a kill -9 a
+# name never stands for half a checkpoint. What a disk or a copy did to it later, the sums tell.
 
 def optimizer_state(optimizers, names):
     """{"optimiser/what/parameter": tensor}"""
@@ -232,7 +233,7 @@ def digest(path):
 
 
 class Saver:
-    """Writes checkpoints while training goes on: what is to be saved is copied, and a thread writes the copy."""
+    """Writes checkpoints while training goes on: what is to be saved is copied; a thread writes the copy."""
 
     def __init__(self, run, world):
         self.run, self.world, self.thread, self.error = run, world, None, None
@@ -247,7 +248,8 @@ class Saver:
         first, name = self.world.rank == 0, f"step_{step:07d}"
         aside = os.path.join(self.run, f".{name}.tmp")
         copy = whole(model, make, "cpu", keep=first)
-        tensors = {key: t.detach().to("cpu", copy=True) for key, t in optimizer_state(optimizers, names).items()}
+        state = optimizer_state(optimizers, names)
+        tensors = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
         if first:
             shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(os.path.join(aside, "train_state"))
@@ -327,7 +329,7 @@ def damage(folder, leave_out=()):
 
 
 def last_whole(run):
-    """(The last checkpoint of a run that is as it was written, or None; [what is wrong with those after it])."""
+    """(The last checkpoint of a run that is as it was written, or None; [what is wrong with later ones])."""
     latest, wrong = os.path.join(run, "latest"), []
     names = [n for n in os.listdir(run) if re.fullmatch(r"step_\d+", n)] if os.path.isdir(run) else []
     if os.path.islink(latest):  # a kill -9 may have come just before it was moved on
@@ -356,7 +358,7 @@ def load_optimizers(folder, optimizers, names, world):
 
 @contextlib.contextmanager
 def stop_signals():
-    """An Event that SIGTERM and Ctrl-C set, so that a step can be finished first. A second one ends at once."""
+    """An Event that SIGTERM and Ctrl-C set, so that a step can be finished first. A second ends at once."""
     stop = threading.Event()
 
     def note(number, frame):
@@ -379,15 +381,15 @@ def lock(path, world):
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or choose "
-                            "another --out") from None
+            raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or "
+                            "choose another --out") from None
         return held
     return world.first(hold, tell=lambda held: None)
 
 
 def end_if_a_rank_is_lost(error):
-    """Say so and end this process where an error is a collective's, because another rank is gone. Which one is named
-    by torchrun on its machine, and by its pulse."""
+    """Say so and end this process where an error is a collective's, because another rank is gone. Which one
+    is named by torchrun on its machine, and by its pulse."""
     if dist.is_initialized() and re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
         Pulse.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
 

@@ -48,7 +48,8 @@ def check_gradients(rank, ranks, cp, style):
             if k % 2:  # text alone
                 b |= dict(crops=None, pool=None, tokens=torch.where(b["tokens"] < V, b["tokens"], 7))
             if k == 1 and seed % 2:  # a rank that has no row in this step
-                b |= {name: torch.zeros_like(b[name]) for name in ("weights", "example", "branch", "pos", "tokens")}
+                names = "weights", "example", "branch", "pos", "tokens"
+                b |= {name: torch.zeros_like(b[name]) for name in names}
             batches.append(b)
         W = sum(float(b["weights"].sum()) for b in batches)
         want = sum(plain(**b, z_loss=1e-3) for b in batches) / W
@@ -56,7 +57,8 @@ def check_gradients(rank, ranks, cp, style):
         want.backward()
         mine = batches[world.dp_rank]
         if mine["crops"] is None:
-            mine |= dict(crops=torch.zeros(1, 25, 48, dtype=torch.uint8), pool=torch.zeros(0, 4, dtype=torch.long))
+            mine |= dict(crops=torch.zeros(1, 25, 48, dtype=torch.uint8),
+                         pool=torch.zeros(0, 4, dtype=torch.long))
         if cp > 1:
             mine = ulysses.shard_batch(mine, V + IMAGE, world.cp_rank, cp)
         shared.zero_grad()
@@ -78,12 +80,12 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(ranks, cp, style):
 
 # ---- whole runs --------------------------------------------------------------------------------------------
 
-FLAGS = ["--config", "small", "--mixture", "equal", "--global_batch", "3", "--micro_batch", "1", "--seq_len", "192",
-         "--save_every", "2", "--workers", "0"]
+FLAGS = ["--config", "small", "--mixture", "equal", "--global_batch", "3", "--micro_batch", "1",
+         "--seq_len", "192", "--save_every", "2", "--workers", "0"]
 
 
 def start(tmp_path, ranks, *flags, before="", **kw):
-    """pretrain.py as a user starts it, alone or on several ranks; `before`: Python lines that spoil something first."""
+    """pretrain.py as a user starts it, alone or on several ranks; `before`: Python lines to run first."""
     script = os.path.join(ROOT, "pretrain.py")
     if before:
         script = str(tmp_path / "spoilt.py")
@@ -168,7 +170,8 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, world):
     p.send_signal(signal.SIGTERM)
     text = finish(p)
     step = int(re.search(r"stopped by a signal after step (\d+)", text)[1])
-    assert os.readlink(tmp_path / "out/small/pretrain/latest") == f"step_{step:07d}" and max(losses(tmp_path)) == step
+    assert os.readlink(tmp_path / "out/small/pretrain/latest") == f"step_{step:07d}"
+    assert max(losses(tmp_path)) == step
     # while one run goes on, another in the same folder is refused
     p = start(tmp_path, 1, *flags, "--resume", "--save_every", "1000")
     wait_for(tmp_path, step + 2, p)
@@ -194,7 +197,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, world):
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, world):
-    """A bit that flipped, a file that was cut: --resume goes back to the checkpoint before, and repeats it."""
+    """A bit that flipped, a file that was cut: --resume goes back to the checkpoint before, and goes on."""
     flags, folder = [*FLAGS, "--data", world, "--steps", "6"], tmp_path / "out/small/pretrain"
     finish(start(tmp_path, 1, *flags))
     want = losses(tmp_path)
@@ -210,7 +213,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, world):
         assert f"{damaged}: not what was written" in text
     assert "resuming after step 2" in text and losses(tmp_path) == want
     for name in ("model.safetensors", "config.json"):  # written again, just as before
-        assert (folder / "step_0000006" / name).read_bytes() == (tmp_path / "whole/step_0000006" / name).read_bytes()
+        again, before = (f / "step_0000006" / name for f in (folder, tmp_path / "whole"))
+        assert again.read_bytes() == before.read_bytes()
     data[-5] ^= 3
     model.write_bytes(data)
     text = finish(start(tmp_path, 1, *flags, "--out", "next", "--init_from", str(folder / "latest")), 2)
@@ -229,8 +233,9 @@ KILLS = int(os.environ.get("KILLS", 2))
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(tmp_path, world, ranks):
-    """(must show 5) KILLS times kill -9 of all ranks: while starting, in a step, in a checkpoint. Each time the last
-    checkpoint is whole, and every loss ever logged is that of a run that was never killed. KILLS=20 is by hand."""
+    """(must show 5) KILLS times kill -9 of all ranks: while starting, in a step, in a checkpoint. Each time
+    the last checkpoint is whole, and every loss ever logged is that of a run that was never killed. KILLS=20
+    is by hand."""
     rng, folder = random.Random(ranks), tmp_path / "out/small/pretrain"
     flags = [*FLAGS, "--data", world, "--steps", str(8 * KILLS + 8)]
     finish(start(tmp_path, ranks, *flags, "--out", "straight"))
@@ -291,7 +296,8 @@ def test_a_silent_rank_is_named(tmp_path, world):
     os.kill(children(p.pid)[1], signal.SIGSTOP)
     told = next((line for line in p.stdout if line.startswith("error: ")), "")
     kill_all(p)  # torchrun itself gives a rank that does not answer another 30 s
-    assert re.match(r"error: step \d+, rank 0: rank 1 has not been heard of for 5 s, the last time in step \d+", told)
+    said = r"error: step \d+, rank 0: rank 1 has not been heard of for 5 s, the last time in step \d+"
+    assert re.match(said, told), told
 
 
 # ---- compiled ----------------------------------------------------------------------------------------------
@@ -308,7 +314,8 @@ def grown(model, batch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU takes a C++ compiler")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_blocks(recompute):
-    """Really compiled, also where they are computed again; the same loss and gradients; once for all numbers of crops."""
+    """Really compiled, also where they are computed again; the same loss and gradients; once for all numbers
+    of crops."""
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
@@ -331,13 +338,15 @@ def test_compiled_blocks(recompute):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU takes a C++ compiler")
 def test_flex_attention_in_compiled_blocks():
-    """What runs on CUDA, forwards, which is all a CPU can do: one graph for all masks, and the dense rule's numbers."""
+    """What runs on CUDA, forwards, which is all a CPU can do: one graph for all masks, and the dense rule's
+    numbers."""
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
     plain, fast = tiny_model("qwen"), tiny_model("qwen")
     distributed.share_work(fast, World("cpu"), True, False, False)
-    plain.mask, fast.mask = (lambda t, e, b, kind=kind: kind(e, b, is_vision(t, V)) for kind in (dense_mask, block_mask))
+    plain.mask = lambda tokens, example, branch: dense_mask(example, branch, is_vision(tokens, V))
+    fast.mask = lambda tokens, example, branch: block_mask(example, branch, is_vision(tokens, V))
     rng, T = torch.Generator().manual_seed(0), 256
     for _ in range(4):
         example, branch, vision = (torch.stack(x) for x in zip(random_tree(rng, T), random_tree(rng, T)))

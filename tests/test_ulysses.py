@@ -1,4 +1,5 @@
-"""Context parallelism is the same computation: attention, loss and gradients, on any tree of messages and media."""
+"""Context parallelism is the same computation: attention, loss and gradients, on any tree of messages and
+media."""
 import copy
 
 import pytest
@@ -116,7 +117,8 @@ def test_loss_and_gradients_add_up(style, ranks):
 
 
 def test_every_window_lies_with_its_crops():
-    """The published code loses this where pictures differ in size (FACTS 9.1, 15): 9, 1, 1, 16 and 1 crops."""
+    """The published code loses this where pictures differ in size (FACTS 9.1, 15): 9, 1, 1, 16 and 1
+    crops."""
     patches, sizes = 4, [9, 1, 1, 16, 1]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     pool = torch.tensor([[patches * s, patches * (s + n) - 1, -1] for s, n in zip(starts, sizes)])
@@ -135,7 +137,8 @@ def test_every_window_lies_with_its_crops():
 
 
 def check_published_case(rank, ranks):
-    """Pictures of 9, 1, 1, 16 and 1 crops, each with windows over all of it, the tokens elsewhere than the crops."""
+    """Pictures of 9, 1, 1, 16 and 1 crops, each with windows over all of it, the tokens elsewhere than the
+    crops."""
     backbone, rng, sizes = tiny_model().vision_backbone, torch.Generator().manual_seed(0), (9, 1, 1, 16, 1)
     crops, windows, start = torch.randint(0, 256, (28, 25, 48), generator=rng).byte(), [], 0
     for n in sizes:
