@@ -180,6 +180,17 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, world):
     finish(p)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
+def test_a_signal_to_one_rank_stops_all(tmp_path, world):
+    """In the same step: else the others would wait for it in the next one."""
+    p = start(tmp_path, 2, *FLAGS, "--data", world, "--steps", "5000", "--save_every", "5000")
+    wait_for(tmp_path, 3, p)
+    os.kill(children(p.pid)[1], signal.SIGTERM)
+    step = int(re.search(r"stopped by a signal after step (\d+)", finish(p))[1])
+    assert os.readlink(tmp_path / "out/small/pretrain/latest") == f"step_{step:07d}"
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, world):
     flags, folder = [*FLAGS, "--data", world, "--steps", "4"], tmp_path / "out/small/pretrain"
     p = start(tmp_path, 1, *flags)
