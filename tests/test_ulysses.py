@@ -145,7 +145,7 @@ def check_published_case(rank, ranks):
         windows += [torch.randint(25 * start, 25 * (start + n), (4, 4), generator=rng),
                     torch.tensor([[25 * start, 25 * (start + n) - 1, -1, -1]] * 4)]
         start += n
-    pool = torch.cat(windows)  # 40 windows
+    pool = torch.cat(windows)[torch.randperm(40, generator=rng)]
     mine = pool[rank * 10:rank * 10 + 10]
     with torch.no_grad():
         got, want = ulysses.shared_features(backbone.forward, crops, mine, None), backbone(crops, pool)
