@@ -145,8 +145,9 @@ def share_work(model, world, compile_blocks, recompute, bf16):
         if world.size > 1:
             receive(module, world)
             fully_shard(module, mesh=world.mesh, mp_policy=policy)
-    if compile_blocks:  # else PyTorch would quietly go on without compiling
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if compile_blocks:  # one version each for ViT and decoder, training and evaluation, one crop and many; beyond
+        # that an error, for PyTorch would quietly go on without compiling
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 16, True
     for block in model.blocks():
         if recompute:
             block.forward = computed_again(block.forward)
