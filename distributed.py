@@ -145,8 +145,9 @@ def share_work(model, world, compile_blocks, recompute, bf16):
         if world.size > 1:
             receive(module, world)
             fully_shard(module, mesh=world.mesh, mp_policy=policy)
-    if compile_blocks:  # one version each for ViT and decoder, training and evaluation, one crop and many; beyond
-        # that an error, for PyTorch would quietly go on without compiling
+    if compile_blocks:
+        # A version each for ViT and decoder, training and evaluation, one crop and many; beyond that an error,
+        # for PyTorch would quietly go on without compiling.
         torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 16, True
     for block in model.blocks():
         if recompute:
@@ -267,7 +268,8 @@ class Saver:
                     publish(aside, os.path.join(self.run, name))
             except BaseException as e:  # DCP's own is one; it is told at the next step, by all ranks
                 free = shutil.disk_usage(self.run).free / 2 ** 30
-                self.error = f"{aside}: {str(e).strip().splitlines()[-1]} (that disk has {free:.1f} GB free)"
+                why = (str(e).strip() or repr(e)).splitlines()[-1]
+                self.error = f"{aside}: {why} (that disk has {free:.1f} GB free)"
                 if first:
                     shutil.rmtree(aside, ignore_errors=True)
         self.thread = threading.Thread(target=write)

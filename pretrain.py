@@ -579,6 +579,7 @@ def train(cfg, defaults, stop):
     if cfg.eval_first and not step:
         with autocast():
             before = evaluate(cfg, model, planner, held_out, 0, run, losses, world)
+    if before:
         log.write(step=0, eval=before)
     model.train()
 
