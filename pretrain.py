@@ -454,7 +454,10 @@ def evaluate(cfg, model, planner, rows, step, run, losses, world):
         sums = torch.zeros(2, device=world.device)
         for i in range(0, len(rows), world.dp):  # all ranks run the model equally often
             mine = rows[i + world.dp_rank] if i + world.dp_rank < len(rows) else []
-            batch = cut(ready([decode(mine, planner.cfg, cfg.seq_len)], planner.cfg), planner.cfg, world)
+            row = decode(mine, planner.cfg, cfg.seq_len)
+            for _, where, reason, detail in row[-1]:
+                print(f"--eval_data: {where}: {reason}: {detail}", file=sys.stderr)
+            batch = cut(ready([row], planner.cfg), planner.cfg, world)
             with torch.no_grad():
                 sums[0] += model(**to_device(batch, world.device))
             sums[1] += batch["weights"].sum().to(world.device)
@@ -574,7 +577,8 @@ def train(cfg, defaults, stop):
                                               collate_fn=tuple,
                                               prefetch_factor=most if cfg.workers else None))
     peak = budget.peak_flops(device, bf16)
-    bar, losses, nan_rows, started = Progress(cfg.steps, step), [], [], time.time()
+    losses = [row["loss"] for row in map(json.loads, log.kept) if "loss" in row]
+    bar, nan_rows, started = Progress(cfg.steps, step), [], time.time()
     before = {}
     if cfg.eval_first and not step:
         with autocast():
