@@ -280,7 +280,7 @@ def test_killed_at_any_moment(tmp_path, world, ranks):
             Molmo2.from_pretrained(whole)
     print(killed)
     finish(start(tmp_path, ranks, *flags, *(["--resume"] * os.path.islink(folder / "latest"))))
-    assert losses(tmp_path) == want and (KILLS < 4 or all(killed.values())), killed
+    assert losses(tmp_path) == want and (KILLS < 20 or all(killed.values())), killed
 
 
 def test_a_rank_with_nan_holds_back_all(tmp_path, world):
