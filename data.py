@@ -881,6 +881,38 @@ class Batches(torch.utils.data.IterableDataset):
                 events = []
 
 
+class BadRows:
+    """What could not be used: counted by dataset and reason, and listed once each in `log`, bad_rows.jsonl."""
+
+    def __init__(self, log, failed):
+        self.log, self.last = log, []
+        self.listed = {(r["where"], r["reason"]) for r in map(json.loads, log.kept)}
+        self.failed = failed  # {dataset: {reason: n}} of what was planned and then could not be decoded
+
+    def note(self, step, events):
+        for name, where, reason, detail in events:
+            if reason == "failed to decode":
+                mine = self.failed.setdefault(name, {})
+                mine[reason] = mine.get(reason, 0) + 1
+            if (where, reason) not in self.listed:
+                self.listed.add((where, reason))
+                self.log.write(step=step, dataset=name, where=where, reason=reason, detail=detail)
+                self.last = [*self.last[-4:], f"  {where}: {reason}: {detail}"]
+
+    def counts(self, state):
+        """{dataset: {reason: n}}"""
+        return {name: state["bad"].get(name, {}) | self.failed.get(name, {})
+                for name in state["bad"] | self.failed}
+
+    def too_many(self, state, max_bad):
+        """Why to stop: more than `max_bad` of what was seen could not be used. Rows without a reader yet are not bad
+        ones."""
+        counts = self.counts(state)
+        bad, seen = sum(n for c in counts.values() for n in c.values()), max(state["seen"], 100)
+        return bad > max_bad * seen and (f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: {counts}\n"
+                                         + "\n".join(self.last) + f"\n{self.log.path} lists them all")
+
+
 # ---- a page to look at -------------------------------------------------------------------------------------
 
 def picture_tag(image, title=""):

@@ -1,10 +1,10 @@
 """
 What pretrain.py needs to run on more than one device, and to survive: the mesh, sharding, checkpoints of the
-training state, signals, and a pulse that tells which rank has died. Alone, each of these is a few plain lines.
+training state, signals, and a pulse that tells which rank has died. Each of these is a few plain lines.
 
     python pretrain.py                               1 process, plain modules
-    torchrun --nproc_per_node=8 pretrain.py          8 ranks: every rank reads its own rows (data parallel, dp)
-    torchrun --nproc_per_node=8 longctx.py --cp 4    2 x 4 ranks: 4 share each row (context parallel, ulysses.py)
+    torchrun --nproc_per_node=8 pretrain.py         8 ranks: each reads its own rows (data parallel, dp)
+    torchrun --nproc_per_node=8 longctx.py --cp 4   2 x 4 ranks: 4 share a row (context parallel, ulysses.py)
 
         rank      0    1    2    3  |  4    5    6    7
         row       a    a    a    a  |  b    b    b    b       dp 2
@@ -12,16 +12,15 @@ training state, signals, and a pulse that tells which rank has died. Alone, each
         weights   ⅛    ⅛    ⅛    ⅛  |  ⅛    ⅛    ⅛    ⅛       FSDP2: sharded over all ranks of a node, and copied
                                                               from node to node
 
-Every rank divides its loss by the same number, the step's weight over all ranks, so gradients are those of one
-process with all rows. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
+Every rank divides its loss by the same number, the step's weight over all ranks, so gradients are those of
+one process with all rows. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
 """
 import contextlib
 import fcntl
-import functools
+import hashlib
 import itertools
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -78,6 +77,20 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def first(self, do, tell=lambda value: value):
+        """do() on the first rank alone. It gets what do() returns and the others tell(that), a small object;
+        what the user can put right is raised on all of them."""
+        value = error = None
+        if self.rank == 0:
+            try:
+                value = do()
+            except (UserError, ValueError) as e:
+                error = e
+        told, error = self.gather((None if value is None else tell(value), error))[0]
+        if error:
+            raise error
+        return value if self.rank == 0 else told
+
     def add(self, x):
         """The sum of a tensor over all ranks."""
         if self.size > 1:
@@ -104,8 +117,8 @@ def start(device, cp=1):
     if device == "cuda":
         torch.cuda.set_device(local)
     store, rank, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.PrefixStore("ours", store),
-                            rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", rank=rank, world_size=size,
+                            store=dist.PrefixStore("ours", store), timeout=timedelta(minutes=30))
     node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     node = node if size % node == 0 and node % cp == 0 else size
     mesh = dist.init_device_mesh(device, (size // node, node), mesh_dim_names=("copies", "shards"))
@@ -117,27 +130,59 @@ def start(device, cp=1):
 
 
 def share_work(model, world, compile_blocks, recompute, bf16):
-    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and FSDP2, block
-    by block and in this order, so that what is computed again is compiled too."""
+    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and
+    FSDP2, block by block and in this order, so that what is computed again is compiled too. Only the first
+    rank's model needs to hold numbers; on its device no rank ever has more than its part and one block."""
     if world.size > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # Weights are kept and gradients are added up in fp32; inputs stay as they are (loss weights, angles).
-        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
-        shard = functools.partial(fully_shard, mesh=world.mesh, mp_policy=policy)
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32,
+                                      cast_forward_inputs=False)
     else:
-        shard = lambda module: module
+        model.to(world.device)
+
+    def shard(module):
+        if world.size > 1:
+            receive(module, world)
+            fully_shard(module, mesh=world.mesh, mp_policy=policy)
+    if compile_blocks:
+        # A version each for ViT and decoder, training and evaluation, one crop and many; beyond that an error,
+        # for PyTorch would quietly go on without compiling.
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 16, True
     for block in model.blocks():
         if recompute:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = computed_again(block.forward)
         if compile_blocks:
             block.compile()
         shard(block)
     shard(model)
 
 
+def computed_again(forward):
+    """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, since the
+    compiler does not look into what checkpoint() itself is called with."""
+    def run(*args, **kw):
+        return checkpoint(forward, *args, use_reentrant=False, **kw)
+    return run
+
+
+def receive(module, world):
+    """Give parameters that are not sharded yet the first rank's numbers, on this rank's device."""
+    new = {}  # a tied one is met twice
+    for m in module.modules():
+        for name, p in [*m.named_parameters(recurse=False)]:
+            if hasattr(p, "full_tensor"):
+                continue
+            if p not in new:
+                full = torch.empty_like(p, device=world.device) if world.rank else p.detach().to(world.device)
+                dist.broadcast(full, 0)
+                new[p] = torch.nn.Parameter(full, p.requires_grad)
+            setattr(m, name, new[p])
+
+
 def whole(model, make, device=None, keep=True):
-    """A plain model with all weights, built by make(): `model` itself if it was not shared and no other `device` is
-    asked for. All ranks call it; those that do not `keep` get None."""
+    """A plain model with all weights, built by make(): `model` itself if it was not shared and no other
+    `device` is asked for. All ranks call it; those that do not `keep` get None."""
     if not dist.is_initialized() and device is None:
         return model
     state = {}
@@ -158,33 +203,16 @@ def number(x):
     return float(x.full_tensor() if hasattr(x, "full_tensor") else x)
 
 
-# Dense bf16 products per second, as the makers state them. Another card gets no MFU rather than a wrong one.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-
-
-def peak_flops(device, bf16):
-    """What this card could do at most, or None."""
-    name = torch.cuda.get_device_name() if device == "cuda" and bf16 else ""
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name and "PCIe" not in name), None)
-
-
-def peak_memory(device):
-    """The most memory this process had so far, bytes: of the card, or of the computer."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # ---- checkpoints -------------------------------------------------------------------------------------------
 #
-# run/step_0000500/  config.json model.safetensors tokenizer.json ...   weights, for the next stage and for others
-#                    train_state/  the optimiser, in pieces as it was sharded (torch.distributed.checkpoint), and
-#                                  state.json; only --resume of this very run reads it: its index is a pickle
-#                    COMPLETE      written last
+# run/step_0000500/  config.json model.safetensors tokenizer.json ...  weights, for the next stage and others
+#                    train_state/  the optimiser in pieces, as it was sharded (torch.distributed.checkpoint),
+#                                  and state.json; only --resume of this very run reads it: it has a pickle
+#                    COMPLETE      written last: the sha256 of every file, as `sha256sum -c COMPLETE` reads it
 # run/latest         -> the last complete one
 #
-# Everything is written under another name and synced before it gets its own: after a power cut or a kill -9 a name
-# never stands for half a checkpoint.
+# Everything is written under another name and synced before it gets its own: after a power cut or a kill -9 a
+# name never stands for half a checkpoint. What a disk or a copy did to it later, the sums tell.
 
 def optimizer_state(optimizers, names):
     """{"optimiser/what/parameter": tensor}"""
@@ -201,11 +229,19 @@ def sync(path):
         os.close(handle)
 
 
+def digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 class Saver:
-    """Writes checkpoints while training goes on: what is to be saved is copied, and a thread writes the copy."""
+    """Writes checkpoints while training goes on: what is to be saved is copied; a thread writes the copy."""
 
     def __init__(self, run, world):
         self.run, self.world, self.thread, self.error = run, world, None, None
+        for name in os.listdir(run) if world.rank == 0 else ():
+            if re.fullmatch(r"\.step_\d+\.tmp", name):  # of a run that was killed
+                shutil.rmtree(os.path.join(run, name))
 
     def save(self, step, model, make, optimizers, names, write_files):
         """Begin to write run/step_N. make(): an empty model; write_files(model, folder): everything but the
@@ -214,7 +250,8 @@ class Saver:
         first, name = self.world.rank == 0, f"step_{step:07d}"
         aside = os.path.join(self.run, f".{name}.tmp")
         copy = whole(model, make, "cpu", keep=first)
-        tensors = {key: t.detach().clone() for key, t in optimizer_state(optimizers, names).items()}
+        state = optimizer_state(optimizers, names)
+        tensors = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
         if first:
             shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(os.path.join(aside, "train_state"))
@@ -231,7 +268,8 @@ class Saver:
                     publish(aside, os.path.join(self.run, name))
             except BaseException as e:  # DCP's own is one; it is told at the next step, by all ranks
                 free = shutil.disk_usage(self.run).free / 2 ** 30
-                self.error = f"{aside}: {str(e).strip().splitlines()[-1]} (that disk has {free:.1f} GB free)"
+                why = (str(e).strip() or repr(e)).splitlines()[-1]
+                self.error = f"{aside}: {why} (that disk has {free:.1f} GB free)"
                 if first:
                     shutil.rmtree(aside, ignore_errors=True)
         self.thread = threading.Thread(target=write)
@@ -254,10 +292,15 @@ class Saver:
 
 def publish(aside, final):
     """Give a finished checkpoint its name, and make it the latest."""
+    sums = []
     for path, _, files in os.walk(aside):
-        for name in [*files, "."]:
-            sync(os.path.join(path, name))
+        for file in (os.path.join(path, name) for name in sorted(files)):
+            sync(file)
+            sums.append(f"{digest(file)}  {os.path.relpath(file, aside)}\n")
+        sync(path)
     with open(os.path.join(aside, "COMPLETE"), "w") as f:
+        f.writelines(sums)
+        f.flush()
         os.fsync(f.fileno())
     sync(aside)
     shutil.rmtree(final, ignore_errors=True)
@@ -269,6 +312,36 @@ def publish(aside, final):
     os.symlink(name, link + ".tmp")
     os.replace(link + ".tmp", link)
     sync(run)
+
+
+def damage(folder, leave_out=()):
+    """What is wrong with a checkpoint, in one line, or None: its files against their sums in COMPLETE."""
+    path = os.path.join(folder, "COMPLETE")
+    try:
+        with open(path) as f:
+            sums = [line.rstrip("\n").split("  ", 1) for line in f]
+        for want, name in sums:
+            path = os.path.join(folder, name)
+            if not name.startswith(leave_out) and digest(path) != want:
+                return f"{path}: not what was written (its sha256 differs from that in COMPLETE)"
+    except OSError as e:
+        return f"{path}: {e.strerror}"
+    except ValueError:
+        sums = []
+    return None if sums else f"{os.path.join(folder, 'COMPLETE')}: not a list of sums"
+
+
+def last_whole(run):
+    """(The last checkpoint of a run that is as it was written, or None; [what is wrong with later ones])."""
+    latest, wrong = os.path.join(run, "latest"), []
+    names = [n for n in os.listdir(run) if re.fullmatch(r"step_\d+", n)] if os.path.isdir(run) else []
+    if os.path.islink(latest):  # a kill -9 may have come just before it was moved on
+        names = [n for n in names if n <= os.readlink(latest)]
+    for folder in (os.path.join(run, n) for n in sorted(names, reverse=True)):
+        wrong.append(damage(folder))
+        if not wrong[-1]:
+            return folder, wrong[:-1]
+    return None, wrong
 
 
 def load_optimizers(folder, optimizers, names, world):
@@ -288,7 +361,7 @@ def load_optimizers(folder, optimizers, names, world):
 
 @contextlib.contextmanager
 def stop_signals():
-    """An Event that SIGTERM and Ctrl-C set, so that a step can be finished first. A second one ends at once."""
+    """An Event that SIGTERM and Ctrl-C set, so that a step can be finished first. A second ends at once."""
     stop = threading.Event()
 
     def note(number, frame):
@@ -305,22 +378,21 @@ def stop_signals():
 
 def lock(path, world):
     """Hold a file for as long as this process lives, so that two runs cannot write into one folder."""
-    held = None
-    if world.rank == 0:
+    def hold():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         held = open(path, "w")
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            held = None
-    if world.gather(held is not None)[0]:
+            raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or "
+                            "choose another --out") from None
         return held
-    raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or choose another --out")
+    return world.first(hold, tell=lambda held: None)
 
 
 def end_if_a_rank_is_lost(error):
-    """Say so and end this process where an error is a collective's, because another rank is gone. Which one is named
-    by torchrun on its machine, and by its pulse."""
+    """Say so and end this process where an error is a collective's, because another rank is gone. Which one
+    is named by torchrun on its machine, and by its pulse."""
     if dist.is_initialized() and re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
         Pulse.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
 
@@ -329,7 +401,7 @@ class Pulse:
     """Each rank says every few seconds that it lives and listens to the next one. A rank that died, or whose
     machine did, would otherwise leave the others waiting in a collective for half an hour."""
 
-    EVERY, PATIENCE = 3, 30  # seconds
+    EVERY, PATIENCE = 3, 25  # seconds; then torchrun waits 30 for a rank that hangs on its own machine
 
     def __init__(self, world, store):
         self.rank, self.next, self.store, self.step = world.rank, (world.rank + 1) % world.size, store, 0

@@ -237,6 +237,15 @@ def compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
+def flex(q, k, v, mask):
+    """FlexAttention: within a compiled block as a part of it, else compiled by itself."""
+    from torch.nn.attention.flex_attention import flex_attention
+    run = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+    # PyTorch 2.13 compiles it wrongly for CPUs where q and k are made in the same graph and are not dense in memory.
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def attend(q, k, v, mask=None):
     """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S),
     `example_masks`, a `block_mask`, or None."""
@@ -253,7 +262,7 @@ def attend(q, k, v, mask=None):
             rows.append(torch.cat([one(*each) for each in zip(masks, *(x.split(lengths, 2) for x in qkv))], 2))
         return torch.cat(rows)
     if hasattr(mask, "kv_indices"):
-        return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return flex(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 

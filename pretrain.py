@@ -2,10 +2,11 @@
 Stage 1, and the one training loop: a vision encoder and a language model learn to describe, to count and to
 point.
 
-    python pretrain.py --config small                               # a laptop: the toy world, from random weights
-    python pretrain.py --config small --data photos/my.jsonl        # your own data (README: a few lines of JSONL)
-    python pretrain.py --config 1b --data data/ --init_from weights/OLMo-2-0425-1B weights/siglip2-so400m-patch14-384
-    python pretrain.py --resume                                     # go on where the last checkpoint was written
+    python pretrain.py --config small                          # a laptop: the toy world, from random weights
+    python pretrain.py --config small --data photos/my.jsonl   # your own data (README: a few lines of JSONL)
+    python pretrain.py --config 1b --data data/ \\
+        --init_from weights/OLMo-2-0425-1B weights/siglip2-so400m-patch14-384
+    python pretrain.py --resume                                # go on where the last checkpoint was written
 
 What a stage is, is data: a `Config`. The loop below has no notion of stages; sft.py and longctx.py hand it
 other numbers.
@@ -18,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,10 +32,11 @@ import eval as evaluation
 import toy
 import ulysses
 import weights
-from data import MIXTURES, Batches, Planner, Stream, collate, decode, find_datasets, mix, show_mixture, to_device
+from data import (MIXTURES, BadRow, BadRows, Batches, Packer, Planner, Stream, collate, decode, find_datasets,
+                  mix, show_mixture, to_device)
 from distributed import UserError
 from model import PRESETS as MODELS
-from model import Molmo2, allowed_pairs, flops, is_vision
+from model import Molmo2
 from points import SMALL_TOKENIZER, Tokenizer
 
 
@@ -54,10 +55,11 @@ class Config:
     data: tuple = flag((),
                        "JSONL files, or folders with the registry's NAME.jsonl or NAME/*.jsonl; "
                        "'toy' is the embedded toy world")
-    eval_data: tuple = flag((),
-                            "held-out JSONL files, for a loss; the toy world brings its own and is asked questions")
+    eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own and is asked "
+                                "questions")
     mixture: str = flag("pretrain",
-                        "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released or equal")
+                        "how datasets are mixed: pretrain (60/30/10 captions, pointing, text), sft, released "
+                        "or equal")
     rebalance: tuple = flag((), "NAME=FACTOR: that dataset is drawn so much more often than its size says")
     init_from: tuple = flag((),
                             "checkpoint folder to start from, or a plain OLMo or Qwen3 and a SigLIP folder; "
@@ -71,12 +73,13 @@ class Config:
     seq_len: int = flag(4096, "tokens per packed row")
     tiles: int = flag(8, "high-resolution crops a picture may get on top of the low-resolution one")
     max_crops: int = flag(48, "crops per packed row")
-    max_frames: int = flag(128,
-                           "frames a video may get, at 2 per second, if the row holds them; 0 = videos are left out")
-    point_format: str = flag("auto",
-                             "how points and times are written: spec, released, or auto: as --init_from, else spec")
+    max_frames: int = flag(128, "frames a video may get, at 2 per second, if the row holds them; 0 = videos "
+                                "are left out")
+    point_format: str = flag("auto", "how points and times are written: spec, released, or auto: as "
+                                     "--init_from, else spec")
     token_weights: str = flag("auto",
-                              "loss weight of an answer token: spec (by task), released (by length), or auto, likewise")
+                              "loss weight of an answer token: spec (by task), released (by length), or "
+                              "auto, likewise")
     optimizer: str = flag("adamw", "adamw, or muon (on hidden matrices; the rest stays on AdamW)")
     adam_share: float = flag(0.25,
                              "with muon: learning rate of the parameters left to AdamW, as a share of Muon's")
@@ -101,20 +104,22 @@ class Config:
     eval_clips: int = flag(0,
                            "lines of the toy world's held-out clips, tracks and pairs asked about, likewise")
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
-    cp: int = flag(1, "ranks that share each row (context parallelism, ulysses.py); divides the ranks and the heads")
-    recompute: bool = flag(False, "keep only the blocks' inputs and compute each block again going back: a third more "
-                                  "work, a fraction of the memory")
+    cp: int = flag(1, "ranks that share each row (context parallelism, ulysses.py); divides the ranks and "
+                      "the heads")
+    recompute: bool = flag(False, "keep only the blocks' inputs and compute each block again going back: a "
+                                  "third more work, a fraction of the memory")
     workers: int = flag(2, "processes that decode pictures; 0 = the training process itself")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
-    cache: float = flag(0.0, "gigabytes in which each worker keeps decoded crops, and the training process what a "
-                             "frozen vision encoder says of them")
+    cache: float = flag(0.0, "gigabytes in which each worker keeps decoded crops, and the training process "
+                             "what a frozen vision encoder says of them")
     compile: bool = flag(False, "torch.compile each block (worth it on CUDA)")
     dry_run: bool = flag(False, "print parameters, memory and operations of a step, and stop")
     world: int = flag(0, "with --dry_run: ranks to reckon with, eight a node; 0 = as many as run")
     gpu_memory: float = flag(80.0, "with --dry_run: gigabytes of a card")
     max_bad: float = flag(0.05, "share of unusable rows above which the run stops")
-    allow_closed: bool = flag(False, "train on rows marked as made by a closed model too (annotate.py), else left out")
+    allow_closed: bool = flag(False, "train on rows marked as made by a closed model too (annotate.py), else "
+                                     "left out")
 
 
 PRESETS = {
@@ -192,12 +197,19 @@ def show_config(cfg, defaults):
 
 # ---- pieces of the loop ------------------------------------------------------------------------------------
 
-def load_model(cfg):
-    """(model, tokenizer) of --init_from, or random weights of the preset."""
+def load_model(cfg, folder=None):
+    """The model of a run's checkpoint `folder`, of --init_from, or with random weights of the preset."""
     torch.manual_seed(cfg.seed)
+    if folder:
+        return Molmo2.from_pretrained(folder)
     if cfg.init_from:
         if len(cfg.init_from) > 2:
-            raise UserError(f"--init_from {' '.join(cfg.init_from)}: one checkpoint, or a language model and a SigLIP")
+            raise UserError(f"--init_from {' '.join(cfg.init_from)}: one checkpoint, or a language model and "
+                            "a SigLIP")
+        for path in cfg.init_from:
+            ours = os.path.exists(os.path.join(path, "COMPLETE"))
+            if ours and (wrong := distributed.damage(path, leave_out="train_state")):
+                raise UserError(f"--init_from {path}: {wrong}; an earlier step_* beside it may be whole")
         model = Molmo2.from_pretrained(*cfg.init_from)
         # Molmo2 lets every layer of an OLMo-3 see everything
         model.cfg.window, model.cfg.window_layers = 0, ()
@@ -208,28 +220,29 @@ def load_model(cfg):
         if odd:
             raise UserError(f"--init_from {cfg.init_from[0]}: not of --config {cfg.config}: "
                             + ", ".join(f"{k} is {was[k]}, not {want[k]}" for k in odd[:3]))
-        path = os.path.join(cfg.init_from[0], "tokenizer.json")
         if len(cfg.init_from) == 2:
             model.cfg.point_format = "spec"
     else:
         print("starting from random weights (no --init_from)")
-        model, path = Molmo2(cfg.config), SMALL_TOKENIZER
+        model = Molmo2(cfg.config)
     if cfg.point_format != "auto":
         model.cfg.point_format = cfg.point_format
-    return model, Tokenizer(path, model.cfg.vocab)
+    return model
 
 
 def remember(vit, cfg, gigabytes, group=32):
-    """A frozen encoder says the same of a crop each time: what it said is kept, in bf16, under the crop's hash, until the
-    room is full. Worth it where crops are small and come often, as in the toy world: a dozen times each. New crops are
-    encoded in groups of one size, so that a resumed run, which begins with nothing kept, gets the very same numbers."""
+    """A frozen encoder says the same of a crop each time: what it said is kept, in bf16, under the crop's
+    hash, until the room is full. Worth it where crops are small and come often, as in the toy world: a dozen
+    times each. New crops are encoded in groups of one size, so that a resumed run, which begins with nothing
+    kept, gets the very same numbers."""
     shape = cfg.patches, len(cfg.vit_features) * cfg.vit_width
     plain, places = vit.forward, {}
     kept = torch.empty(int(gigabytes * 2 ** 29 / math.prod(shape)), *shape, dtype=torch.bfloat16)
 
     def forward(crops):
         keys = [hashlib.blake2b(c.tobytes(), digest_size=16).digest() for c in crops.cpu().numpy()]
-        known, new = [i for i, k in enumerate(keys) if k in places], [i for i, k in enumerate(keys) if k not in places]
+        known = [i for i, k in enumerate(keys) if k in places]
+        new = [i for i, k in enumerate(keys) if k not in places]
         out = torch.empty(len(crops), *shape, dtype=torch.bfloat16)
         out[known] = kept[[places[keys[i]] for i in known]]
         for some in (new[i:i + group] for i in range(0, len(new), group)):
@@ -297,7 +310,7 @@ def make_optimizers(model, cfg):
 
 
 def schedule(step, steps, warmup, end=0.1):
-    """Learning rate as a share of its peak: linear from 0, then a cosine down to `end`. step counts from 0."""
+    """Learning rate as a share of its peak: linear from 0, then a cosine down to `end`. step: from 0."""
     if step < warmup:
         return (step + 1) / warmup
     return end + (1 - end) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
@@ -334,15 +347,18 @@ def write_files(tokenizer, about, model, folder):
     weights.write_json(os.path.join(folder, "train_state", "state.json"), about)
 
 
-MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
-              "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
+MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips",
+              "eval_first", "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
 
 
 def check_resume(run, cfg):
     """(folder of the run's last checkpoint, what it says: step, config, stream, fingerprint, failed)."""
-    folder = os.path.join(run, "latest")
-    if not os.path.isdir(folder):
-        raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start")
+    folder, wrong = distributed.last_whole(run)
+    if not folder:
+        raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start" if not wrong else
+                        f"--resume: no checkpoint under {run} is whole: {'; '.join(wrong)}")
+    for what in wrong:
+        print(f"not resuming from a damaged checkpoint: {what}")
     saved = weights.read_json(os.path.join(folder, "train_state", "state.json"))
     for key, was in saved["config"].items():
         now = getattr(cfg, key, None)
@@ -356,8 +372,8 @@ def check_same_data(was, now):
     """A resumed run must read what it read before, in the same order."""
     for key in [*was, *now]:
         if was.get(key) != now.get(key):
-            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but was {was.get(key, 'not there')} "
-                            "when the run was started")
+            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but was "
+                            f"{was.get(key, 'not there')} when the run was started")
 
 
 def start_over(run):
@@ -380,47 +396,13 @@ def next_rows(loader, n):
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
-        raise UserError(f"{e}: a process that decodes pictures died, perhaps for want of memory; --resume goes on, "
-                        "--workers 0 decodes in the training process") from None
-
-
-class BadRows:
-    """What could not be used: counted by dataset and reason, and listed once each in bad_rows.jsonl."""
-
-    def __init__(self, run, step, failed, first):
-        self.log = Log(os.path.join(run, "bad_rows.jsonl"), step, first)
-        self.listed = {(r["where"], r["reason"]) for r in map(json.loads, self.log.kept)}
-        self.last = []
-        self.failed = failed  # {dataset: {reason: n}} of what was planned and then could not be decoded
-
-    def note(self, step, events):
-        for name, where, reason, detail in events:
-            if reason == "failed to decode":
-                mine = self.failed.setdefault(name, {})
-                mine[reason] = mine.get(reason, 0) + 1
-            if (where, reason) not in self.listed:
-                self.listed.add((where, reason))
-                self.log.write(step=step, dataset=name, where=where, reason=reason, detail=detail)
-                self.last = [*self.last[-4:], f"  {where}: {reason}: {detail}"]
-
-    def counts(self, state):
-        """{dataset: {reason: n}}"""
-        return {name: state["bad"].get(name, {}) | self.failed.get(name, {})
-                for name in state["bad"] | self.failed}
-
-    def check(self, state, max_bad):
-        """Stop when more than `max_bad` of what was seen could not be used. Rows without a reader yet are not
-        bad ones."""
-        counts = self.counts(state)
-        bad, seen = sum(n for c in counts.values() for n in c.values()), max(state["seen"], 100)
-        if bad > max_bad * seen:
-            raise UserError(f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: {counts}\n"
-                            + "\n".join(self.last) + f"\n{self.log.path} lists them all")
+        raise UserError(f"{e}: a process that decodes pictures died, perhaps for want of memory; --resume "
+                        "goes on, --workers 0 decodes in the training process") from None
 
 
 def ready(rows, cfg):
-    """Decoded rows as a batch in which every part of the model takes part: where there is no picture it gets a blank
-    crop of which nothing is used. A rank that left a module out would leave the others waiting."""
+    """Decoded rows as a batch in which every part of the model takes part: where there is no picture it gets
+    a blank crop of which nothing is used. A rank that left a module out would leave the others waiting."""
     batch = collate(rows)
     if batch["crops"] is None:
         batch["crops"] = torch.zeros(1, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
@@ -433,43 +415,52 @@ def cut(batch, cfg, world):
     return batch if world.cp == 1 else ulysses.shard_batch(batch, cfg.image_token, world.cp_rank, world.cp)
 
 
-def step_flops(batch, cfg, freeze):
-    """Operations of a forward and a backward pass; a frozen ViT is passed once, the rest three times."""
-    ids = batch["example"], batch["branch"], is_vision(batch["tokens"], cfg.vocab)
-    of = flops(cfg, len(batch["crops"]), tuple(batch["pool"].shape), int((batch["example"] > 0).sum()),
-               allowed_pairs(*ids), int((batch["weights"] > 0).sum()))
-    return sum(n * (1 if part == "vit" and part in freeze else 3) for part, n in of.items())
+def held_out_rows(cfg, planner):
+    """The first 512 lines of each file of --eval_data, packed to the length for which training compiles."""
+    packer, rows = Packer(cfg.seq_len, cfg.max_crops), []
+    try:
+        for d in find_datasets(cfg.eval_data)[0] if cfg.eval_data and "toy" not in cfg.data else ():
+            stream = Stream([(d, 1.0)], planner, 0, True)
+            for k in range(min(len(d), 512)):
+                for plan in stream.plans(d.name, k)[0]:
+                    rows += packer.add(plan)
+    except (OSError, ValueError, BadRow) as e:
+        raise UserError(f"--eval_data {' '.join(cfg.eval_data)}: {e}") from None
+    return rows + packer.flush()
 
 
-def evaluate(cfg, model, planner, step, run, losses, world):
-    """{name: value} on held-out data: answers about toy scenes, a loss on --eval_data, else the recent
-    training loss. The ranks share the questions."""
+def evaluate(cfg, model, planner, rows, step, run, losses, world):
+    """{name: value} on held-out data: answers about toy scenes, a loss on the `rows` of --eval_data, else the
+    recent training loss. The ranks share the questions."""
     model.eval()
     scores = {}
     if "toy" in cfg.data:
         plain = distributed.whole(model, lambda: Molmo2(model.cfg))
         part = 1 if step in (0, cfg.steps) else 4
-        scores = toy.evaluate(plain, planner, os.path.join(toy.FOLDER, "eval"), cfg.eval_scenes // part,
-                              world.rank == 0 and os.path.join(run, "samples", f"step_{step:07d}.png"), world)
-        if cfg.eval_clips:
-            questions = evaluation.load_questions(
-                find_datasets(toy.held_out(toy.FOLDER, cfg.stage))[0], cfg.eval_clips // part)
-            table, records = evaluation.evaluate(plain, planner, questions, segmenter=toy.segment,
-                                                 max_new_tokens=min(cfg.seq_len // 3, 512), world=world)
-            scores |= table
-            if world.rank == 0:
-                weights.write_json(os.path.join(run, "samples", f"step_{step:07d}.json"), records)
-    elif cfg.eval_data:
-        plans = [plan for d in find_datasets(cfg.eval_data)[0] for stream in [Stream([(d, 1.0)], planner, 0, True)]
-                 for k in range(min(len(d), 512)) for plan in stream.plans(d.name, k)[0]]
-        sums = torch.zeros(2)
-        for i in range(0, len(plans), world.dp):  # all ranks run the model equally often
-            plan = plans[i + world.dp_rank:i + world.dp_rank + 1]
-            length = max([1 << (p.n_tokens - 1).bit_length() for p in plan], default=128)
-            batch = cut(ready([decode(plan, planner.cfg, min(length, cfg.seq_len))], planner.cfg), planner.cfg, world)
+        # answers grow by a token at a time: nothing to compile for
+        with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
+            sheet = world.rank == 0 and os.path.join(run, "samples", f"step_{step:07d}.png")
+            scores = toy.evaluate(plain, planner, os.path.join(toy.FOLDER, "eval"), cfg.eval_scenes // part,
+                                  sheet, world)
+            if cfg.eval_clips:
+                questions = evaluation.load_questions(
+                    find_datasets(toy.held_out(toy.FOLDER, cfg.stage))[0], cfg.eval_clips // part)
+                table, records = evaluation.evaluate(plain, planner, questions, segmenter=toy.segment,
+                                                     max_new_tokens=min(cfg.seq_len // 3, 512), world=world)
+                scores |= table
+                if world.rank == 0:
+                    weights.write_json(os.path.join(run, "samples", f"step_{step:07d}.json"), records)
+    elif rows:
+        sums = torch.zeros(2, device=world.device)
+        for i in range(0, len(rows), world.dp):  # all ranks run the model equally often
+            mine = rows[i + world.dp_rank] if i + world.dp_rank < len(rows) else []
+            row = decode(mine, planner.cfg, cfg.seq_len)
+            for _, where, reason, detail in row[-1]:
+                print(f"--eval_data: {where}: {reason}: {detail}", file=sys.stderr)
+            batch = cut(ready([row], planner.cfg), planner.cfg, world)
             with torch.no_grad():
-                total = model(**to_device(batch, world.device))
-            sums += torch.tensor([float(total), float(batch["weights"].sum())])
+                sums[0] += model(**to_device(batch, world.device))
+            sums[1] += batch["weights"].sum().to(world.device)
         total, weight = world.add(sums).tolist()
         scores = {"loss": total / max(weight, 1e-9)}
     elif losses:
@@ -479,16 +470,6 @@ def evaluate(cfg, model, planner, step, run, losses, world):
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
-
-def rows_to_reckon_with(cfg, planner, n):
-    """n rows of plans of --data, or without it of a video that leaves room for an answer of an eighth of the row."""
-    if cfg.data:
-        rows = Stream(open_data(cfg)[0], planner, cfg.seed).rows()
-        return [next(rows)[0] for _ in range(n)]
-    video = dict(id="v", video="v.mp4", duration=planner.max_frames / 2, annotations=[
-        dict(task="video_caption", prompt="Describe.", answer="x" * (cfg.seq_len // 8))])
-    return [planner.plan(video, ".", random.Random(0))[0]] * n
-
 
 def empty_step(cfg):
     """A step of the loop on a row without content."""
@@ -500,45 +481,29 @@ def empty_step(cfg):
 
 
 def dry_run(cfg):
-    """Print what a run will need, from shapes alone: budget.py."""
-    cuda = cfg.dtype == "bf16" or cfg.config != "small" and cfg.dtype == "auto" and cfg.device in ("auto", "cuda")
+    """Print what a run will need, from shapes alone (budget.py): of rows of --data, else of a long video."""
+    cuda = (cfg.dtype == "bf16"
+            or cfg.config != "small" and cfg.dtype == "auto" and cfg.device in ("auto", "cuda"))
     ranks = cfg.world or int(os.environ.get("WORLD_SIZE", 1))
     if ranks % cfg.cp:
         raise UserError(f"--cp {cfg.cp}: --world {ranks} cannot be parted into groups of {cfg.cp}")
     with torch.device("meta"):
         model = Molmo2(cfg.config)
-    optimizers, _ = make_optimizers(model, cfg)
-    dp = ranks // cfg.cp
-    micro, most = min(cfg.micro_batch, -(-cfg.global_batch // dp)), -(-cfg.global_batch // dp)
+    micro = min(cfg.micro_batch, -(-cfg.global_batch // (ranks // cfg.cp)))
     planner = Planner(Tokenizer(SMALL_TOKENIZER, model.cfg.vocab), model.cfg, cfg.seq_len, cfg.tiles, "spec",
                       cfg.max_frames, cfg.max_crops)
+    rows = Stream(open_data(cfg)[0], planner, cfg.seed).rows() if cfg.data else None
+    plans = [next(rows)[0] for _ in range(50 * micro)] if rows else [budget.long_video(planner)] * micro
     blank = lambda path, layout, n, patch: np.zeros((layout.n_crops, n * n, patch ** 2 * 3), np.uint8)
-    plans = rows_to_reckon_with(cfg, planner, micro * (50 if cfg.data else 1))
     batches = [ready([decode(p, model.cfg, cfg.seq_len, blank) for p in plans[i:i + micro]], model.cfg)
                for i in range(0, len(plans), micro)]
-    work = sum(step_flops(b, model.cfg, cfg.freeze) for b in batches) / len(batches) / micro * cfg.global_batch
-    b = max(batches, key=lambda b: len(b["crops"]))
-    shape = dict(rows=micro, tokens=cfg.seq_len, crops=len(b["crops"]), windows=tuple(b["pool"].shape),
-                 learned=int((b["weights"] > 0).sum()))
-    sizes = {part: sum(p.numel() for _, p in ps) for part, ps in model.parts().items()}
-    print(f"{model.num_params():,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in sizes.items()))
-    print(f"a step: {cfg.global_batch} rows of {cfg.seq_len:,} tokens; {micro} at a time on each of {dp} x {cfg.cp} ranks, "
-          f"{-(-most // micro)} times; {work:.3g} operations, {work / ranks:.3g} a rank")
-    print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, {shape['learned']:,} learned")
-    use = budget.memory(model, optimizers, shape, cuda, cfg.recompute, ranks, cfg.cp)
-    if not cuda:
-        use = {"python and torch": budget.resident(lambda: empty_step(cfg))} | use
-        use["held by malloc"] = use["activations"] // 3  # as seen in stages 1 and 2 of small: glibc, 40 to 1,000 steps
-    total = sum(use.values()) / 2 ** 30
-    for what, n in use.items():
-        print(f"  {what:<20}{n / 2 ** 30:8.3f} GB")
-    print(f"  {'together':<20}{total:8.3f} GB a rank"
-          + (f": {'fits' if total < 0.95 * cfg.gpu_memory else 'does not fit'} in {cfg.gpu_memory:g} GB" if cuda else ""))
+    budget.show(cfg, model, make_optimizers(model, cfg)[0], batches, ranks, cuda, lambda: empty_step(cfg))
 
 
 def train(cfg, defaults, stop):
-    """Run one stage from the first step, or from the last checkpoint, to the end or until `stop` is set. Returns the
-    run's folder. Under torchrun every rank is here; what they do differently is what `world` says."""
+    """Run one stage from the first step, or from the last checkpoint, to the end or until `stop` is set.
+    Returns the run's folder. Under torchrun every rank is here; what they do differently is what `world`
+    says."""
     run, earlier = (os.path.join(cfg.out, cfg.config, s) for s in (cfg.stage, cfg.previous))
     if cfg.previous and not cfg.init_from and os.path.isdir(os.path.join(earlier, "latest")):
         cfg = dataclasses.replace(cfg, init_from=(os.path.join(earlier, "latest"),))
@@ -555,21 +520,23 @@ def train(cfg, defaults, stop):
     show_config(cfg, defaults)
 
     # 2. Data and model: fresh, from --init_from, or as the run left them.
-    for turn in (True, False):  # the first rank draws the toy world and indexes files; then the others find both
+    for turn in (True, False):  # the first rank draws the toy world and indexes files; the others find both
         if first == turn:
             mixture, missing = open_data(cfg)
         world.gather(None)
     step, state, skipped, failed = 0, None, 0, {}
+    folder = cfg.init_from[0] if cfg.init_from else None
     if cfg.resume:
-        folder, saved = check_resume(run, cfg)
-        model = Molmo2.from_pretrained(folder)
-        tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
+        folder, saved = world.first(lambda: check_resume(run, cfg))
         step, state, failed = saved["step"], saved["stream"], saved["failed"]
         print(f"resuming after step {step}")
-    else:
-        model, tokenizer = load_model(cfg)
+    model = world.first(lambda: load_model(cfg, folder if cfg.resume else None), tell=lambda model: model.cfg)
+    if not first:
+        with torch.device("meta"):  # the weights come from the first rank, block by block
+            model = Molmo2(model)
+    tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json") if folder else SMALL_TOKENIZER,
+                          model.cfg.vocab)
     model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
-    model.to(device)
     n_params = model.num_params()
     if world.cp > 1:
         ulysses.install(model, world.cp_group)
@@ -580,12 +547,12 @@ def train(cfg, defaults, stop):
     if cfg.resume:
         distributed.load_optimizers(folder, optimizers, names, world)
 
-    # 3. The stream is a function of files, mixture and seed alone; `state` says where in it we are. A step has
-    # global_batch rows; of these each rank takes every dp-th one, a few at a time.
+    # 3. The stream is a function of files, mixture and seed alone; `state` says where in it we are. A step
+    # has global_batch rows; of these each rank takes every dp-th one, a few at a time.
     token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
     planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames,
                       cfg.max_crops)
-    stream = Stream(mixture, planner, cfg.seed, cfg.allow_closed)
+    stream, held_out = Stream(mixture, planner, cfg.seed, cfg.allow_closed), held_out_rows(cfg, planner)
     if cfg.resume:
         check_same_data(saved["fingerprint"], stream.fingerprint())
     elif first:
@@ -595,21 +562,27 @@ def train(cfg, defaults, stop):
     most = -(-cfg.global_batch // world.dp)
     micro = min(cfg.micro_batch, most)
     parts = {part: [p for _, p in ps if p.requires_grad] for part, ps in model.parts().items()}
-    print(f"{n_params:,} parameters on {device}{f' x {world.size}' * (world.size > 1)}; a step is {cfg.global_batch} "
-          f"rows of {cfg.seq_len} tokens, {micro} at a time{f' on each of {world.dp} ranks' * (world.dp > 1)}"
+    print(f"{n_params:,} parameters on {device}{f' x {world.size}' * (world.size > 1)}; a step is "
+          f"{cfg.global_batch} rows of {cfg.seq_len} tokens, {micro} at a time"
+          f"{f' on each of {world.dp} ranks' * (world.dp > 1)}"
           f"{f', each row on {world.cp} ranks' * (world.cp > 1)}")
     show_mixture(mixture, cfg.steps * cfg.global_batch / stream.rows_per_draw(), missing)
     log, saver = Log(os.path.join(run, "log.jsonl"), step, first), distributed.Saver(run, world)
-    bad = BadRows(run, step, failed, first)
+    bad = BadRows(Log(os.path.join(run, "bad_rows.jsonl"), step, first), failed)
     # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file
     # of its own.
     rows_of_rank = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch,
                            round(cfg.cache * 2 ** 30))
-    loader = iter(torch.utils.data.DataLoader(rows_of_rank, batch_size=None, num_workers=cfg.workers, collate_fn=tuple,
+    loader = iter(torch.utils.data.DataLoader(rows_of_rank, batch_size=None, num_workers=cfg.workers,
+                                              collate_fn=tuple,
                                               prefetch_factor=most if cfg.workers else None))
-    peak = distributed.peak_flops(device, bf16)
-    bar, losses, nan_rows, started = Progress(cfg.steps, step), [], [], time.time()
-    before = evaluate(cfg, model, planner, 0, run, losses, world) if cfg.eval_first and not step else {}
+    peak = budget.peak_flops(device, bf16)
+    losses = [row["loss"] for row in map(json.loads, log.kept) if "loss" in row]
+    bar, nan_rows, started = Progress(cfg.steps, step), [], time.time()
+    before = {}
+    if cfg.eval_first and not step:
+        with autocast():
+            before = evaluate(cfg, model, planner, held_out, 0, run, losses, world)
     if before:
         log.write(step=0, eval=before)
     model.train()
@@ -625,20 +598,22 @@ def train(cfg, defaults, stop):
         batches = [ready([r[0] for r in rows[i:i + micro]] or [decode([], model.cfg, cfg.seq_len)], model.cfg)
                    for i in range(0, most, micro)]
         wait = time.time() - tick
-        work = sum(step_flops(b, model.cfg, cfg.freeze) for b in batches) if device != "cpu" else 0
+        work = sum(budget.step_flops(b, model.cfg, cfg.freeze) for b in batches) if device != "cpu" else 0
         batches = [cut(b, model.cfg, world) for b in batches]
         all_ranks = world.gather(dict(
             weight=sum(float(b["weights"].sum()) for b in batches),
-            tokens=sum(int((b["example"] > 0).sum()) for b in batches), crops=sum(len(b["crops"]) for b in batches),
-            wait=wait, work=work, events=[e for *_, events in rows for e in events],
+            tokens=sum(int((b["example"] > 0).sum()) for b in batches),
+            crops=sum(len(b["crops"]) for b in batches), wait=wait, work=work,
+            events=[e for *_, events in rows for e in events],
             state=rows[-1][1] if rows else None, stop=stop.is_set(), error=saver.error))
-        readers = all_ranks[::world.cp]  # the ranks that share rows read the same, and decode the same pictures
+        readers = all_ranks[::world.cp]  # ranks that share rows read the same, and decode the same pictures
         state = readers[(cfg.global_batch - 1) % world.dp]["state"]
         W = max(sum(r["weight"] for r in all_ranks), 1e-9)
         stopping, wait = any(r["stop"] for r in all_ranks), max(r["wait"] for r in all_ranks)
         saver.check([r["error"] for r in all_ranks])
         bad.note(step + 1, [e for r in readers for e in r["events"]])
-        bad.check(state, cfg.max_bad)
+        if why := bad.too_many(state, cfg.max_bad):
+            raise UserError(why)
 
         # 5. Learning rates of this step.
         for o in optimizers:
@@ -654,7 +629,7 @@ def train(cfg, defaults, stop):
             loss += total.detach()
         loss = float(world.add(loss)) / world.size
 
-        # 7. Clip each part by itself; a step with a loss or gradient that is not finite is left out, by all ranks.
+        # 7. Clip each part by itself; all ranks leave out a step whose loss or gradient is not finite.
         norms = {part: distributed.number(torch.nn.utils.clip_grad_norm_(ps, cfg.clip))
                  for part, ps in parts.items() if ps}
         if math.isfinite(loss) and all(map(math.isfinite, norms.values())):
@@ -682,14 +657,16 @@ def train(cfg, defaults, stop):
                   fill=round(real / (cfg.global_batch * cfg.seq_len), 4), wait=round(wait / took, 4),
                   **({"tflops_per_s": round(work / took / 1e12, 1)} if work else {}),
                   **({"mfu": round(work / took / world.size / peak, 4)} if peak else {}),
-                  memory_gb=round(distributed.peak_memory(device) / 2 ** 30, 3), skipped=skipped, bad=bad.counts(state))
+                  memory_gb=round(budget.peak_memory(device) / 2 ** 30, 3), skipped=skipped,
+                  bad=bad.counts(state))
         bar.show(step, loss, real / took, took)
         world.pulse.step = step
 
         # 9. Evaluate by answering, then save: a resumed run has the evaluations of its past.
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
-            scores = evaluate(cfg, model, planner, step, run, losses, world)
+            with autocast():
+                scores = evaluate(cfg, model, planner, held_out, step, run, losses, world)
             log.write(step=step, eval=scores)
             bar.line(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
                      if not before else
@@ -709,7 +686,8 @@ def train(cfg, defaults, stop):
     world.close()
     bar.close()
     if state and (state["bad"] or state["skipped"] or bad.failed):
-        print(f"not used, by dataset: {bad.counts(state)}, {bad.log.path} lists them; left out: {state['skipped']}")
+        print(f"not used, by dataset: {bad.counts(state)}, {bad.log.path} lists them; "
+              f"left out: {state['skipped']}")
     print(f"{(time.time() - started) / 60:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}")
     if step < cfg.steps:
         print(f"stopped by a signal after step {step}; --resume goes on")
@@ -731,8 +709,8 @@ class Progress:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s", refresh=False)
             self.bar.update()
         elif step <= 3 or step % 25 == 0 or step == self.steps:
-            print(f"step {step:5d}/{self.steps}  loss {loss:.4f}  {took * 1000:6.0f} ms  {tokens_per_s:8,.0f} tok/s  "
-                  f"{time.time() - self.began:5.0f} s", flush=True)
+            print(f"step {step:5d}/{self.steps}  loss {loss:.4f}  {took * 1000:6.0f} ms  "
+                  f"{tokens_per_s:8,.0f} tok/s  {time.time() - self.began:5.0f} s", flush=True)
 
     def line(self, text):
         self.bar.write(text) if self.tty else print(text, flush=True)
@@ -760,5 +738,5 @@ def main(defaults, presets, argv=None):
 
 if __name__ == "__main__":
     cfg, run = main(Config(), PRESETS)
-    print(f"next: python sample.py {run}/latest {'data/toy/eval/images/00003.png' if 'toy' in cfg.data else 'PICTURE'} "
-          "\"Point to all shapes.\"")
+    picture = "data/toy/eval/images/00003.png" if "toy" in cfg.data else "PICTURE"
+    print(f'next: python sample.py {run}/latest {picture} "Point to all shapes."')

@@ -1,36 +1,39 @@
 """
 Context parallelism by hand: one packed row, cut over several devices (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-A row of 36,864 tokens does not fit one card's memory, so P ranks hold T/P tokens each. Everything in the model
-works on one token at a time and does not notice, except for two places:
+A row of 36,864 tokens does not fit one card's memory, so P ranks hold T/P tokens each. Everything in the
+model works on one token at a time and does not notice, except for two places:
 
-- **attention** mixes tokens. But its heads do not mix, so before it the ranks trade: each gives away all heads but
-  its own share, and gets its heads' share of all other tokens. After it they trade back.
+- **attention** mixes tokens. But its heads do not mix, so before it the ranks trade: each gives away all
+  heads but its own share, and gets its heads' share of all other tokens. After it they trade back.
 
-      rank 0   tokens 0..T/2, heads a b c d          all tokens, heads a b           tokens 0..T/2, heads a b c d
-                                            ─ all ─►  attention, as  ─ all ─►
-      rank 1   tokens T/2..T, heads a b c d   to all  on one device    to all        tokens T/2..T, heads a b c d
-                                                      all tokens, heads c d
+    rank 0   tokens 0..T/2, heads a b c d          all tokens, heads a b        tokens 0..T/2, heads a b c d
+                                          ─ all ─►  attention, as  ─ all ─►
+    rank 1   tokens T/2..T, heads a b c d   to all  on one device    to all     tokens T/2..T, heads a b c d
+                                                    all tokens, heads c d
 
-- **pictures** are encoded where there is time and needed where their tokens are. The ranks share out the crops,
-  and send the features of every visual token to the rank that holds it.
+- **pictures** are encoded where there is time and needed where their tokens are. The ranks share out the
+  crops, and send the features of every visual token to the rank that holds it.
 
-Both are one primitive, the all-to-all: a rank cuts what it has into P pieces and sends the p-th to rank p. It is a
-permutation of numbers over ranks, so its gradient is the same exchange the other way round.
+Both are one primitive, the all-to-all: a rank cuts what it has into P pieces and sends the p-th to rank p. It
+is a permutation of numbers over ranks, so its gradient is the same exchange the other way round.
 
-    install(model, group)                            # a plain Molmo2: its attention, mask and vision are patched
-    loss = model(**shard_batch(batch, model.cfg.image_token, rank, P))        # losses and gradients add up over ranks
+    install(model, group)        # a plain Molmo2: its attention, mask and vision are patched
+    loss = model(**shard_batch(batch, model.cfg.image_token, rank, P))  # losses, gradients add up over ranks
 
 What it costs. Per layer and rank, forward, in elements: q, k, v in one message and the output in another,
 
     B · T/P · (2H + 2G') · hd · (P-1)/P,        G' = max(G, P) key/value heads
 
-and as much again backward: divided by P, unlike a ring that passes all keys and values by every rank. H must be a
-multiple of P, and G a multiple or a divisor of it: fewer key/value heads than ranks are repeated before the trade.
+and as much again backward: divided by P, unlike a ring that passes all keys and values by every rank. H must
+be a multiple of P, and G a multiple or a divisor of it: fewer key/value heads than ranks are repeated before
+the trade.
 
-The mask is built from the ids of the whole row, which every rank gathers (three integers a token): any mask works.
+The mask is built from the ids of the whole row, which every rank gathers (three integers a token): any mask
+works.
 
-Shapes:  B rows, T tokens of the whole row, P ranks, H heads, G key/value heads, hd head width, M visual tokens
+Shapes:  B rows, T tokens of the whole row, P ranks, H heads, G key/value heads, hd head width, M visual
+         tokens
 """
 import functools
 
@@ -39,8 +42,8 @@ import torch.distributed as dist
 
 
 class Exchange(torch.autograd.Function):
-    """All-to-all along the first axis. x: the pieces for rank 0, 1, ... one after the other, sent[p] rows for rank
-    p; returns what the ranks sent here, got[p] rows from rank p."""
+    """All-to-all along the first axis. x: the pieces for rank 0, 1, ... one after the other, sent[p] rows for
+    rank p; returns what the ranks sent here, got[p] rows from rank p."""
 
     @staticmethod
     def forward(ctx, x, sent, got, group):
@@ -67,8 +70,8 @@ def trade(x, group, back=False):
 
 
 def ulysses_attend(q, k, v, mask, attend, group):
-    """`attend`, the attention of one device, over a group. q: (B, H, T/P, hd); k, v: (B, G, T/P, hd); mask: of the
-    whole row."""
+    """`attend`, the attention of one device, over a group. q: (B, H, T/P, hd); k, v: (B, G, T/P, hd); mask:
+    of the whole row."""
     P, (H, G) = dist.get_world_size(group), (q.shape[1], k.shape[1])
     if G < P:  # rank p needs the key/value head of its own query heads, and several ranks the same one
         k, v = (x.repeat_interleave(P // G, 1) for x in (k, v))
@@ -84,20 +87,23 @@ def check_heads(heads, kv_heads, cp):
     if heads % cp:
         raise ValueError(f"{heads} heads cannot be shared by {cp} ranks: --cp must divide them")
     if kv_heads % cp and cp % kv_heads:
-        raise ValueError(f"{kv_heads} key/value heads and {cp} ranks: one must divide the other; choose another --cp")
+        raise ValueError(f"{kv_heads} key/value heads and {cp} ranks: one must divide the other; choose "
+                         "another --cp")
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
 
 def share_out(n_crops, pool, patches, ranks):
-    """Which rank encodes which crops: a list of `ranks + 1` ascending bounds, and for each window its rank (M,).
+    """Which rank encodes which crops: a list of `ranks + 1` ascending bounds, and for each window its rank
+    (M,).
 
     A window may gather patches of several crops of one picture, so these stay together; what can be parted is
     shared as evenly as whole pieces allow. A rank may get nothing.
     """
     first = torch.where(pool >= 0, pool // patches, n_crops).amin(1)  # the crops a window begins and ends in
     last = torch.where(pool >= 0, pool // patches, -1).amax(1)
-    open_ = torch.zeros(n_crops + 1, dtype=torch.long, device=pool.device)  # windows that span the cut before a crop
+    # windows that span the cut before a crop
+    open_ = torch.zeros(n_crops + 1, dtype=torch.long, device=pool.device)
     some = last >= 0
     open_.index_add_(0, first[some] + 1, torch.ones_like(first[some]))
     open_.index_add_(0, last[some] + 1, -torch.ones_like(last[some]))
@@ -122,8 +128,8 @@ def gather_rows(x, group):
 
 
 def shared_features(encode, crops, pool, group):
-    """`VisionBackbone.forward` over a group. crops: of the whole rows, the same on all ranks; pool: (m, K), the
-    windows of the tokens held here -> (m, D)."""
+    """`VisionBackbone.forward` over a group. crops: of the whole rows, the same on all ranks; pool: (m, K),
+    the windows of the tokens held here -> (m, D)."""
     rank, P, patches = dist.get_rank(group), dist.get_world_size(group), crops.shape[1]
     pools = gather_rows(pool, group)
     holder = torch.cat([torch.full((len(p),), r, device=p.device) for r, p in enumerate(pools)])
@@ -133,8 +139,8 @@ def shared_features(encode, crops, pool, group):
     # A rank without a crop encodes one for nobody: under FSDP all ranks run the same modules.
     mine = crops[bounds[rank]:bounds[rank + 1]] if bounds[rank] < bounds[rank + 1] else crops[:1]
     features = encode(mine, torch.where(pool[here] >= 0, pool[here] - bounds[rank] * patches, -1))
-    # Sent in the order of the ranks that hold the tokens. Received in the order of those that encoded: whatever
-    # the split was, each goes back to its place.
+    # Sent in the order of the ranks that hold the tokens. Received in the order of those that encoded:
+    # whatever the split was, each goes back to its place.
     to, of = holder[here], encoder[holder == rank]
     sent, got = (torch.bincount(r, minlength=P).tolist() for r in (to, of))
     received = Exchange.apply(features[to.argsort(stable=True)], sent, got, group)

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,28 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path, world):
     first = str(tmp_path / "a" / "small" / "pretrain" / "latest")
     text = run(tmp_path, *QUICK, "--data", world, "--steps", "1", "--out", "b", "--init_from", first)[1]
     assert "random weights" not in text
+
+
+@pytest.mark.parametrize("dtype, off", [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off):
+    """Packed, and in the precision of training, against each line by itself."""
+    run(tmp_path, *QUICK, "--data", world, "--eval_data", world, "--steps", "1", "--dtype", dtype)
+    folder = tmp_path / "out/small/pretrain/latest"
+    model = pretrain.Molmo2.from_pretrained(folder)
+    planner = Planner(pretrain.Tokenizer(str(folder / "tokenizer.json"), 1024), model.cfg, 192, 0, "spec", 16, 16)
+    stream, loss, weight = Stream([(Dataset("rows", [world]), 1.0)], planner, 0), 0.0, 0.0
+    for k in range(4):
+        for plan in stream.plans("rows", k)[0]:
+            batch = collate([decode([plan], model.cfg, 192)])
+            with torch.no_grad():
+                loss, weight = loss + float(model(**batch)), weight + float(batch["weights"].sum())
+    assert log_of(tmp_path)[-1]["eval"]["loss"] == pytest.approx(loss / weight, rel=off)
+
+
+def test_held_out_lines_that_are_no_good_are_told_at_once(tmp_path, world):
+    bad = write_lines(tmp_path / "bad.jsonl", [dict(image="gone.png", annotations=[dict(task="image_caption", answer="A.")])])
+    code, text = run(tmp_path, *QUICK, "--data", world, "--eval_data", bad, "--steps", "500", check=False)
+    assert code == 2 and re.search(r"--eval_data .*bad.jsonl: .*bad.jsonl:1: .*gone.png", text) and "step " not in text
 
 
 # ---- what can go wrong -------------------------------------------------------------------------------------
