@@ -284,8 +284,8 @@ def own_checkpoint(args):
     folder, lock, prompt = args.checkpoint, threading.Lock(), "Describe the image."
     try:
         client, model = Client(args), load(folder, args.device)
-    except (RuntimeError, AssertionError) as e:  # as torch says that there is no such device
-        raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
+    except ValueError as e:
+        raise UserError(str(e)) from None
     weights = os.path.realpath(folder), os.stat(folder).st_mtime_ns  # `latest` is another one next week
 
     def look(picture):

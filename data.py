@@ -34,6 +34,7 @@ import os
 import random
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -852,6 +853,20 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def outlive_a_signal():
+    """Ctrl-C, torchrun and job queues signal all processes of a run, and the training process wants to finish its
+    step. This worker ends by a later signal, the loader's own."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(time.monotonic())
+        if seen[-1] - seen[0] > 2:  # torchrun passes on what a job queue sends to all: two signals may be one
+            os._exit(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+
+
 class Batches(torch.utils.data.IterableDataset):
     """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each as (row, crops,
     pools), the stream's state after it, and the events on the way: what could not be used.
@@ -870,8 +885,7 @@ class Batches(torch.utils.data.IterableDataset):
             torch.set_num_threads(1)
             os.nice(10)  # where cores are few, training goes first
             die_with_parent()
-            for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, torchrun and job queues signal all processes;
-                signal.signal(number, signal.SIG_IGN)       # the training process decides
+            outlive_a_signal()
         events, mine = [], itertools.count()
         for i, (plans, state) in enumerate(self.stream.rows(self.state)):
             events += state.pop("events")

@@ -30,6 +30,10 @@ def load(folder, device="cpu", tiles=None, max_frames=None, usual_tiles=8):
     """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops per
     picture; by default the usual ones, or none for a model too small to have seen any. max_frames: of a video; by
     default as many as in training, at most 128."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # as torch says that there is no such device
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     model = Molmo2.from_pretrained(folder).to(device)
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
     tiles = tiles if tiles is not None else usual_tiles if model.cfg.crop >= 378 else 0

@@ -21,12 +21,13 @@ learnable in minutes was measured:
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import av
 import numpy as np
@@ -544,8 +545,9 @@ def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0, prefix=""
     aside = begin(folder, "video", "eval/video")
     jobs = [(os.path.join(aside, "eval") if i < held_out else aside, f"video/{i:05d}.mp4",
              f"toy {seed} clip {seconds} {i}", seconds, i >= held_out) for i in range(held_out + clips)]
-    with multiprocessing.Pool(min(os.cpu_count() or 1, 8)) as pool:
-        lines = pool.map(clip_rows, jobs, chunksize=64)
+    # started afresh, for a copy of a process with threads can wait for ever for what one of them held
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
+        lines = list(pool.map(clip_rows, jobs, chunksize=64))
     for k, name in enumerate(("clips", "tracks", "stills")):
         name = f"{prefix}{name}.jsonl"
         write_lines(os.path.join(aside, name), [without_masks(rows[k]) for rows in lines[held_out:]])

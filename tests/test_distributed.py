@@ -176,10 +176,11 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, world):
     assert os.readlink(tmp_path / "out/small/pretrain/latest") == f"step_{step:07d}"
     assert max(losses(tmp_path)) == step
     # while one run goes on, another in the same folder is refused
-    p = start(tmp_path, 1, *flags, "--resume", "--save_every", "1000")
+    p = start(tmp_path, 1, *flags, "--resume", "--save_every", "1000", "--workers", "1")
     wait_for(tmp_path, step + 2, p)
     assert "another run is writing into this folder" in finish(start(tmp_path, 1, *flags), 2)
-    p.send_signal(signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the worker too, and twice, as from a queue and torchrun
+        os.killpg(p.pid, number)
     finish(p)
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from data import Planner, prompt_batch
 from media import BadMedia, load_frames
-from sample import Chat, at_time, draw, draw_video
+from sample import Chat, at_time, draw, draw_video, main
 
 
 @pytest.fixture
@@ -80,3 +80,10 @@ def test_several_pictures_are_drawn_apart(tmp_path):
     assert (plain == (255, 0, 0)).all(-1).mean() > 0.99 and (marked != plain).any(-1).sum() > 300
 
 
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py", str(tmp_path), "a.png", "What is it?", "--device", "cuda:99"])
+    with pytest.raises(SystemExit) as e:
+        main()
+    assert e.value.code == 2 and capsys.readouterr().err.startswith("error: --device cuda:99: ")
