@@ -34,7 +34,7 @@ import os
 import random
 import signal
 import sys
-import time
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -853,18 +853,20 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def outlive_a_signal():
-    """Ctrl-C, torchrun and job queues signal all processes of a run, and the training process wants to finish its
-    step. This worker ends by a later signal, the loader's own."""
-    seen = []
+def obey_the_parent_alone():
+    """Ctrl-C, torchrun and job queues signal all processes of a run, but the training process wants to finish its
+    step and needs this worker for it: only a signal that it sends itself ends the worker."""
+    signals = {signal.SIGINT, signal.SIGTERM}
 
-    def note(number, frame):
-        seen.append(time.monotonic())
-        if seen[-1] - seen[0] > 2:  # torchrun passes on what a job queue sends to all: two signals may be one
-            os._exit(1)
+    def listen():
+        while signal.sigwaitinfo(signals).si_pid != parent:
+            pass
+        os._exit(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        parent = os.getppid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=listen, daemon=True).start()
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -885,7 +887,7 @@ class Batches(torch.utils.data.IterableDataset):
             torch.set_num_threads(1)
             os.nice(10)  # where cores are few, training goes first
             die_with_parent()
-            outlive_a_signal()
+            obey_the_parent_alone()
         events, mine = [], itertools.count()
         for i, (plans, state) in enumerate(self.stream.rows(self.state)):
             events += state.pop("events")

@@ -1,9 +1,12 @@
 """The engine as a whole: index, mixtures, one stream for any workers and any stop, and a corpus in which
 everything is broken."""
 import json
+import multiprocessing
 import os
 import random
+import signal
 import socket
+import subprocess
 from collections import Counter
 
 import av
@@ -15,8 +18,7 @@ from PIL import Image
 
 import media
 from data import (MIXTURES, Batches, Dataset, Planner, Stream, collate, decode, find_datasets, line_index,
-                  mix, parse_row,
-                  read_registry, show_mixture)
+                  mix, parse_row, read_registry, show_mixture)
 
 TEXT = dict(annotations=[dict(task="text", prompt="a", answer="b")])
 
@@ -169,6 +171,22 @@ def test_200_batches_are_bitwise_the_same_for_any_workers_ranks_and_stops(many):
     for world in (2, 4):
         parts = [batches(many(), 200 // world, rank=rank, world=world) for rank in range(world)]
         assert all(same(straight[i], parts[i % world][i // world]) for i in range(200))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
+def test_a_worker_is_ended_by_its_parent_alone(many):
+    """What is sent to all processes of a run comes to the workers too, while the step still needs them; and a worker
+    that could not be ended would keep its parent from ending."""
+    rows = iter(torch.utils.data.DataLoader(Batches(many()), batch_size=None, num_workers=1, collate_fn=tuple))
+    next(rows)
+    worker, = multiprocessing.active_children()
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", "-" + name, str(worker.pid)], check=True)
+    for _ in range(10):
+        next(rows)
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 # ---- everything broken -------------------------------------------------------------------------------------
