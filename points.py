@@ -17,9 +17,10 @@ from weights import BadCheckpoint, read_json, write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The small tokenizer shipped with the project: 1,020 byte-level BPE ids, learned from the toy world's
-# sentences and some English prose, and four special ones. Its split pattern keeps every digit by itself: a
-# coordinate is then written from its coarsest digit to its finest, and a wrong last digit is a small mistake
-# instead of an unrelated token.
+# conversations and some English prose, and four special ones. Its split pattern keeps every digit apart from
+# the next: a coordinate is then written from its coarsest digit to its finest, and a wrong last digit is a
+# small mistake instead of an unrelated token. What always stands beside a digit goes with it (", 0."): points
+# are most of what the toy world says, and a track is a third shorter.
 SMALL_TOKENIZER = os.path.join(HERE, "tokenizer.json")
 # What the model must also write cannot live in the input-only rows. It takes ids inside the base vocabulary
 # that nothing else uses: its own in the small tokenizer, <|extra_id_k|> in OLMo's, the fillers after the last

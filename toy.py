@@ -562,7 +562,7 @@ def without_masks(row):
 
 # Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets
 # most.
-FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.0, clips=2.4, tracks=2.2, stills=0.7,
+FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.6, clips=2.4, tracks=2.2, stills=0.7,
                long_clips=3.0, long_tracks=6.0)
 
 
