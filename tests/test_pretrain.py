@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -255,6 +256,9 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, cap
     with pytest.raises(SystemExit) as e:
         pretrain.main(Config(), PRESETS, [*QUICK, "--data", world, "--steps", "30"])
     assert e.value.code == 2 and "rows.jsonl" in capsys.readouterr().err
+    for thread in threading.enumerate():  # a process waits at its end for the checkpoint that it writes
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
 
 
 # ---- the whole of it ---------------------------------------------------------------------------------------

@@ -177,9 +177,10 @@ def test_200_batches_are_bitwise_the_same_for_any_workers_ranks_and_stops(many):
 def test_a_worker_is_ended_by_its_parent_alone(many):
     """What is sent to all processes of a run comes to the workers too, while the step still needs them; and a worker
     that could not be ended would keep its parent from ending."""
+    others = multiprocessing.active_children()  # of loaders that a test before left to the garbage collector
     rows = iter(torch.utils.data.DataLoader(Batches(many()), batch_size=None, num_workers=1, collate_fn=tuple))
     next(rows)
-    worker, = multiprocessing.active_children()
+    worker, = [p for p in multiprocessing.active_children() if p not in others]
     for name in ("INT", "TERM"):
         subprocess.run(["kill", "-" + name, str(worker.pid)], check=True)
     for _ in range(10):
