@@ -23,7 +23,7 @@ DEFAULTS = dataclasses.replace(
 PRESETS = {
     # Three times the tokens of stage 1: ten seconds of real video and a track through them fit; of the toy world's clips
     # four. Few rows a step, many steps; the ViT stays as stage 1 left it.
-    "small": dict(pretrain.PRESETS["small"], steps=2600, global_batch=4, micro_batch=4, seq_len=768, max_crops=48,
+    "small": dict(pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48,
                   freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500,
                   eval_clips=100, eval_first=True),
     **{name: preset for name, preset in pretrain.PRESETS.items() if name != "small"},

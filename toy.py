@@ -40,7 +40,7 @@ COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), 
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
 FOLDER = os.path.join("data", "toy")  # where every stage looks for it
-VERSION = 31  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 32  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -140,6 +140,11 @@ COUNT_PROMPTS = ("How many {} are there?", "Count the {}.", "What is the number 
                  "How many {} can you see?")
 
 
+def kind(colour, shape):
+    """What objects of a colour, a shape or both are called."""
+    return f"{colour or ''} {shape or 'shape'}".strip()
+
+
 def plural(name):
     return name + ("es" if name.endswith("s") else "s")
 
@@ -164,7 +169,7 @@ def select(scene, colour, shape):
 def pointing(rng, scene, colour, shape):
     """A query for all objects of a colour, a shape or both; None leaves one open."""
     found = select(scene, colour, shape)
-    name = f"{colour or ''} {shape or 'shape'}".strip()
+    name = kind(colour, shape)
     one = len(found) == 1 or not found and rng.random() < 0.5
     label, prompts = (name, POINT_PROMPTS) if one else (plural(name), POINT_ALL_PROMPTS)
     points = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(found)]
@@ -192,7 +197,7 @@ def counting(rng, scene):
     asked = [(None, None), (some["colour"], None), (None, other["shape"]), (rng.choice(list(COLOURS)), None),
              (None, rng.choice(SHAPES))]
     return [dict(task="counting",
-                 prompt=rng.choice(COUNT_PROMPTS).format(plural(f"{c or ''} {s or 'shape'}".strip())),
+                 prompt=rng.choice(COUNT_PROMPTS).format(plural(kind(c, s))),
                  answer=str(len(select(scene, c, s)))) for c, s in asked]
 
 
@@ -205,12 +210,11 @@ def pair(rng, scenes, trains=False):
     find = lambda colour, shape: [(k, o) for k, s in enumerate(scenes) for o in select(s, colour, shape)]
     for _ in range(2):
         some = rng.choice(scenes[rng.randrange(2)]["objects"])
-        name = f"{some['colour']} {some['shape']}"
         where = sorted({k for k, _ in find(some["colour"], some["shape"])})
-        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {name}?",
+        out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {kind(some['colour'], some['shape'])}?",
                         answer="Both." if len(where) == 2 else f"Image {where[0]}."))
         colour = some["colour"] if rng.random() < 0.7 else None
-        label, found = plural(f"{colour or ''} {some['shape']}".strip()), find(colour, some["shape"])
+        label, found = plural(kind(colour, some["shape"])), find(colour, some["shape"])
         one = rng.choice(where) if rng.random() < 0.3 else None
         found = [(k, o) for k, o in found if one in (None, k)]
         out.append(dict(task="multi_image_pointing", label=label,
@@ -397,12 +401,16 @@ def about_clip(rng, clip):
     return out, subtitles
 
 
-def lookups(rng, clip, n=3):
-    """Where something is at a given moment: a track is many of these, and one by one they are learned sooner."""
+def lookups(rng, clip, n=2):
+    """Where something is at a given moment, and what colour: a track is many of these, and one by one they are
+    learned sooner."""
     seen = [(k, o) for k in range(clip["looks"]) for o in clip["objects"] if there(o, k)]
     asked = [(k, o, name_of(rng, o, k)) for k, o in rng.sample(seen, min(n, len(seen)))]
-    return [dict(task="video_pointing", prompt=f"Point to the {name} at {k / 2:g} seconds.", label=name,
-                 points=[point(o, k)]) for k, o, name in asked]
+    out = [dict(task="video_pointing", prompt=f"Point to the {name} at {k / 2:g} seconds.", label=name,
+                points=[point(o, k)]) for k, o, name in asked]
+    k, o = rng.choice([(k, o) for k, o in seen if o["turns"]] or seen)
+    return out + [dict(task="video_qa", prompt=f"What colour is the {o['shape']} at {k / 2:g} seconds?",
+                       answer=colour_at(o, k).capitalize() + ".")]
 
 
 def still(rng, clip):
@@ -495,9 +503,15 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         else:
             rows["captions"].append(dict(id=f"scene-{i}", **picture, annotations=described))
             rows["points"].append(dict(id=f"scene-{i}", **picture, annotations=points))
-    for i in range(held_out, held_out + scenes // 2):
+    trained, alike = drawn[held_out:], {}
+    for name, scene in trained:
+        for o in scene["objects"]:
+            alike.setdefault((o["colour"], o["shape"]), []).append((name, scene))
+    for i in range(held_out, held_out + scenes):
         rng = random.Random(f"toy {seed} pair {i}")
-        two = rng.sample(drawn[held_out:], 2)
+        first = rng.choice(trained)  # at least a quarter share something: "Both." else is too rare to be learned
+        o = rng.choice(first[1]["objects"])
+        two = [first, rng.choice(alike[o["colour"], o["shape"]] if rng.random() < 0.25 else trained)]
         rows["pairs"].append(dict(id=f"pair-{i}", images=[n for n, _ in two],
                                   annotations=pair(rng, [s for _, s in two], True)))
     for i in range(held_out // 2):
@@ -562,7 +576,7 @@ def without_masks(row):
 
 # Stage 2 on the toy world: how much more or less often than its size says each set is drawn. What is new gets
 # most.
-FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.6, clips=2.4, tracks=2.2, stills=0.7,
+FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.4, clips=2.4, tracks=2.1, stills=0.7,
                long_clips=3.0, long_tracks=6.0)
 
 

@@ -1,6 +1,7 @@
 """The toy world is real files, answers follow from its geometry, and its scores can go wrong."""
 import json
 import os
+import re
 
 import pytest
 import toy
@@ -61,6 +62,26 @@ def test_what_is_drawn_is_what_is_said(folder):
                 assert min(toy.COLOURS, key=distance) == colour
                 checked += 1
     assert checked > 30
+
+
+def test_which_of_two_pictures_follows_from_what_is_in_each(folder):
+    seen, single = set(), {toy.plural(s): s for s in (*toy.SHAPES, "shape")}
+    for r in rows(os.path.join(folder, "pairs.jsonl")):
+        said = [a["answer"].lower().rstrip(".") for a in r["annotations"] if a["prompt"].startswith("What is in")]
+        things = [[thing.split()[1:] for thing in re.split(", | and ", text)] for text in said]
+        holds = lambda k, label: any({single.get(w, w) for w in label.split()} - {"shape"} <= {*t} for t in things[k])
+        for a in r["annotations"]:
+            if a["prompt"].startswith("Which image shows a "):
+                label = a["prompt"].removeprefix("Which image shows a ").rstrip("?")
+                where = [k for k in (0, 1) if holds(k, label)]
+                assert a["answer"] == ("Both." if len(where) == 2 else f"Image {where[0]}.")
+                seen.add(a["answer"])
+            elif a["task"] == "multi_image_pointing":
+                one = re.search(r"image (\d)", a["prompt"])
+                asked = [int(one[1])] if one else [0, 1]
+                assert {p["image"] for p in a["points"]} == {k for k in asked if holds(k, a["label"])}
+                seen.add(len(asked))
+    assert seen == {"Both.", "Image 0.", "Image 1.", 1, 2}
 
 
 def test_inside():
