@@ -21,8 +21,8 @@ DEFAULTS = dataclasses.replace(
     residual_dropout=0.1, response_dropout=0.0, save_every=2000)
 
 PRESETS = {
-    # Three times the tokens of stage 1: ten seconds of real video and a track through them fit; of the toy world's clips
-    # four. Few rows a step, many steps; the ViT stays as stage 1 left it.
+    # Three times the tokens of stage 1: ten seconds of real video and a track through them fit; of the toy world's
+    # examples four. Few rows a step, many steps; the ViT stays as stage 1 left it.
     "small": dict(pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48,
                   freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500,
                   eval_clips=100, eval_first=True),
