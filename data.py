@@ -925,8 +925,9 @@ class BadRows:
         ones."""
         counts = self.counts(state)
         bad, seen = sum(n for c in counts.values() for n in c.values()), max(state["seen"], 100)
-        return bad > max_bad * seen and (f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: {counts}\n"
-                                         + "\n".join(self.last) + f"\n{self.log.path} lists them all")
+        return bad > max_bad * seen and "\n".join([
+            f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: {counts}", *self.last,
+            f"{self.log.path} lists them all"])
 
 
 # ---- a page to look at -------------------------------------------------------------------------------------

@@ -199,7 +199,8 @@ class Answers:
         if isinstance(text, Exception):
             raise text
         reply = requests.Response()
-        reply.status_code, reply._content = 200, __import__("json").dumps(dict(choices=[dict(message=dict(content=text))])).encode()
+        reply.status_code = 200
+        reply._content = json.dumps(dict(choices=[dict(message=dict(content=text))])).encode()
         return reply
 
 

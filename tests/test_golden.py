@@ -288,7 +288,8 @@ def test_message_trees(name, monkeypatch):
     planner.multi_tiles, sizes = 4, TREES[name]
     monkeypatch.setattr(data, "image_size", lambda path: sizes[int(os.path.basename(path))])
     monkeypatch.setattr(data, "video_duration", lambda path: 0.8)
-    row = {"video": "x"} if sizes is None else {"image": "0"} if len(sizes) == 1 else {"images": ["0", "1"]} if sizes else {}
+    pictures = {"image": "0"} if sizes and len(sizes) == 1 else {"images": ["0", "1"]} if sizes else {}
+    row = {"video": "x"} if sizes is None else pictures
     row["annotations"] = [dict(task="video_pointing" if info["weight"] else "image_qa", messages=[
         dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(chat)])
         for chat in info["conversations"]]
@@ -390,8 +391,8 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
     for _ in range({"header": 900, "config": 900, "index": 200}[part]):
         if part == "header":
             header = mutate(raw[8:8 + length])
-            body = (len(header) if rng.random() < 0.8 else int(rng.integers(2 ** 40))).to_bytes(8, "little") + header + \
-                raw[8 + length:]
+            said = len(header) if rng.random() < 0.8 else int(rng.integers(2 ** 40))
+            body = said.to_bytes(8, "little") + header + raw[8 + length:]
             (tmp_path / "model.safetensors").write_bytes(body[:int(rng.integers(len(body)))]
                                                          if rng.random() < 0.1 else body)
         elif part == "config":
