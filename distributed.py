@@ -272,7 +272,7 @@ class Saver:
                 self.error = f"{aside}: {why} (that disk has {free:.1f} GB free)"
                 if first:
                     shutil.rmtree(aside, ignore_errors=True)
-        self.thread = threading.Thread(target=write)
+        self.thread = threading.Thread(target=write, name="checkpoint")
         self.thread.start()
 
     def finish(self):

@@ -3,6 +3,7 @@ wrong."""
 import itertools
 import json
 import os
+from json import dumps
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ class Answers:
             raise text
         reply = requests.Response()
         reply.status_code = 200
-        reply._content = json.dumps(dict(choices=[dict(message=dict(content=text))])).encode()
+        reply._content = dumps(dict(choices=[dict(message=dict(content=text))])).encode()
         return reply
 
 
