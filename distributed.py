@@ -361,18 +361,17 @@ def load_optimizers(folder, optimizers, names, world):
 
 @contextlib.contextmanager
 def stop_signals():
-    """An Event that SIGTERM and Ctrl-C set, so that a step can be finished first. A second ends at once, unless it
+    """A list of when SIGTERM and Ctrl-C came, so that a step can be finished first. A second ends at once, unless it
     is the same one: torchrun passes on what a job queue has sent to all processes."""
-    stop, seen = threading.Event(), []
+    seen = []  # not an Event: its lock would wait for itself where a second signal interrupts the note of the first
 
     def note(number, frame):
         seen.append(time.monotonic())
         if seen[-1] - seen[0] > 2:
             os._exit(1)
-        stop.set()
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -501,7 +501,7 @@ def dry_run(cfg):
 
 
 def train(cfg, defaults, stop):
-    """Run one stage from the first step, or from the last checkpoint, to the end or until `stop` is set.
+    """Run one stage from the first step, or from the last checkpoint, to the end or until `stop` notes a signal.
     Returns the run's folder. Under torchrun every rank is here; what they do differently is what `world`
     says."""
     run, earlier = (os.path.join(cfg.out, cfg.config, s) for s in (cfg.stage, cfg.previous))
@@ -605,7 +605,7 @@ def train(cfg, defaults, stop):
             tokens=sum(int((b["example"] > 0).sum()) for b in batches),
             crops=sum(len(b["crops"]) for b in batches), wait=wait, work=work,
             events=[e for *_, events in rows for e in events],
-            state=rows[-1][1] if rows else None, stop=stop.is_set(), error=saver.error))
+            state=rows[-1][1] if rows else None, stop=bool(stop), error=saver.error))
         readers = all_ranks[::world.cp]  # ranks that share rows read the same, and decode the same pictures
         state = readers[(cfg.global_batch - 1) % world.dp]["state"]
         W = max(sum(r["weight"] for r in all_ranks), 1e-9)

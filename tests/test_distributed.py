@@ -184,6 +184,28 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, world):
     finish(p)
 
 
+def test_a_signal_may_come_while_the_one_before_is_noted():
+    """Hundreds in half a second: some of them interrupt the handler itself, which must hold no lock."""
+    code = """
+import os, signal, time
+import distributed
+with distributed.stop_signals() as stop:
+    child = os.fork()
+    until = time.monotonic() + 0.5
+    while not child and time.monotonic() < until:
+        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), signal.SIGINT)
+    if not child:
+        os._exit(0)
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        [str(i) for i in range(1000)]
+    print(bool(stop))
+"""
+    p = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(HERE), capture_output=True, text=True,
+                       timeout=60)
+    assert p.returncode == 0 and p.stdout == "True\n", p.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
 def test_a_signal_to_one_rank_stops_all(tmp_path, world):
