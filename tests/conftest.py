@@ -1,27 +1,39 @@
-"""Shared pieces of the tests: a tiny model whose weights are all at work, and a tiny world of pictures and
-lines."""
+"""Shared pieces of the tests: a tiny model whose weights are all at work, a tiny world of pictures and lines, trees
+and batches drawn by lot, files in which everything is broken, and three ways to run a stage: here, in a process of
+its own, on several ranks."""
+import contextlib
+import gc
+import io
 import json
+import multiprocessing
 import os
 import struct
+import subprocess
 import sys
 import tempfile
+import threading
 import zlib
 
 import av
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
 
+import pretrain  # noqa: E402
+import sft  # noqa: E402
 from data import Planner  # noqa: E402
-from model import Molmo2, ModelConfig  # noqa: E402
+from model import IMAGE, READ_ONLY, Molmo2, ModelConfig  # noqa: E402
 from points import SMALL_TOKENIZER, Tokenizer  # noqa: E402
 
 SIZES = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=1024, rope_theta=1e4, crop=20,
              patch=4, vit_width=16, vit_heads=2, vit_head_dim=8, vit_mlp=24, vit_features=(1, 0))
+V = SIZES["vocab"]
 STYLES = {"olmo": dict(norm_after=True, qk_norm="full",
                        yarn=dict(factor=8.0, original=64, beta_fast=32.0, beta_slow=1.0,
                                                                   attention_factor=1.2), yarn_layers=(1,)),
@@ -105,6 +117,213 @@ def world(tmp_path):
     return write_lines(tmp_path / "rows.jsonl", rows)
 
 
+# ---- drawn by lot ------------------------------------------------------------------------------------------
+
+def random_tree(rng, T):
+    """Ids of a packed row: (example, branch, vision), with media of all lengths, text between them, padding."""
+    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=rng))
+    example, branch = torch.zeros(2, T, dtype=torch.long)
+    vision, t, longest = torch.zeros(T, dtype=torch.bool), 0, draw(2, T // 2)
+    for e in range(1, T + 1):
+        if t >= T or not draw(0, 12):
+            break
+        trunk = min(draw(1, longest), T - t)
+        example[t:t + trunk], k, kind = e, t, draw(0, 2)
+        while k < t + trunk and kind:
+            n = draw(1, T // 8 if kind == 2 else 9)
+            vision[k:min(k + n, t + trunk)] = True
+            k += n + draw(1, T // 8 if not draw(0, 5) else 2)
+        t += trunk
+        for i in range(draw(0, 5)):
+            n = min(draw(1, longest // 2), T - t)
+            example[t:t + n], branch[t:t + n] = e, i + 1
+            t += n
+    return example, branch, vision
+
+
+def random_batch(rng, B, T, windows_of=(4, 9)):
+    """Packed rows of random message trees: some examples with crops, vision tokens before text, branches."""
+    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=rng))
+    tokens = torch.randint(0, V, (B, T), generator=rng)
+    example, branch, pos = (torch.zeros(B, T, dtype=torch.long) for _ in range(3))
+    n_crops, patches, K = draw(0, 5), 25, windows_of[draw(0, len(windows_of) - 1)]
+    for b in range(B):
+        t, e = 0, 0
+        while t < T - draw(0, 6) and t < T:
+            e += 1
+            trunk = min(draw(1, T), T - t)
+            example[b, t:t + trunk], pos[b, t:t + trunk] = e, torch.arange(trunk)
+            if n_crops and draw(0, 2):  # frames or crops: start, patches, end
+                for k in range(draw(1, trunk)):
+                    tokens[b, t + k] = V + (IMAGE if draw(0, 3) else READ_ONLY.index("<frame_start>"))
+            t += trunk
+            for i in range(draw(0, 3)):
+                n = min(draw(1, 8), T - t)
+                example[b, t:t + n], branch[b, t:t + n] = e, i + 1
+                pos[b, t:t + n] = trunk + torch.arange(n)
+                t += n
+    weights = torch.rand(B, T, generator=rng) * (torch.rand(B, T, generator=rng) < 0.4) * (example > 0)
+    batch = dict(tokens=tokens, example=example, branch=branch, pos=pos, weights=weights,
+                 targets=torch.randint(0, V, (B, T), generator=rng), crops=None, pool=None)
+    m = int((tokens == V + IMAGE).sum())
+    if n_crops:
+        # windows lie in one crop, and now and then over the border to the next
+        crop = torch.randint(0, n_crops, (m, 1), generator=rng) * patches
+        pool = crop + torch.randint(0, patches + (patches if draw(0, 1) else 0), (m, K), generator=rng)
+        pool = torch.where(torch.rand(m, K, generator=rng) < 0.2, -1, pool % (n_crops * patches))
+        batch |= dict(pool=pool, crops=torch.randint(0, 256, (n_crops, patches, 48), generator=rng).byte())
+    return batch
+
+
+# ---- everything broken -------------------------------------------------------------------------------------
+
+def fast_start(path, n=120):
+    """An H.264 file whose table of contents comes first, so that half of it still opens."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        rng = np.random.default_rng(0)
+        for _ in range(n):
+            frame = rng.integers(0, 255, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def audio_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def poison(folder):
+    """Write the broken files; returns [(line, reason)] for rows found out when planned and, apart, when
+    decoded."""
+    m, noise = folder / "media", np.random.default_rng(0).bytes(999)
+    m.mkdir()
+    Image.effect_noise((64, 48), 60).convert("RGB").save(m / "good.png")
+    Image.effect_noise((64, 48), 60).convert("RGB").save(m / "good.jpg")
+    video(m / "good.mp4")
+    whole_png, whole_jpg, whole_mp4 = ((m / f"good.{e}").read_bytes() for e in ("png", "jpg", "mp4"))
+    fast_start(m / "fast.mp4")
+    fast = (m / "fast.mp4").read_bytes()
+    files = {"empty.png": b"", "empty.mp4": b"", "noise.png": noise, "noise.webm": noise,
+             "error.jpg": b"404 not found", "bomb.png": png(10_000, 10_000), "wide.png": png(2**31 - 1, 1),
+             "cut.gif": b"GIF89a\1", "m3u8.mp4": b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n",
+             "m3u8.ts": b"#EXTM3U\n#EXTINF:1,\ngood.mp4\n",
+             "concat.mp4": b"ffconcat version 1.0\nfile good.mp4\n",
+             "dash.mp4": b"<?xml version='1.0'?><MPD></MPD>",
+             "session.mp4": b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "text.mkv": b"hello",
+             "picture.mp4": whole_png, "no_moov.mp4": whole_mp4[:len(whole_mp4) // 3], "html.mp4": b"<html>",
+             "zip.mp4": b"PK\3\4" + bytes(99)}
+    files |= {f"short{k}.png": whole_png[:4 * k] for k in range(1, 8)}
+    files |= {f"short{k}.mp4": whole_mp4[:60 * k] for k in range(1, 8)}
+    broken_later = {"half.png": whole_png[:len(whole_png) // 2], "half.jpg": whole_jpg[:len(whole_jpg) // 2],
+                    "crc.png": whole_png[:200] + bytes(20) + whole_png[220:],
+                    "cut.mp4": fast[:len(fast) // 2],
+                    "flat.mp4": fast[:-len(fast) // 2] + bytes(len(fast) // 2)}
+    for name, contents in (files | broken_later).items():
+        (m / name).write_bytes(contents)
+    audio_only(m / "audio.mp4")
+    (m / "folder.png").mkdir()
+    os.mkfifo(m / "pipe.png")
+    os.mkfifo(m / "pipe.mp4")
+    links = {"zero.png": "/dev/zero", "out.png": folder.parent / "secret.png", "loop.png": "loop.png"}
+    for name, target in links.items():
+        os.symlink(target, m / name)
+    picture(folder.parent / "secret.png", "red")
+
+    def of(name):
+        kind = "video" if name.endswith((".mp4", ".webm", ".mkv", ".ts")) else "image"
+        return {kind: name, "annotations": [dict(task=f"{kind}_caption", prompt="What?", answer="A thing.")]}
+    refused = ["/etc/passwd", "../secret.png", "media/../../secret.png", "..\\secret.png",
+               "http://127.0.0.1:9/a.png", "https://127.0.0.1:9/a.mp4", "file:///etc/passwd",
+               "media/zero.png", "media/out.png", "media/loop.png", "a\0b.png"]
+    media_rows = [f"media/{n}" for n in [*files, "audio.mp4", "folder.png", "pipe.png", "pipe.mp4",
+                                         "missing.png", "missing.mp4", "concat:good.mp4|good.mp4.mp4"]]
+    point = lambda x: dict(of("media/good.png"), annotations=[dict(task="image_pointing", label="a",
+                                                                   points=[dict(x=x, y=0, id=0)])])
+    bad = [(json.dumps(of(n)), "unreadable media") for n in refused + media_rows]
+    bad += [("{", "malformed JSON"), (b"\xff\xfe{}", "not UTF-8"), ("[" * 50_000, "malformed JSON"),
+            ("[]", "wrong field"),
+            (json.dumps(point(1.5)), "point outside [0, 1]"),
+            (json.dumps(point(float("nan"))), "point outside [0, 1]"),
+            (json.dumps(point(0)).replace('"x": 0', '"x": 1e999'), "point outside [0, 1]"),
+            (json.dumps(dict(image=5, annotations=[dict(task="text", prompt="a", answer="b")])), "wrong field"),
+            (json.dumps(dict(of("media/good.png"), annotations=[dict(task="sing")])), "unknown task"),
+            (r'{"annotations": [{"task": "text", "prompt": "a", "answer": "\ud800"}]}', "not UTF-8"),
+            (json.dumps(dict(of("media/good.mp4"), start=99)), "wrong field")]
+    return bad, [json.dumps(of(f"media/{n}")) for n in broken_later], [json.dumps(of(f"media/good.{e}"))
+                                                                       for e in ("png", "jpg", "mp4")]
+
+
+# ---- a stage, run ------------------------------------------------------------------------------------------
+
+QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--micro_batch", "1", "--seq_len",
+         "192", "--save_every", "2"]
+
+
+def run(folder, *flags, check=True, stage=pretrain):
+    """What a stage's command does, without the seconds that a process takes to begin: (exit code, output)."""
+    said, code, here = io.StringIO(), 0, os.getcwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            pretrain.main(getattr(stage, "DEFAULTS", pretrain.Config()), stage.PRESETS, flags)
+    except SystemExit as e:
+        code = e.code or 0
+    finally:
+        os.chdir(here)
+        for thread in threading.enumerate():  # a process waits at its end for the checkpoint that it writes
+            if thread.name == "checkpoint":
+                thread.join()
+    if code:
+        gc.collect()  # what an error leaves in its traceback: workers, and the lock on the run's folder
+    assert not check or code == 0, said.getvalue()
+    return code, said.getvalue()
+
+
+def stage_2(folder, *flags):
+    return run(folder, *flags, check=False, stage=sft)
+
+
+def log_of(folder, out="out", stage="pretrain"):
+    with open(os.path.join(folder, out, "small", stage, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def losses_of(folder, out="out"):
+    """{step: loss} of a run, also of one that was killed."""
+    path = os.path.join(folder, out, "small", "pretrain", "log.jsonl")
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return {r["step"]: r["loss"] for r in map(json.loads, f) if "loss" in r}
+
+
+def start(tmp_path, ranks, *flags, before="", **kw):
+    """pretrain.py as a user starts it, alone or on several ranks; `before`: Python lines to run first."""
+    script = os.path.join(ROOT, "pretrain.py")
+    if before:
+        script = str(tmp_path / "spoilt.py")
+        with open(script, "w") as f:
+            f.write(f"import os, sys\nsys.path.insert(0, {ROOT!r})\nimport pretrain\n{before}\n"
+                    "pretrain.main(pretrain.Config(), pretrain.PRESETS)\n")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    launch += ["--standalone"] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *launch, script, *flags], cwd=tmp_path,
+                            env=dict(os.environ, OMP_NUM_THREADS="1"), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True, **kw)
+
+
+def finish(p, code=0):
+    text, _ = p.communicate(timeout=240)
+    assert p.returncode == code and "Traceback" not in text, text
+    return text
+
+
 def _rank(rank, ranks, meeting, fn, args):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
@@ -116,6 +335,7 @@ def _rank(rank, ranks, meeting, fn, args):
 
 def run_ranks(fn, ranks, *args):
     """fn(rank, ranks, *args) in as many processes, joined by gloo. What one raises fails the test."""
+    multiprocessing.set_forkserver_preload(["av", "pytest", "requests", "torch.distributed.fsdp"])  # once for all
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(_rank, (ranks, os.path.join(folder, "meeting"), fn, args), ranks,
-                                              start_method="spawn")
+                                              start_method="forkserver")

@@ -14,16 +14,12 @@ import time
 
 import pytest
 import torch
-from conftest import HERE, run_ranks, tiny_model
-from test_model import random_tree
-from test_ulysses import V, random_batch
+from conftest import ROOT, V, finish, losses_of, random_batch, random_tree, run, run_ranks, start, tiny_model
 
 import distributed
 import ulysses
 from distributed import World
 from model import IMAGE, Molmo2, block_mask, dense_mask, is_vision
-
-ROOT = os.path.dirname(HERE)
 
 
 def check_gradients(rank, ranks, cp, style):
@@ -82,27 +78,6 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(ranks, cp, style):
 
 FLAGS = ["--config", "small", "--mixture", "equal", "--global_batch", "3", "--micro_batch", "1",
          "--seq_len", "192", "--save_every", "2", "--workers", "0"]
-
-
-def start(tmp_path, ranks, *flags, before="", **kw):
-    """pretrain.py as a user starts it, alone or on several ranks; `before`: Python lines to run first."""
-    script = os.path.join(ROOT, "pretrain.py")
-    if before:
-        script = str(tmp_path / "spoilt.py")
-        with open(script, "w") as f:
-            f.write(f"import os, sys\nsys.path.insert(0, {ROOT!r})\nimport pretrain\n{before}\n"
-                    "pretrain.main(pretrain.Config(), pretrain.PRESETS)\n")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    launch += ["--standalone"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *launch, script, *flags], cwd=tmp_path,
-                            env=dict(os.environ, OMP_NUM_THREADS="1"), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True, **kw)
-
-
-def finish(p, code=0):
-    text, _ = p.communicate(timeout=240)
-    assert p.returncode == code and "Traceback" not in text, text
-    return text
 
 
 def losses(tmp_path, out="out"):

@@ -225,28 +225,6 @@ def test_sizes_that_do_not_match_are_named():
     assert SIZES["vocab"] == 1024
 
 
-def random_tree(rng, T):
-    """Ids of a packed row: (example, branch, vision), with media of all lengths, text between them, padding."""
-    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=rng))
-    example, branch = torch.zeros(2, T, dtype=torch.long)
-    vision, t, longest = torch.zeros(T, dtype=torch.bool), 0, draw(2, T // 2)
-    for e in range(1, T + 1):
-        if t >= T or not draw(0, 12):
-            break
-        trunk = min(draw(1, longest), T - t)
-        example[t:t + trunk], k, kind = e, t, draw(0, 2)
-        while k < t + trunk and kind:
-            n = draw(1, T // 8 if kind == 2 else 9)
-            vision[k:min(k + n, t + trunk)] = True
-            k += n + draw(1, T // 8 if not draw(0, 5) else 2)
-        t += trunk
-        for i in range(draw(0, 5)):
-            n = min(draw(1, longest // 2), T - t)
-            example[t:t + n], branch[t:t + n] = e, i + 1
-            t += n
-    return example, branch, vision
-
-
 def test_block_mask_is_the_rule():
     """The closed form names exactly the blocks that hold a pair which may attend, and those that hold no other."""
     rng, block = torch.Generator().manual_seed(0), 16
