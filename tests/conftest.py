@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -319,13 +320,18 @@ def start(tmp_path, ranks, *flags, before="", **kw):
 
 
 def finish(p, code=0):
-    text, _ = p.communicate(timeout=240)
+    text, _ = p.communicate(timeout=600)
     assert p.returncode == code and "Traceback" not in text, text
     return text
 
 
 def _rank(rank, ranks, meeting, fn, args):
     torch.set_num_threads(1)
+    if isinstance(meeting, int):  # fn meets the others by itself, as under torchrun
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(meeting))
+        fn(rank, ranks, *args)
+        os._exit(0)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     fn(rank, ranks, *args)
     torch.distributed.barrier()
@@ -333,9 +339,11 @@ def _rank(rank, ranks, meeting, fn, args):
     os._exit(0)  # without the interpreter's own end, in which a thread of gloo once aborted
 
 
-def run_ranks(fn, ranks, *args):
+def run_ranks(fn, ranks, *args, joined=True):
     """fn(rank, ranks, *args) in as many processes, joined by gloo. What one raises fails the test."""
     multiprocessing.set_forkserver_preload(["av", "pytest", "requests", "torch.distributed.fsdp"])  # once for all
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(_rank, (ranks, os.path.join(folder, "meeting"), fn, args), ranks,
-                                              start_method="forkserver")
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        meeting = os.path.join(folder, "meeting") if joined else port
+        torch.multiprocessing.start_processes(_rank, (ranks, meeting, fn, args), ranks, start_method="forkserver")
