@@ -1,10 +1,9 @@
 """--dry_run tells what a run will take; who believes it should not be told "out of memory"."""
-import json
 import re
 
 import pytest
 import torch
-from test_pretrain import run
+from conftest import finish, log_of, start
 
 import budget
 import longctx
@@ -18,7 +17,7 @@ def told(text):
 
 
 @pytest.mark.parametrize("config, total", [
-    ("8b", 8_661_703_120), ("4b", 4_850_869_200), ("7b", 7_760_786_896),
+    ("8b", 8_661_703_120),  # of the others: test_model
     ("1b", 1_484_916_736 + 382_505_936 + 45_208_064)])  # OLMo-2-0425-1B, the ViT, a connector and 128 rows
 def test_parameters_are_those_of_the_published_files(config, total, capsys):
     with pytest.raises(SystemExit) as e:
@@ -62,8 +61,7 @@ def test_recomputing_keeps_the_inputs_of_blocks_alone():
 @pytest.mark.slow
 def test_small_takes_what_it_was_said_to_take(tmp_path):
     """(must show 6) within 15 % of the process's peak."""
-    _, text = run(tmp_path, "--config", "small", "--dry_run")
-    run(tmp_path, "--config", "small", "--steps", "40", "--eval_scenes", "4")
-    with open(tmp_path / "out/small/pretrain/log.jsonl") as f:
-        took = max(row.get("memory_gb", 0) for row in map(json.loads, f))
+    text = finish(start(tmp_path, 1, "--config", "small", "--dry_run"))
+    finish(start(tmp_path, 1, "--config", "small", "--steps", "40", "--eval_scenes", "4"))
+    took = max(row.get("memory_gb", 0) for row in log_of(tmp_path))
     assert told(text)["together"] == pytest.approx(took, rel=0.15)

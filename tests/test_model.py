@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import HERE, SIZES, tiny_model
+from conftest import HERE, SIZES, random_tree, tiny_model
 
 import budget
 import model as M

@@ -23,11 +23,9 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from conftest import picture, tiny_model, video, write_lines
+from conftest import QUICK, ROOT, log_of, picture, stage_2, tiny_model, video, write_lines
 from PIL import Image
 from published import CASES
-from test_pretrain import QUICK, ROOT
-from test_sft import stage_2
 
 import convert
 import data
@@ -303,8 +301,7 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
              "--data", str(out)]
     code, text = stage_2(tmp_path, *flags)
     assert code == 0 and "molmo2-videotrack" in text, text
-    log = [json.loads(line) for line in open(tmp_path / "out/small/sft/log.jsonl")]
-    assert len([row for row in log if row.get("loss", 0) > 0]) == 2
+    assert len([row for row in log_of(tmp_path, stage="sft") if row.get("loss", 0) > 0]) == 2
 
 
 # ---- a connection that breaks ------------------------------------------------------------------------------

@@ -3,48 +3,17 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
-from conftest import HERE, picture, tiny_model, write_lines
-from test_stream import poison
+from conftest import (QUICK, ROOT, finish, log_of, losses_of, picture, poison, run, start, tiny_model,
+                      write_lines)
 
 import pretrain
 from data import Dataset, Planner, Stream, collate, decode, parse_row
 from pretrain import PRESETS, Config, UserError, make_optimizers, next_rows, parse, schedule
-
-ROOT = os.path.dirname(HERE)
-QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--micro_batch", "1", "--seq_len",
-         "192", "--save_every", "2"]
-
-
-def run(tmp_path, *flags, check=True, **kw):
-    """pretrain.py as a user runs it, in a folder of its own: (exit code, output)."""
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    p = subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *flags], cwd=tmp_path, env=env,
-                       text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240, **kw)
-    assert not check or p.returncode == 0, p.stdout
-    assert "Traceback" not in p.stdout, p.stdout
-    return p.returncode, p.stdout
-
-
-def log_of(tmp_path, out="out"):
-    return [json.loads(line) for line in open(os.path.join(tmp_path, out, "small", "pretrain", "log.jsonl"))]
-
-
-def alive(pid):
-    """Whether a process runs; one that is dead and not yet buried does not."""
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
 
 # ---- flags -------------------------------------------------------------------------------------------------
 
@@ -134,38 +103,32 @@ def test_micro_batches_do_not_change_the_step(tmp_path, world):
 
 # ---- a run and its continuation ----------------------------------------------------------------------------
 
-def losses(rows):
-    return {r["step"]: r["loss"] for r in rows if "loss" in r}
+KILLED = """
+import multiprocessing, signal
+def killed(log, **row):
+    write(log, **row)
+    if row["step"] == 5:
+        print(len(multiprocessing.active_children()), "workers", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+write, pretrain.Log.write = pretrain.Log.write, killed"""
 
 
-def test_log_checkpoint_and_resume(tmp_path, world):
-    """Stopped with kill -9 wherever it happens to be, a resumed run repeats the losses of an unstopped one
-    bit for bit."""
-    flags = [*QUICK, "--data", world, "--steps", "14"]
+def test_killed_with_kill_9_it_goes_on_and_repeats_every_loss_bit_for_bit(tmp_path, world):
+    """In a step; at any moment and on several ranks: test_distributed."""
+    flags = [*QUICK, "--data", world, "--steps", "8"]
+    p = start(tmp_path, 1, *flags, before=KILLED)
     run(tmp_path, *flags, "--out", "straight")
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    p = subprocess.Popen([sys.executable, os.path.join(ROOT, "pretrain.py"), *flags], cwd=tmp_path, env=env,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    log = tmp_path / "out" / "small" / "pretrain" / "log.jsonl"
-    end = time.time() + 120
-    while time.time() < end and not (log.exists() and log.read_text().count("\n") >= 5):
-        time.sleep(0.01)
-    workers = open(f"/proc/{p.pid}/task/{p.pid}/children").read().split() if sys.platform == "linux" else []
-    p.send_signal(signal.SIGKILL)
-    p.wait()
-    end = time.time() + 10
-    while any(map(alive, workers)) and time.time() < end:
-        time.sleep(0.01)
-    assert not any(map(alive, workers)), "a worker outlived its training process"
-    whole = losses(map(json.loads, log.read_text().splitlines()[:-1]))
-    assert 5 <= len(whole) + 1 < 14, "killed too late to test anything"
+    assert "1 workers" in finish(p, -9)  # no worker outlived it, or its output would not have ended
+    assert list(losses_of(tmp_path)) == [1, 2, 3, 4, 5]
+    with open(tmp_path / "out/small/pretrain/log.jsonl", "a") as f:
+        f.write('{"step": 6, "lo')  # a line that was being written
     run(tmp_path, *flags, "--resume")
     rows = log_of(tmp_path)
-    assert losses(rows) == losses(log_of(tmp_path, "straight"))
-    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 15))
+    assert losses_of(tmp_path) == losses_of(tmp_path, "straight")
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 9))
     assert rows[-1].keys() == {"step", "eval"} and {"lr", "grad_norm", "tokens_per_s", "wait"} <= rows[0].keys()
     folder = tmp_path / "out" / "small" / "pretrain"
-    assert os.readlink(folder / "latest") == "step_0000014"
+    assert os.readlink(folder / "latest") == "step_0000008"
     files = {"COMPLETE", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "train_state", "processor_config.json", "preprocessor_config.json",
              "video_preprocessor_config.json"}
@@ -238,8 +201,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     assert "not used, by dataset" in text and "malformed JSON" in text
 
 
-def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch):
     real = pretrain.Molmo2.forward
     calls = []
 
@@ -250,17 +212,13 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, cap
 
     monkeypatch.setattr(pretrain.Molmo2, "forward", forward)
     poisoned = {3}
-    pretrain.main(Config(), PRESETS, [*QUICK, "--data", world, "--steps", "3", "--max_bad", "1"])
+    run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--max_bad", "1")
     rows = [r for r in log_of(tmp_path) if "loss" in r]
     assert [r["skipped"] for r in rows] == [0, 1, 1] and math.isfinite(rows[2]["loss"])
     calls.clear()
     poisoned = range(1000)
-    with pytest.raises(SystemExit) as e:
-        pretrain.main(Config(), PRESETS, [*QUICK, "--data", world, "--steps", "30"])
-    assert e.value.code == 2 and "rows.jsonl" in capsys.readouterr().err
-    for thread in threading.enumerate():  # a process waits at its end for the checkpoint that it writes
-        if thread.name == "checkpoint":
-            thread.join()
+    code, text = run(tmp_path, *QUICK, "--data", world, "--steps", "30", check=False)
+    assert code == 2 and "rows.jsonl" in text
 
 
 # ---- the whole of it ---------------------------------------------------------------------------------------
@@ -269,7 +227,7 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, world, monkeypatch, cap
 def test_small_learns_the_toy_world(tmp_path):
     """What the README's first command does, at a seventh of its length: the loss falls, a contact sheet is
     drawn, sample.py answers from the checkpoint."""
-    run(tmp_path, "--steps", "60", "--eval_scenes", "24")
+    finish(start(tmp_path, 1, "--steps", "60", "--eval_scenes", "24"))
     rows = log_of(tmp_path)
     steps = [r["loss"] for r in rows if "loss" in r]
     assert sum(steps[-5:]) / 5 < 0.15 * steps[0]
@@ -298,7 +256,7 @@ def test_a_run_on_a_poisoned_corpus_finishes_and_lists_it(tmp_path):
     reasons = {line: reason for line, reason in bad} | {line: "failed to decode" for line in later}
     assert all(r["reason"] == reasons[want[r["where"]]] and r["dataset"] == "rows" for r in listed)
     log = log_of(tmp_path)
-    assert len(losses(log)) == 60 and log[-2]["bad"]["rows"].keys() == set(reasons.values())
+    assert len(losses_of(tmp_path)) == 60 and log[-2]["bad"]["rows"].keys() == set(reasons.values())
 
 
 def test_a_worker_that_dies_is_one_line():

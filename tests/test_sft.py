@@ -1,23 +1,12 @@
 """Stage 2 is stage 1's loop with other numbers: where it starts, what it reads."""
 import json
 import os
-import subprocess
-import sys
 
-from conftest import video, write_lines
-from test_pretrain import QUICK, ROOT, run
+from conftest import QUICK, run, stage_2, video, write_lines
 
 import toy
 from data import find_datasets, parse_row
 from eval import load_questions
-
-
-def stage_2(folder, *flags):
-    p = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), *flags], cwd=folder, text=True,
-                       timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
-                       stderr=subprocess.STDOUT)
-    assert "Traceback" not in p.stdout, p.stdout
-    return p.returncode, p.stdout
 
 
 def test_stage_2_goes_on_from_stage_1_and_learns_from_video(tmp_path, world):

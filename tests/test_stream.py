@@ -9,12 +9,10 @@ import socket
 import subprocess
 from collections import Counter
 
-import av
 import numpy as np
 import pytest
 import torch
-from conftest import picture, png, video, write_lines
-from PIL import Image
+from conftest import picture, poison, video, write_lines
 
 import media
 from data import (MIXTURES, Batches, Dataset, Planner, Stream, collate, decode, find_datasets, line_index,
