@@ -8,7 +8,6 @@ from json import dumps
 import numpy as np
 import pytest
 import requests
-import torch
 from conftest import HERE, picture, video, write_lines
 
 import eval as evaluation

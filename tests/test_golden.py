@@ -5,7 +5,6 @@ The folders under golden/ hold weights, inputs and outputs, and nothing else.
 """
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from conftest import HERE, picture, video, write_lines
 import data
 import pretrain
 import sample
-from data import Planner, collate, decode, parse_points
+from data import Planner, parse_points
 from media import frame_layout, image_crops, image_layout, load_image, pick_tiling, sample_times
 from model import Molmo2, dense_mask, is_vision
 from points import Tokenizer, parse_released, released_points, released_tracks

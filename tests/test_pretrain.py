@@ -249,14 +249,14 @@ def test_a_run_on_a_poisoned_corpus_finishes_and_lists_it(tmp_path):
     (folder / "rows.jsonl").write_bytes(b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n"
                                                  for x in lines))
     run(tmp_path, *QUICK, "--data", str(folder / "rows.jsonl"), "--max_bad", "1", "--max_frames", "4",
-        "--max_crops", "8", "--steps", "60")
+        "--max_crops", "8", "--steps", "25")
     listed = [json.loads(line) for line in open(tmp_path / "out" / "small" / "pretrain" / "bad_rows.jsonl")]
     want = {str(folder / f"rows.jsonl:{i + 1}"): line for i, line in enumerate(lines) if line not in good}
     assert len(listed) == len({r["where"] for r in listed}) and {r["where"] for r in listed} == set(want)
     reasons = {line: reason for line, reason in bad} | {line: "failed to decode" for line in later}
     assert all(r["reason"] == reasons[want[r["where"]]] and r["dataset"] == "rows" for r in listed)
     log = log_of(tmp_path)
-    assert len(losses_of(tmp_path)) == 60 and log[-2]["bad"]["rows"].keys() == set(reasons.values())
+    assert len(losses_of(tmp_path)) == 25 and log[-2]["bad"]["rows"].keys() == set(reasons.values())
 
 
 def test_a_worker_that_dies_is_one_line():

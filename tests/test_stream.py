@@ -2,7 +2,6 @@
 everything is broken."""
 import json
 import multiprocessing
-import os
 import random
 import signal
 import socket
@@ -15,7 +14,7 @@ import torch
 from conftest import picture, poison, video, write_lines
 
 import media
-from data import (MIXTURES, Batches, Dataset, Planner, Stream, collate, decode, find_datasets, line_index,
+from data import (MIXTURES, Batches, Dataset, Stream, collate, decode, find_datasets, line_index,
                   mix, parse_row, read_registry, show_mixture)
 
 TEXT = dict(annotations=[dict(task="text", prompt="a", answer="b")])
@@ -158,19 +157,19 @@ def many(tmp_path, planner):
     return lambda: Stream(mix(sets, "sft"), planner, 11)
 
 
-def test_200_batches_are_bitwise_the_same_for_any_workers_ranks_and_stops(many):
-    straight = batches(many(), 200)
+def test_60_batches_are_bitwise_the_same_for_any_workers_ranks_and_stops(many):
+    straight = batches(many(), 60)
     assert any(len(crops) > 2 for (_, crops, _), *_ in straight)
-    assert straight[-1][1]["bad"]["texts"]["malformed JSON"] > 2
+    assert straight[-1][1]["bad"]["texts"]["malformed JSON"] > 0
     for workers in (1, 3):
-        again = batches(many(), 200, workers)
-        assert len(again) == 200 and all(same(a, b) for a, b in zip(straight, again))
-    for stop in random.Random(1).sample(range(5, 190), 5):
-        again = batches(many(), 199 - stop, state=json.loads(json.dumps(straight[stop][1])))
+        again = batches(many(), 60, workers)
+        assert len(again) == 60 and all(same(a, b) for a, b in zip(straight, again))
+    for stop in random.Random(1).sample(range(2, 57), 4):
+        again = batches(many(), 59 - stop, state=json.loads(json.dumps(straight[stop][1])))
         assert all(same(a, b) for a, b in zip(straight[stop + 1:], again))
     for world in (2, 4):
-        parts = [batches(many(), 200 // world, rank=rank, world=world) for rank in range(world)]
-        assert all(same(straight[i], parts[i % world][i // world]) for i in range(200))
+        parts = [batches(many(), 60 // world, rank=rank, world=world) for rank in range(world)]
+        assert all(same(straight[i], parts[i % world][i // world]) for i in range(60))
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
@@ -236,7 +235,7 @@ def test_a_poisoned_corpus_costs_only_itself(tmp_path, planner, monkeypatch):
 
     # The stream: counts of whole epochs are exact.
     events = []
-    for row, state, more in batches(stream, 400):
+    for row, state, more in batches(stream, 40):
         events += more
     epochs = state["seen"] // len(lines)
     assert epochs >= 5
