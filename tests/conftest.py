@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -28,7 +29,7 @@ sys.path.insert(0, ROOT)
 
 import pretrain  # noqa: E402
 import sft  # noqa: E402
-from data import Planner  # noqa: E402
+from data import Dataset, Planner, parse_row  # noqa: E402
 from model import IMAGE, READ_ONLY, Molmo2, ModelConfig  # noqa: E402
 from points import SMALL_TOKENIZER, Tokenizer  # noqa: E402
 
@@ -116,6 +117,23 @@ def world(tmp_path):
                                             dict(role="assistant", content="Yes.")])]))
     rows.append(dict(id="text", annotations=[dict(task="text", prompt="2 plus 2?", answer="4")]))
     return write_lines(tmp_path / "rows.jsonl", rows)
+
+
+def plan_all(planner, path):
+    """[(plans, annotations left out)] of a file's lines."""
+    d, out = Dataset("rows", [path]), []
+    for i in range(len(d)):
+        line, folder, _ = d.line(i)
+        out.append(planner.plan(parse_row(line), folder, random.Random(0)))
+    return out
+
+
+def shared(*names):
+    """A file or folder of ../shared, which is no part of the project; the test is skipped where it is not there."""
+    path = os.path.join(os.path.dirname(ROOT), "shared", *names)
+    if not os.path.exists(path):
+        pytest.skip(f"needs ../shared/{'/'.join(names)}, which is not part of the project")
+    return path
 
 
 # ---- drawn by lot ------------------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, picture, png, tiny_model, video, write_lines
+from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
+from PIL import Image
 
 from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
                   parse_row, shuffled,
                   to_messages)
 from media import BadMedia, image_size, inside_folder, load_image
+from model import ModelConfig
 
 
 def row_of(**kw):
@@ -104,20 +106,10 @@ def test_unreadable_pictures_are_named(tmp_path, damage):
 
 
 def test_upright_size_of_a_turned_photo(tmp_path):
-    from PIL import Image
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert image_size(str(tmp_path / "a.jpg")) == (20, 40) and load_image(str(tmp_path / "a.jpg")).shape == (40, 20, 3)
-
-
-def plan_all(planner, path):
-    d = Dataset("rows", [path])
-    out = []
-    for i in range(len(d)):
-        line, folder, where = d.line(i)
-        out.append(planner.plan(parse_row(line), folder, random.Random(0)))
-    return out
 
 
 def test_a_tree_is_laid_out_as_published(planner, world):
@@ -138,8 +130,6 @@ def test_a_tree_is_laid_out_as_published(planner, world):
 
 
 def test_released_token_weights(tokenizer, world):
-    from conftest import SIZES, STYLES
-    from model import ModelConfig
     planner = Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), 192, token_weights="released")
     assert planner.weight("image_pointing", 5, 3) == 0.2 and planner.weight("video_caption", 5, 3) == 0.1
     # a tree: EOS is not counted
@@ -148,8 +138,6 @@ def test_released_token_weights(tokenizer, world):
 
 
 def test_long_trees_split_and_too_long_answers_are_counted(tokenizer, world):
-    from conftest import SIZES, STYLES
-    from model import ModelConfig
     wide = Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), 192)
     narrow = Planner(tokenizer, wide.cfg, 52)
     (whole,), _ = plan_all(wide, world)[0]

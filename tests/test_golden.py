@@ -8,12 +8,11 @@ import json
 import os
 import re
 import shutil
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, picture, video, write_lines
+from conftest import HERE, picture, shared, video, write_lines
 
 import data
 import pretrain
@@ -339,10 +338,7 @@ def test_packed_rows_through_the_network(model_name, pack):
 
 
 def test_the_tokenizer_of_olmo():
-    path = os.path.join(HERE, "..", "..", "shared", "tokenizer", "dolma2-tokenizer.json")
-    if not os.path.exists(path):
-        pytest.skip("../shared/tokenizer is not there: the real OLMo tokenizer is not shipped with the project")
-    tok = Tokenizer(path, 100278)
+    tok = Tokenizer(shared("tokenizer", "dolma2-tokenizer.json"), 100278)
     assert tok.ids["<|im_start|>"] == 100264 and tok.ids["<|im_end|>"] == 100265 and tok.ids["<|endoftext|>"] == 100257
     assert tok.ids["<image>"] == 100280 and tok.ids["<frame_end>"] == 100286
     rng = np.random.default_rng(0)
@@ -358,14 +354,13 @@ def test_the_tokenizer_of_olmo():
 
 @pytest.mark.parametrize("part", ["header", "config", "index"])
 def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
-    """2,000 mutations over three files: each loads or is refused by BadCheckpoint, never anything else, and
-    at once."""
+    """2,000 mutations over three files: each loads or is refused by BadCheckpoint, never anything else."""
     folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
     for f in ("config.json", "model.safetensors"):
         shutil.copy(os.path.join(folder, f), tmp_path)
     with open(tmp_path / "model.safetensors", "rb") as f:
         raw = f.read()
-    length, rng, slowest, refused = int.from_bytes(raw[:8], "little"), np.random.default_rng(1), 0.0, 0
+    length, rng, refused = int.from_bytes(raw[:8], "little"), np.random.default_rng(1), 0
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json"))
     config = (tmp_path / "config.json").read_bytes()
     Molmo2.from_pretrained(tmp_path)  # whole, it loads
@@ -398,15 +393,12 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
             (tmp_path / "config.json").write_bytes(mutate(config))
         else:
             (tmp_path / "model.safetensors.index.json").write_bytes(mutate(index))
-        began = time.perf_counter()
         try:
             Molmo2.from_pretrained(tmp_path)
         except BadCheckpoint as e:
             refused += 1
             assert "\n" not in str(e)
-        slowest = max(slowest, time.perf_counter() - began)
-    print(f"{part}: {refused} refused, slowest {slowest:.3f} s")  # pytest -s shows it
-    assert refused > 50 and slowest < 0.5  # under 0.1 s on an idle machine; a busy one must not fail the test
+    assert refused > 50
 
 
 def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, monkeypatch):

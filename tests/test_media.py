@@ -2,13 +2,13 @@
 official code, executed)."""
 import bisect
 import hashlib
-import os
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from conftest import HERE, picture, video
+from conftest import picture, shared, video
+from PIL import Image
 
 import media
 from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames,
@@ -74,7 +74,6 @@ def test_tiling_of_tiny_pictures():
 
 
 def test_any_picture_mode_becomes_rgb(tmp_path):
-    from PIL import Image
     for mode in ("L", "LA", "RGBA", "P", "1", "I;16", "CMYK"):
         path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
         Image.new(mode, (7, 5)).save(path)
@@ -197,9 +196,7 @@ def test_odd_sizes_and_missing_durations(tmp_path):
 @pytest.mark.parametrize("name, size, says",
                          [("juggle.mp4", (720, 1280), 10.29), ("cups.mp4", (720, 1280), 10.01)])
 def test_real_videos(name, size, says):
-    path = os.path.join(os.path.dirname(HERE), "..", "shared", "media", name)
-    if not os.path.exists(path):
-        pytest.skip("needs ../shared/media, which is not part of the project")
+    path = shared("media", name)
     assert video_duration(path) == pytest.approx(says, abs=0.01)
     times = sample_times(says, 5)
     got, want = load_frames(path, times), everything(path, times)

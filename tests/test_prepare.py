@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from conftest import QUICK, ROOT, log_of, picture, stage_2, tiny_model, video, write_lines
+from conftest import QUICK, ROOT, log_of, picture, shared, stage_2, tiny_model, video, write_lines
 from PIL import Image
 from published import CASES
 
@@ -761,9 +761,7 @@ def test_weights_that_were_fetched_load(hub, tmp_path):
 
 
 def test_stage_1_starts_from_a_language_model_and_siglip_as_fetched(hub, tmp_path, capsys):
-    golden = os.path.join(os.path.dirname(ROOT), "shared", "golden")
-    if not os.path.isdir(golden):
-        pytest.skip("needs ../shared/golden, which is not part of the project")
+    golden = shared("golden")
     for repo, made in (("allenai/OLMo-2-0425-1B", "olmo2-tiny"),
                        ("google/siglip2-so400m-patch14-384", "siglip-tiny")):
         for n in ("config.json", "model.safetensors"):
@@ -1001,11 +999,8 @@ def test_check_counts_what_is_wrong(tmp_path, capsys):
 
 
 def test_the_real_media_pass_and_a_corrupted_copy_fails(tmp_path, capsys):
-    shared = os.path.join(os.path.dirname(ROOT), "shared", "media")
-    if not os.path.isdir(shared):
-        pytest.skip("../shared/media is not here")
     copy = str(tmp_path / "media")
-    prepare.shutil.copytree(shared, copy)
+    prepare.shutil.copytree(shared("media"), copy)
     bad = ["--bad_rows", str(tmp_path / "bad.jsonl")]
     assert prepare.main(["check", copy, *bad]) == 0
     with open(os.path.join(copy, "truck.jpg"), "rb+") as f:

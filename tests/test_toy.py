@@ -3,9 +3,10 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 import toy
-from data import Dataset, parse_row
+from data import Dataset, format_points, parse_row
 from media import load_image
 
 
@@ -50,7 +51,6 @@ def test_held_out_scenes_are_not_trained_on(folder):
 def test_what_is_drawn_is_what_is_said(folder):
     """The pixel at each labelled point has the colour that was asked for; other pixels of the picture mostly
     do not."""
-    import numpy as np
     checked = 0
     for r in rows(os.path.join(folder, "eval", "scenes.jsonl")):
         pixels = load_image(os.path.join(folder, "eval", r["image"])).astype(int)
@@ -101,7 +101,6 @@ class Oracle:
         self.spoil = spoil
 
     def answers(self, model, planner, asked, limit, batch, world):
-        from data import format_points
         known = [self.known[row["image"], prompt] for _, _, row, _, prompt in asked]
         return [self.spoil(a, format_points(a["points"], "image") if "points" in a else a["answer"]) for a in known]
 
