@@ -17,13 +17,14 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import urllib.parse
 import zipfile
 from types import SimpleNamespace
 
 import pytest
 import requests
-from conftest import QUICK, ROOT, log_of, picture, shared, stage_2, tiny_model, video, write_lines
+from conftest import HERE, QUICK, ROOT, log_of, picture, shared, stage_2, tiny_model, video, write_lines
 from PIL import Image
 from published import CASES
 
@@ -116,13 +117,19 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.server.log.append(self.path)
             n = len(self.server.log)
             self.server.busy += 1
+            self.counted = 1
             self.server.most = max(self.server.most, self.server.busy)
         try:
             if not any(fault(self, n) for fault in self.server.faults):
                 self.answer()
         finally:
-            with self.server.lock:
-                self.server.busy -= 1
+            self.answered()
+
+    def answered(self):
+        """Before the last of an answer is sent: whoever has it may ask again at once."""
+        with self.server.lock:
+            self.server.busy -= self.counted
+            self.counted = 0
 
     def reply(self, body=b"", status=200, length=None, **headers):
         self.send_response(status)
@@ -130,6 +137,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.send_header(k.replace("_", "-"), v)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
+        self.answered()
         self.wfile.write(body)
         with self.server.lock:
             self.server.sent[self.path] += len(body)
@@ -368,26 +376,36 @@ def test_a_connection_that_breaks_and_a_busy_server_cost_nothing_but_time(hub, t
 
 
 def test_a_host_is_asked_for_a_few_files_at_a_time(hub, tmp_path):
-    hub.faults = [lambda r, n: time.sleep(0.03)]
+    together = threading.Event()  # nobody has an answer before so many have asked
+
+    def fault(r, n):
+        if hub.busy >= fetch.PER_HOST:
+            together.set()
+        assert together.wait(300)
+        time.sleep(0.03)  # for those who would come although they should not
+
+    hub.faults = [fault]
     jobs = [(f"{hub.url}/pic/{i}", str(tmp_path / str(i)), {}) for i in range(40)]
     fetch.fetch_all(prepare.Net(), fetch.Manifest(str(tmp_path / "manifest.jsonl")), jobs, "pictures")
     assert len(os.listdir(tmp_path)) == 41
-    assert 1 < hub.most <= 2 * fetch.PER_HOST < fetch.WORKERS  # and some whose answer is still on its way
+    assert hub.most == fetch.PER_HOST < fetch.WORKERS
 
 
-def test_retry_after_is_honoured(hub):
-    answers = iter([dict(status=429, Retry_After="1"), dict(status=200)])
+def test_retry_after_is_honoured(hub, monkeypatch):
+    answers = iter([dict(status=429, Retry_After="7"), dict(status=200)])
     hub.faults = [lambda r, n: r.reply(**next(answers)) or True]
-    start = time.monotonic()
+    waited = []
+    monkeypatch.setattr(fetch, "time", SimpleNamespace(sleep=waited.append, time=time.time))
     assert prepare.patiently(lambda: requests.get(hub.url), "a page", pause=0.01).status_code == 200
-    assert 1 <= time.monotonic() - start < 5
+    assert waited == [7]
     answer = lambda **headers: fetch.retry_after(SimpleNamespace(headers=headers))
     assert answer(RateLimit='"api";r=0;t=55') == 55 and answer(**{"Retry-After": "9999"}) == 300
     assert answer() is None and answer(**{"Retry-After": "soon"}) is None
     hub.faults = [lambda r, n: r.reply(status=503) or True]
     with pytest.raises(prepare.NetError,
                        match="a page: gave up after 3 tries, the last: status 503 Service Unavailable"):
-        prepare.patiently(lambda: requests.get(hub.url), "a page", tries=3, pause=0.01)
+        prepare.patiently(lambda: requests.get(hub.url), "a page", tries=3, pause=4)
+    assert len(waited) == 3 and 2 <= waited[1] <= 4 <= waited[2] <= 8  # without a word from the server
 
 
 def test_what_cannot_be_had_is_counted_by_name_and_not_asked_for_again(hub, tmp_path, capsys, monkeypatch):
@@ -468,7 +486,7 @@ def test_a_name_that_leads_into_the_network_a_moment_later_is_told_nothing(hub, 
     monkeypatch.setattr(requests.sessions, "get_environ_proxies", lambda *a, **k: {})
     with pytest.raises(prepare.NetError, match="rebind.example is a private address"):
         prepare.Net().get(f"https://rebind.example:{port}/secret", "x")
-    until = time.monotonic() + 5
+    until = time.monotonic() + 300
     while not connections and time.monotonic() < until:
         time.sleep(0.01)
     assert len(connections) == 1 and not hub.log and next(found)  # one connection, and not a word on it
@@ -731,14 +749,14 @@ def test_killed_in_the_middle_the_next_run_fetches_the_rest(hub, tmp_path):
         r.end_headers()
         r.wfile.write(body[:4 << 20])
         r.wfile.flush()
-        gate.wait(60)  # and not a byte more
+        gate.wait(300)  # and not a byte more
         return True
 
     hub.faults = [fault]
     p = subprocess.Popen([sys.executable, os.path.join(ROOT, "prepare.py"), "weights", "Molmo2-8B", "--out",
                           str(tmp_path)])
     part = tmp_path / "Molmo2-8B" / "model.safetensors.c0ffee00.part"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not (os.path.exists(part) and os.path.getsize(part) >= 3 << 20) and time.monotonic() < until:
         time.sleep(0.05)
     p.send_signal(signal.SIGKILL)
@@ -761,11 +779,10 @@ def test_weights_that_were_fetched_load(hub, tmp_path):
 
 
 def test_stage_1_starts_from_a_language_model_and_siglip_as_fetched(hub, tmp_path, capsys):
-    golden = shared("golden")
     for repo, made in (("allenai/OLMo-2-0425-1B", "olmo2-tiny"),
                        ("google/siglip2-so400m-patch14-384", "siglip-tiny")):
         for n in ("config.json", "model.safetensors"):
-            hub.files[repo, n] = open(os.path.join(golden, made, n), "rb").read()
+            hub.files[repo, n] = open(os.path.join(HERE, "golden", made, n), "rb").read()
     assert prepare.main(["weights", "stage1", "--out", str(tmp_path)]) == 0
     flag, *folders = capsys.readouterr().out.splitlines()[-1].split()
     assert flag == "--init_from" and len(folders) == 2
@@ -940,23 +957,20 @@ def test_a_spool_gives_each_picture_once_in_pieces_that_fit(tmp_path, monkeypatc
 
 
 def test_many_rows_convert_in_little_memory(hub, tmp_path):
-    """2,000 rows a second and 300 MB, the project's libraries included; 100,000 rows are the same, only
-    longer."""
+    """3,000 rows of 1.6 KB in 6 MB, the hub's side included: they are not held; 4 MB are a page of them, many times."""
+    messages = lambda i: [dict(role="user", content=f"{i} " + "word " * 100),
+                          dict(role="assistant", content="answer " * 150)]
     hub.rows["allenai/tulu-v2-sft-mixture", "default", "train"] = [
-        dict(dataset="flan", id=str(i), messages=[dict(role="user", content=f"{i} " + "word " * 100),
-                                                  dict(role="assistant", content="answer " * 150)])
-        for i in range(10_000)]
-    code = ("import sys, time, prepare\nstart = time.process_time()\nassert prepare.main(sys.argv[1:]) == 0\n"
-            "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
-            "print(time.process_time() - start, peak.split()[1])")
-    p = subprocess.run([sys.executable, "-c", code, "data", "tulu-v2-sft-mixture", "--out", str(tmp_path),
-                        "--limit", "10000"],
-                       env=dict(os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"), text=True,
-                       capture_output=True)
-    assert p.returncode == 0, p.stderr
-    seconds, kilobytes = map(float, p.stdout.split()[-2:])
-    assert seconds < 5 and kilobytes < 300 * 1024, p.stdout
-    assert sum(1 for _ in open(tmp_path / "tulu-v2-sft-mixture.jsonl")) == 10_000
+        dict(dataset="flan", id=str(i), messages=messages(i)) for i in range(3000)]
+    tracemalloc.start()
+    try:
+        assert prepare.main(["data", "tulu-v2-sft-mixture", "--out", str(tmp_path), "--limit", "3000"]) == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20
+    with open(tmp_path / "tulu-v2-sft-mixture.jsonl") as f:
+        assert sum(1 for _ in f) == 3000
 
 
 # ---- check -------------------------------------------------------------------------------------------------
