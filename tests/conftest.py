@@ -343,6 +343,10 @@ def finish(p, code=0):
     return text
 
 
+# Ranks are forked from a process which has imported these.
+multiprocessing.set_forkserver_preload(["av", "pytest", "requests", "torch.distributed.fsdp"])
+
+
 def _rank(rank, ranks, meeting, fn, args):
     torch.set_num_threads(1)
     if isinstance(meeting, int):  # fn meets the others by itself, as under torchrun
@@ -359,7 +363,6 @@ def _rank(rank, ranks, meeting, fn, args):
 
 def run_ranks(fn, ranks, *args, joined=True):
     """fn(rank, ranks, *args) in as many processes, joined by gloo. What one raises fails the test."""
-    multiprocessing.set_forkserver_preload(["av", "pytest", "requests", "torch.distributed.fsdp"])  # once for all
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
         free.close()

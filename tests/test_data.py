@@ -12,7 +12,7 @@ import torch
 from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 from PIL import Image
 
-from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
+from data import (BadRow, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
                   parse_row, shuffled,
                   to_messages)
 from media import BadMedia, image_size, inside_folder, load_image
@@ -224,18 +224,6 @@ def test_stream_continues_anywhere(world, planner, tokenizer):
             again = first_rows(stream_of(world, planner), 39 - stop, state)
             assert [r for r, _ in again] == [r for r, _ in straight[stop + 1:]]
             assert again[-1][1] == straight[-1][1]
-
-
-def test_stream_is_the_same_for_any_workers_and_ranks(world, planner):
-    planner.seq_len = 96
-    take = lambda workers, rank=0, world_size=1: [
-        (row["tokens"].tolist(), state["rows"]) for ((row, *_), state, _), _ in
-        zip(torch.utils.data.DataLoader(Batches(stream_of(world, planner), None, rank, world_size),
-                                        batch_size=None, num_workers=workers), range(12))]
-    one = take(0)
-    assert take(2) == one
-    halves = [take(0, r, 2) for r in (0, 1)]
-    assert [halves[i % 2][i // 2] for i in range(12)] == one
 
 
 def test_every_row_is_drawn_once_an_epoch(world, planner):

@@ -25,7 +25,7 @@ TABLE = [((50, 50), ((1, 1), 2, 14, 14, 410), None), ((378, 378), ((1, 1), 2, 14
 
 
 @pytest.mark.parametrize("size, eight, many", TABLE)
-def test_layouts(size, eight, many):
+def test_crops_and_tokens_of_a_picture_are_the_published_ones(size, eight, many):
     for tiles, want in ((8, eight), (24, many)):
         if want:
             layout = image_layout(size[1], size[0], 27, 14, tiles)
@@ -195,7 +195,7 @@ def test_odd_sizes_and_missing_durations(tmp_path):
 
 @pytest.mark.parametrize("name, size, says",
                          [("juggle.mp4", (720, 1280), 10.29), ("cups.mp4", (720, 1280), 10.01)])
-def test_real_videos(name, size, says):
+def test_frames_of_real_videos_are_those_of_decoding_everything(name, size, says):
     path = shared("media", name)
     assert video_duration(path) == pytest.approx(says, abs=0.01)
     times = sample_times(says, 5)

@@ -136,8 +136,8 @@ def test_loss_is_the_weighted_cross_entropy(monkeypatch):
 
 
 def test_the_loss_never_holds_all_logits_at_once():
-    """(issue 6, must show 4) 2,048 positions x 100,278 words, a fifth of them weighted: a tenth of the logits, and the
-    plain formula's gradients."""
+    """(issue 6, must show 4) 2,048 positions x 100,278 words, a fifth of them weighted: a tenth of the logits, and
+    the plain formula's gradients."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2048 // 5, 32, generator=rng).requires_grad_()
     head = (torch.randn(100_278, 32, generator=rng) / 6).requires_grad_()
@@ -188,7 +188,7 @@ def test_response_dropout_hits_answers_only(planner, world):
 
 @pytest.mark.parametrize("name, params",
                          [("4b", 4_850_869_200), ("8b", 8_661_703_120), ("7b", 7_760_786_896)])
-def test_published_sizes(name, params):
+def test_the_models_have_the_sizes_of_the_published_files(name, params):
     with torch.device("meta"):
         assert Molmo2(name).num_params() == params
 
@@ -228,7 +228,7 @@ def test_block_mask_is_the_rule():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU takes a C++ compiler")
-def test_block_mask_of_a_long_row():
+def test_block_mask_of_a_long_row_is_the_rule_in_little_memory():
     """(issue 6, must show 3) 36,864 tokens: the blocks that PyTorch finds by asking the rule for every pair, in a
     memory that grows with the blocks and not with the pairs (1.3 GB). 139 times faster on a quiet core."""
     T, asked = 36864, torch.compile(create_block_mask, dynamic=False)

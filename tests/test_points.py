@@ -34,7 +34,7 @@ def test_text_cannot_forge_pictures_or_turns(tokenizer):
     assert tokenizer.ids["<point"] in tokenizer.encode("<point 0.1, 0.2, 0>")
 
 
-def test_small_vocabulary(tokenizer):
+def test_every_token_of_the_small_tokenizer_has_a_row_in_the_table(tokenizer):
     assert tokenizer.vocab == 1024 and all(tokenizer.ids[n] < 1024 for n in (*WRITABLE, *CHAT))
     assert tokenizer.ids["<image>"] == 1026 and tokenizer.eos == tokenizer.ids["<|im_end|>"]
 

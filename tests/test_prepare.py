@@ -957,7 +957,7 @@ def test_a_spool_gives_each_picture_once_in_pieces_that_fit(tmp_path, monkeypatc
 
 
 def test_many_rows_convert_in_little_memory(hub, tmp_path):
-    """3,000 rows of 1.6 KB in 6 MB, the hub's side included: they are not held; 4 MB are a page of them, many times."""
+    """3,000 rows of 1.6 KB in 6 MB, the hub's side included: they are not held; a page takes 4 MB."""
     messages = lambda i: [dict(role="user", content=f"{i} " + "word " * 100),
                           dict(role="assistant", content="answer " * 150)]
     hub.rows["allenai/tulu-v2-sft-mixture", "default", "train"] = [

@@ -49,7 +49,7 @@ def test_help_names_every_flag(tmp_path):
 
 # ---- learning ----------------------------------------------------------------------------------------------
 
-def test_schedule():
+def test_learning_rates_warm_up_and_then_fall_to_a_tenth():
     s = [schedule(i, 100, 10) for i in range(101)]
     assert s[0] == 0.1 and s[9] == s[10] == 1.0 and s[55] == pytest.approx(0.55) and s[100] == pytest.approx(0.1)
     assert max(s) == 1.0 and all(a >= b for a, b in zip(s[10:], s[11:]))

@@ -31,14 +31,14 @@ def test_stage_2_goes_on_from_stage_1_and_learns_from_video(tmp_path, world):
 
 def test_the_toy_worlds_clips_can_be_asked_about(tmp_path):
     """Every line trains, every held-out line is a question with masks; the same seed films the same clips."""
-    folder = toy.write_clips(str(tmp_path / "clips"), clips=30, held_out=10)
+    folder = toy.write_clips(str(tmp_path / "clips"), clips=12, held_out=10)
     for path in ("clips.jsonl", "tracks.jsonl"):
         rows = [parse_row(line) for line in open(os.path.join(folder, path), "rb")]
-        assert len(rows) == 30 and not any("masks" in a for r in rows for a in r["annotations"])
+        assert len(rows) == 12 and not any("masks" in a for r in rows for a in r["annotations"])
     questions = load_questions(find_datasets([os.path.join(folder, "eval")])[0])
     tracks = [q for q in questions if q.task == "video_tracking"]
     assert {q.task for q in questions} == {"video_caption", "video_qa", "video_pointing", "video_tracking"}
     assert tracks and all(len(q.masks) == len(q.points) for q in tracks)
     assert all(q.hits(p, p) for q in tracks for p in q.points[:1])
-    again = toy.write_clips(str(tmp_path / "again"), clips=30, held_out=10)
+    again = toy.write_clips(str(tmp_path / "again"), clips=12, held_out=10)
     assert open(os.path.join(again, "tracks.jsonl")).read() == open(os.path.join(folder, "tracks.jsonl")).read()

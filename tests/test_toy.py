@@ -84,7 +84,7 @@ def test_which_of_two_pictures_follows_from_what_is_in_each(folder):
     assert seen == {"Both.", "Image 0.", "Image 1.", 1, 2}
 
 
-def test_inside():
+def test_a_point_beside_a_shape_is_no_hit():
     square = [[0.2, 0.2], [0.4, 0.2], [0.4, 0.4], [0.2, 0.4]]
     assert toy.inside(square, 0.3, 0.3) and not toy.inside(square, 0.5, 0.3) and not toy.inside(square, 0.3,
                                                                                                 0.1)
@@ -112,7 +112,7 @@ class Oracle:
                                                                                         none_accuracy=1)),
     (lambda a, text: text * 2, dict(point_hit=1, count_accuracy=0, none_accuracy=0, caption_recall=1)),
     (lambda a, text: "", dict(point_hit=0, point_precision=0, count_accuracy=0, none_accuracy=0, caption_recall=0))])
-def test_scores(folder, monkeypatch, spoil, expected):
+def test_wrong_answers_lower_the_toy_scores_and_right_ones_do_not(folder, monkeypatch, spoil, expected):
     oracle = Oracle(folder, spoil)
     monkeypatch.setattr(toy, "answers", oracle.answers)
     scores = toy.evaluate(None, oracle, os.path.join(folder, "eval"), 20)

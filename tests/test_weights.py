@@ -22,11 +22,11 @@ def test_save_and_load_is_the_identity(tmp_path, style):
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_config_round_trip(name):
+def test_a_preset_comes_back_from_its_config_json(name):
     assert parse_config(json.loads(json.dumps(hub_config(PRESETS[name]))), "config.json") == PRESETS[name]
 
 
-def test_all_dtypes(tmp_path):
+def test_tensors_of_every_dtype_come_back(tmp_path):
     tensors = {str(d): torch.arange(5).to(d) for d in weights.DTYPES.values()} | {"empty": torch.empty(0, 3),
                                                                                   "scalar": torch.tensor(2.0)}
     write_safetensors(tmp_path / "t.safetensors", tensors)
@@ -80,7 +80,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
             Molmo2.from_pretrained(tmp_path)
 
 
-def test_config_that_is_not_one(tmp_path):
+def test_a_config_that_is_none_is_named(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     config = json.load(open(tmp_path / "config.json"))
     for broken, message in (("{", "not readable as JSON"), ("[]", "must hold a JSON object"),
