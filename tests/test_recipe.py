@@ -28,7 +28,7 @@ ODD = dict(config="small", seed=3, steps=5, global_batch=5, micro_batch=2, seq_l
            lr_vit=3e-3, lr_connector=5e-3, lr_decoder=2e-3, warmup_vit=3, warmup_connector=2, warmup_decoder=4,
            lr_end=0.23, beta1=0.83, beta2=0.91, adam_eps=3e-4, clip=1.7, z_loss=0.013, residual_dropout=0.11,
            response_dropout=0.31, adam_share=0.37, token_weights="spec", mixture="sft", rebalance=("more=3",),
-           save_every=2, eval_every=2, workers=0, device="cpu", dtype="fp32", max_bad=1.0)
+           save_every=100, eval_every=2, workers=0, device="cpu", dtype="fp32", max_bad=1.0)
 MORE = [dict(annotations=[dict(task="text", prompt=f"{n} times?", answer="yes " * n)]) for n in (1, 31, 7)]
 
 
@@ -50,6 +50,11 @@ def odd(tmp_path, world, monkeypatch):
 def train(cfg, stop=()):
     """One run: its folder."""
     return pretrain.train(cfg, Config(), stop)
+
+
+def state_of(folder):
+    with open(os.path.join(folder, "train_state", "state.json")) as f:
+        return json.load(f)
 
 
 def log_of(run, name="log.jsonl"):
@@ -89,13 +94,13 @@ def part_of(name):
 
 
 def orthogonal(g):
-    """Newton and Schulz's iteration of Muon, in fp32."""
-    x = g.T if len(g) > g.shape[1] else g
+    """Newton and Schulz's iteration of Muon."""
+    x = (g.T if len(g) > g.shape[1] else g).bfloat16()
     x = x / x.norm()
     for _ in range(5):
         s = x @ x.T
         x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
-    return x.T if len(g) > g.shape[1] else x
+    return (x.T if len(g) > g.shape[1] else x).float()
 
 
 def plain_training(cfg, ranks=1, left_out=()):
@@ -117,7 +122,7 @@ def plain_training(cfg, ranks=1, left_out=()):
             for some in (mine[i:i + 2] for i in range(0, len(mine), 2)):
                 part = nll_of(model, collate(some), cfg.z_loss) / W
                 part.backward()
-                loss += float(part)
+                loss += float(part.detach())
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
         norms = {part: math.sqrt(sum(float(g.square().sum()) for n, g in grads.items() if part_of(n) == part))
                  for part in ("vit", "connector", "decoder")}
@@ -156,12 +161,16 @@ def same_training(run, cfg, **kw):
     model, want = plain_training(cfg, **kw)
     begin, got, log = weights_of(cfg.init_from[0], ""), weights_of(run), log_of(run)
     for n, p in model.named_parameters():
-        moved = float((p - begin[n]).norm())
-        off = float((got[n] - p).abs().max())
-        fp32 = cfg.optimizer == "adamw" or p.ndim == 1 or any(x in n for x in ("wte", "positional", "lm_head"))
-        assert off <= 1e-6 if fp32 else float((got[n] - p).norm()) <= 0.03 * moved, (n, off)
+        moved, off = float((p - begin[n]).detach().norm()), float((got[n] - p).detach().abs().max())
+        if cfg.optimizer == "adamw":
+            assert off <= 1e-6, (n, off)
+        else:  # Muon's iteration runs in bf16
+            assert float((got[n] - p).detach().norm()) <= 0.08 * moved + 1e-5, (n, off, moved)
         frozen = part_of(n) in cfg.freeze or "embedding" in cfg.freeze and n == "transformer.wte.embedding"
-        assert torch.equal(got[n], begin[n]) if frozen else moved > 1e-3, (n, moved)
+        if frozen:
+            assert torch.equal(got[n], begin[n]), n
+        elif not n.endswith("wk.bias"):  # softmax ignores a shift: it has no gradient
+            assert moved > 3e-5, (n, moved)
     steps = [r for r in log if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
     for r, w in zip(steps, want):
@@ -175,7 +184,7 @@ def same_training(run, cfg, **kw):
 
 @pytest.mark.parametrize("style, changes", [
     ("olmo", dict(freeze=("embedding",), token_weights="released")), ("qwen", dict(optimizer="muon")),
-    ("qwen", dict(freeze=("vit",))), ("olmo", dict(freeze=("connector", "decoder")))])
+    ("qwen", dict(freeze=("vit",))), ("olmo", dict(freeze=("connector", "decoder"), clip=0.15))])
 def test_every_number_of_the_recipe_is_obeyed(odd, style, changes):
     cfg = odd(style, **changes)
     steps, want = same_training(train(cfg), cfg)
@@ -183,3 +192,304 @@ def test_every_number_of_the_recipe_is_obeyed(odd, style, changes):
         assert [r["lr"] for r in steps] == pytest.approx([w["lr"] for w in want])
     norms = [n for w in want for n in w["norms"].values() if n]
     assert min(norms) < cfg.clip < max(norms)  # it bites, but not everywhere
+
+
+# ---- ranks -------------------------------------------------------------------------------------------------
+
+def one_rank(rank, ports, configs):
+    """As torchrun starts it, one run after the other."""
+    torch.set_num_threads(1)
+    M.PRESETS["small"] = ModelConfig(**SIZES, **STYLES["qwen"])
+    for port, cfg in zip(ports, configs):
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        train(cfg)
+    os._exit(0)
+
+
+def test_two_ranks_train_what_one_does(odd):
+    """Also where one of them has a row less; and with --cp, where each row is on both."""
+    apart = odd("qwen")
+    together = dataclasses.replace(apart, cp=2, residual_dropout=0.0, response_dropout=0.0, out=apart.out + "2")
+    with socket.socket() as a, socket.socket() as b:
+        for s in (a, b):
+            s.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in (a, b)]
+    torch.multiprocessing.start_processes(one_rank, (ports, [apart, together]), 2, start_method="spawn")
+    same_training(os.path.join(apart.out, "small", "pretrain"), apart, ranks=2)
+    same_training(os.path.join(together.out, "small", "pretrain"), together)
+
+
+# ---- steps that are left out -------------------------------------------------------------------------------
+
+def spoil(monkeypatch, names, steps, value=math.nan, each=3):
+    """The gradients of parameters whose name begins with one of `names` are not finite in `steps`, the loss is."""
+    make = pretrain.make_optimizers
+
+    def spoilt(model, cfg):
+        def hook(p):
+            calls = []
+
+            def grown(grad):
+                calls.append(1)
+                return grad * value if (len(calls) - 1) // each in steps else grad
+            p.register_hook(grown)
+        for n, p in model.named_parameters():
+            if n.startswith(names):
+                hook(p)
+        return make(model, cfg)
+    monkeypatch.setattr(pretrain, "make_optimizers", spoilt)
+
+
+@pytest.mark.parametrize("name, value", [("vision_backbone.image_vit.patch_embedding.bias", math.nan),
+                                         ("transformer.wte.new_embedding", math.inf), ("lm_head", -math.inf)])
+def test_a_gradient_that_is_not_finite_changes_nothing(odd, monkeypatch, name, value):
+    """The loss is fine: were the step applied, every weight of that part would be lost."""
+    cfg = odd("qwen", eval_every=100)
+    spoil(monkeypatch, name, (1, 3), value)
+    with monkeypatch.context() as m:
+        m.setattr(pretrain, "evaluate", lambda *a: {})
+        run = train(cfg)
+    steps = [r for r in log_of(run) if "loss" in r]
+    assert [r["skipped"] for r in steps] == [0, 1, 1, 2, 2] and all(math.isfinite(r["loss"]) for r in steps)
+    model, _ = plain_training(cfg, left_out=(1, 3))
+    for n, p in weights_of(run).items():
+        assert float((dict(model.named_parameters())[n] - p).detach().abs().max()) <= 1e-6, n
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_even_if_its_gradient_is_fine(odd, monkeypatch):
+    cfg, real, calls = odd("qwen", steps=2, micro_batch=5, save_every=1), Molmo2.forward, []
+
+    def forward(self, *a, **kw):
+        if not self.training:
+            return real(self, *a, **kw)
+        calls.append(1)
+        return real(self, *a, **kw) + (math.inf if len(calls) == 2 else 0)
+    monkeypatch.setattr(Molmo2, "forward", forward)
+    run = train(cfg)
+    assert [r["skipped"] for r in log_of(run) if "loss" in r] == [0, 1]
+    one, two = (weights_of(run, f"step_000000{n}") for n in (1, 2))
+    assert all(torch.equal(one[n], p) for n, p in two.items())
+
+
+def test_ten_bad_gradients_in_a_row_stop_the_run_nine_do_not(odd, monkeypatch):
+    cfg = odd("qwen", steps=19, global_batch=1, micro_batch=1, eval_data=())
+    with monkeypatch.context() as m:
+        spoil(m, "lm_head", {*range(9), *range(10, 19)}, each=1)
+        assert log_of(train(cfg))[-2]["skipped"] == 18
+    spoil(monkeypatch, "lm_head", {*range(2, 12)}, each=1)
+    other = dataclasses.replace(cfg, out=cfg.out + "2")
+    with pytest.raises(UserError, match="10 steps in a row .* not finite; the last rows: .*jsonl:"):
+        train(other)
+    steps = [r["skipped"] for r in log_of(os.path.join(other.out, "small", "pretrain")) if "loss" in r]
+    assert steps == [0, 0, *range(1, 10)]
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------
+
+def by_hand(rng):
+    """A tree: a trunk of 40 tokens, a branch of two turns, a sibling, padding. Also which tokens lead to an answer, and which do not."""
+    spans = [(0, 0, 40), (1, 0, 30), (1, 1, 50), (1, 0, 20), (1, 1, 40), (2, 0, 60), (2, 1, 30), (-1, 0, 10)]
+    cat = lambda k: torch.cat([torch.full((s[2],), s[k]) for s in spans])[None]
+    branch, answer = cat(0), cat(1)
+    weights = answer * torch.tensor([0.07, 2.0, 0.2, 1.0]).repeat(70)[None]  # however small it is
+    draw = lambda: torch.randint(0, 1024, answer.shape, generator=rng)
+    return dict(tokens=draw(), targets=draw(), weights=weights, branch=branch.clamp(min=0),
+                example=(branch >= 0).long()), answer[0].bool(), (answer == 0)[0] & (branch >= 0)[0]
+
+
+def added(model, batch):
+    """[(what a sub-layer put out, what reached the stream)] of all sub-layers, from what flows between modules."""
+    seen, pairs = {}, []
+    for i, block in enumerate(model.transformer.blocks):
+        last = (block.attn_norm, block.ff_norm) if block.norm_after else (block.self_attn, block.mlp)
+        middle = block.mlp if block.norm_after else block.ff_norm
+        block.register_forward_hook(lambda m, a, out, i=i: seen.update({(i, "in"): a[0], (i, "out"): out}))
+        middle.register_forward_pre_hook(lambda m, a, i=i: seen.update({(i, "middle"): a[0]}))
+        for k, module in enumerate(last):
+            module.register_forward_hook(lambda m, a, out, i=i, k=k: seen.update({(i, k): out}))
+    with torch.no_grad():
+        model(**batch)
+    for i, _ in enumerate(model.transformer.blocks):
+        pairs += [(seen[i, 0][0], (seen[i, "middle"] - seen[i, "in"])[0]),
+                  (seen[i, 1][0], (seen[i, "out"] - seen[i, "middle"])[0])]
+    return pairs
+
+
+@pytest.mark.parametrize("style", list(STYLES))
+@pytest.mark.parametrize("residual, response", [(0.3, 0.2), (0.0, 0.4), (0.4, 0.0)])
+def test_dropout_keeps_the_mean_and_hits_answers_more(style, residual, response):
+    """In every sub-layer; what is kept is 1 / (1 - p) of what it was. Prompts after an answer and in siblings are no
+    answers."""
+    batch, answers, others = by_hand(torch.Generator().manual_seed(0))
+    model = tiny_model(style).train()
+    model.residual_dropout, model.response_dropout = residual, response
+    for out, reached in added(model, batch):
+        for here, p in ((answers, residual + response), (others, residual)):
+            kept = reached[here] != 0
+            assert float((~kept).float().mean()) == pytest.approx(p, abs=0.03 * (p > 0))
+            for token in kept:  # in each, numbers and not all of it
+                assert p == 0 and bool(token.all()) or 0 < int(token.sum()) < len(token)
+            want = out[here] / (1 - p)
+            torch.testing.assert_close(reached[here][kept], want[kept], rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_off_in_evaluation_and_in_answers():
+    batch, *_ = by_hand(torch.Generator().manual_seed(0))
+    model = tiny_model("qwen")
+    want = model(**batch)
+    model.residual_dropout, model.response_dropout = 0.3, 0.2
+    assert torch.equal(model(**batch), want)
+    assert not torch.equal(model.train()(**batch), want) and torch.equal(model.eval()(**batch), want)
+
+
+# ---- a run and its continuation ----------------------------------------------------------------------------
+
+def go_back(run, to, step):
+    """A copy of a run in which `step` was the last checkpoint noted, though later ones are there."""
+    shutil.copytree(run, to, symlinks=True)
+    os.remove(os.path.join(to, "latest"))
+    os.symlink(f"step_{step:07d}", os.path.join(to, "latest"))
+    return to
+
+
+def spoilt_lines(folder):
+    """Rows that are bad at sight, and rows whose picture cannot be decoded, among good ones."""
+    picture(folder / "good.png", "red")
+    (folder / "no pixels.png").write_bytes(png(30, 24))
+    row = lambda name, words=1: dict(image=name, annotations=[dict(task="image_caption", answer="red " * words)])
+    return write_lines(folder / "spoilt.jsonl", [row("good.png"), row("no pixels.png", 9), "{", row("good.png", 30),
+                                                 row("gone.png"), row("no pixels.png", 50)])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_repeats_an_unstopped_one_bit_for_bit(odd, tmp_path, capsys, optimizer):
+    """With dropout, from `latest` and not from a later one; and lists no bad row twice."""
+    cfg = odd("qwen", data=(spoilt_lines(tmp_path),), rebalance=(), optimizer=optimizer, save_every=2)
+    run = train(cfg)
+    again = go_back(run, os.path.join(tmp_path, "again", "small", "pretrain"), 2)
+    train(dataclasses.replace(cfg, resume=True, out=str(tmp_path / "again")))
+    assert "resuming after step 2" in capsys.readouterr().out
+    for name in ("model.safetensors", "config.json"):
+        one, two = (open(os.path.join(r, "step_0000005", name), "rb").read() for r in (run, again))
+        assert one == two
+    one, two = (optimizer_of(os.path.join(r, "step_0000005")) for r in (run, again))
+    assert one.keys() == two.keys() and all(torch.equal(t, two[k]) for k, t in one.items())
+    states = [state_of(os.path.join(r, "step_0000005")) for r in (run, again)]
+    assert all(states[0][k] == states[1][k] for k in ("step", "stream", "fingerprint", "failed"))
+    listed = log_of(run, "bad_rows.jsonl")
+    assert len({(r["where"], r["reason"]) for r in listed}) == len(listed) == 4
+    assert log_of(again, "bad_rows.jsonl") == listed
+    same = "step", "loss", "lr", "grad_norm", "skipped", "bad", "fill", "eval"
+    one, two = ([{k: row[k] for k in same if k in row} for row in log_of(r)] for r in (run, again))
+    assert one == two and [r["step"] for r in one if "loss" in r] == [1, 2, 3, 4, 5]
+
+
+MAY_DIFFER = {"resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first", "max_bad",
+              "device", "compile", "recompute", "cp", "micro_batch"}
+
+
+def test_a_resumed_run_must_have_the_flags_it_began_with(tmp_path):
+    """But for those that change neither the data nor the recipe."""
+    was, run = Config(), tmp_path / "run"
+    aside = run / ".step_0000001.tmp"
+    (aside / "train_state").mkdir(parents=True)
+    (aside / "train_state" / "state.json").write_text(json.dumps(dict(step=1, config=dataclasses.asdict(was))))
+    distributed.publish(str(aside), str(run / "step_0000001"))
+    for field in dataclasses.fields(Config):
+        value = getattr(was, field.name)
+        other = not value if field.type is bool else (*value, "x") if field.type is tuple else value + field.type(1)
+        now = dataclasses.replace(was, **{field.name: other})
+        if field.name in MAY_DIFFER:
+            assert pretrain.check_resume(str(run), now)[1]["step"] == 1
+        else:
+            with pytest.raises(UserError, match=f"--{field.name} is .* now, but the run was started with"):
+                pretrain.check_resume(str(run), now)
+
+
+def test_when_a_run_saves_and_evaluates(odd, monkeypatch):
+    cfg, asked = odd("qwen", steps=7, save_every=3, eval_every=2, eval_first=True, global_batch=1), []
+    monkeypatch.setattr(pretrain, "evaluate", lambda cfg, model, planner, rows, step, *a: asked.append(step) or {"x": step})
+    run = train(cfg)
+    assert asked == [0, 2, 4, 6, 7] == [r["step"] for r in log_of(run) if "eval" in r]
+    assert sorted(n for n in os.listdir(run) if n.startswith("step")) == [f"step_000000{n}" for n in (3, 6, 7)]
+    asked.clear()
+    go_back(run, os.path.join(cfg.out + "2", "small", "pretrain"), 3)
+    log_of(train(dataclasses.replace(cfg, out=cfg.out + "2", resume=True)))
+    assert asked == [4, 6, 7]
+
+
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(odd, capsys):
+    cfg = odd("qwen", global_batch=1)
+    with pytest.raises(SystemExit) as e:
+        train(cfg, stop=[1.0])
+    run = os.path.join(cfg.out, "small", "pretrain")
+    assert e.value.code == 0 and os.readlink(os.path.join(run, "latest")) == "step_0000001"
+    assert "stopped by a signal after step 1; --resume goes on" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no checkpoint under"):
+        pretrain.check_resume(run + "2", cfg)
+
+
+# ---- what is written while training goes on ----------------------------------------------------------------
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(tmp_path, monkeypatch, optimizer):
+    """The writer waits; weights, moments and settings change meanwhile."""
+    model, go, save = tiny_model("qwen").train(), threading.Event(), distributed.dcp.save
+    optimizers, names = pretrain.make_optimizers(model, Config(optimizer=optimizer))
+
+    def step():
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = 0.1
+            o.step()
+    step()
+    keys = {f"{i}/{what}/{names[p]}": t.clone() for i, o in enumerate(optimizers) for p, s in o.state.items()
+            for what, t in s.items()}
+    want = {n: p.detach().clone() for n, p in model.named_parameters()}
+    monkeypatch.setattr(distributed.dcp, "save", lambda *a, **kw: go.wait(60) and save(*a, **kw))
+    saver = distributed.Saver(str(tmp_path), distributed.World("cpu"))
+    saver.save(7, model, lambda: Molmo2(model.cfg), optimizers, names,
+               lambda model, folder: model.save_pretrained(folder))
+    assert os.listdir(tmp_path) == [".step_0000007.tmp"]
+    step()
+    go.set()
+    saver.finish()
+    folder = tmp_path / "step_0000007"
+    got, state = weights_of(tmp_path, "latest"), optimizer_of(folder)
+    assert all(torch.equal(got[n], p) for n, p in want.items()) and not torch.equal(model.lm_head.weight, got["lm_head.weight"])
+    assert state.keys() == keys.keys() and all(torch.equal(state[k], t) for k, t in keys.items())
+    # and comes back into the optimisers of a new run
+    fresh = tiny_model("qwen", 1)
+    others, names = pretrain.make_optimizers(fresh, Config(optimizer=optimizer))
+    distributed.load_optimizers(str(folder), others, names, distributed.World("cpu"))
+    back = {f"{i}/{what}/{names[p]}": t for i, o in enumerate(others) for p, s in o.state.items() for what, t in s.items()}
+    assert back.keys() == keys.keys() and all(torch.equal(back[k], t) for k, t in keys.items())
+
+
+def test_training_does_not_wait_for_a_checkpoint_and_does_not_reach_into_it(odd, tmp_path, monkeypatch):
+    """Step 2 is written only after step 3: all of it is still that of step 2."""
+    cfg = odd("qwen", data=(spoilt_lines(tmp_path),), rebalance=(), save_every=2, eval_data=())
+    at_once, third = train(cfg), threading.Event()
+    save, write = distributed.dcp.save, pretrain.Log.write
+
+    def late(*a, **kw):
+        assert third.wait(60), "step 3 waited for the checkpoint of step 2"
+        return save(*a, **kw)
+
+    def noted(self, **row):
+        write(self, **row)
+        if row.get("step") == 3 and "loss" in row:
+            third.set()
+    monkeypatch.setattr(distributed.dcp, "save", late)
+    monkeypatch.setattr(pretrain.Log, "write", noted)
+    slowly = train(dataclasses.replace(cfg, out=cfg.out + "2"))
+    for step in ("step_0000002", "step_0000004"):
+        one, two = (os.path.join(run, step) for run in (at_once, slowly))
+        assert open(os.path.join(one, "model.safetensors"), "rb").read() == \
+            open(os.path.join(two, "model.safetensors"), "rb").read()
+        a, b = optimizer_of(one), optimizer_of(two)
+        assert a.keys() == b.keys() and all(torch.equal(t, b[k]) for k, t in a.items())
+        a, b = (state_of(f) for f in (one, two))
+        assert a | dict(config=0) == b | dict(config=0) and a["failed"]["spoilt"]["failed to decode"] > 0
