@@ -95,8 +95,8 @@ def words(n):
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder with three pictures, a clip and the lines about them, as uneven as real ones: answers of 1 to 60 words,
-    trees and single questions, one picture, several or none. Yields the JSONL path."""
+    """A folder with three pictures, a clip and the lines about them, as uneven as real ones: answers of 1 to 60
+    words, trees and single questions, one picture, several or none. Yields the JSONL path."""
     rows = []
     for i, colour in enumerate(("red", "green", "blue")):
         picture(tmp_path / f"{i}.png", colour)
@@ -111,7 +111,8 @@ def world(tmp_path):
     rows.append(dict(id="long", annotations=[dict(task="text", prompt="Say much.", answer=words(60))]))
     rows.append(dict(id="three", images=["0.png", "1.png", "2.png"], annotations=[
         dict(task="multi_image_qa", prompt="Which is red?", answer="0"),
-        dict(task="multi_image_pointing", label="speck", points=[dict(image=i, x=0.1, y=0.17, id=i) for i in (0, 2)]),
+        dict(task="multi_image_pointing", label="speck",
+             points=[dict(image=i, x=0.1, y=0.17, id=i) for i in (0, 2)]),
         dict(task="multi_image_qa", prompt="Compare them.", answer=words(23))]))
     rows.append(dict(id="one", image="1.png", annotations=[dict(task="counting", label="speck", answer="1")]))
     video(tmp_path / "clip.mp4")

@@ -24,17 +24,17 @@ from points import SMALL_TOKENIZER, Tokenizer
 from pretrain import Config
 
 # No two of these are equal, and none is a default: a number that is ignored or taken for another one shows.
-ODD = dict(config="small", seed=3, steps=5, global_batch=5, micro_batch=2, seq_len=176, tiles=2, max_crops=7, max_frames=3,
-           lr_vit=3e-3, lr_connector=5e-3, lr_decoder=2e-3, warmup_vit=3, warmup_connector=2, warmup_decoder=4,
-           lr_end=0.23, beta1=0.83, beta2=0.91, adam_eps=7e-3, clip=1.7, z_loss=0.013, residual_dropout=0.11,
-           response_dropout=0.31, adam_share=0.37, token_weights="spec", mixture="sft", rebalance=("more=3",),
+ODD = dict(config="small", seed=3, steps=5, global_batch=5, micro_batch=2, seq_len=176, tiles=2, max_crops=7,
+           max_frames=3, lr_vit=3e-3, lr_connector=5e-3, lr_decoder=2e-3, warmup_vit=3, warmup_connector=2,
+           warmup_decoder=4, lr_end=0.23, beta1=0.83, beta2=0.91, adam_eps=7e-3, clip=1.7, z_loss=0.013,
+           residual_dropout=0.11, response_dropout=0.31, adam_share=0.37, token_weights="spec", mixture="sft", rebalance=("more=3",),
            save_every=100, eval_every=2, workers=0, device="cpu", dtype="fp32", max_bad=1.0)
 MORE = [dict(annotations=[dict(task="text", prompt=f"{n} times?", answer="yes " * n)]) for n in (1, 31, 7)]
 
 
 @pytest.fixture
 def odd(tmp_path, world, monkeypatch):
-    """odd(style, **changes): a Config of odd numbers that starts from a tiny model in which every weight is at work."""
+    """odd(style, **changes): a Config of odd numbers that starts from a tiny model whose weights are all at work."""
     def make(style="olmo", **changes):
         monkeypatch.setitem(M.PRESETS, "small", ModelConfig(**SIZES, **STYLES[style]))
         begin = tmp_path / f"begin {style}"
@@ -149,10 +149,10 @@ def plain_training(cfg, ranks=1, left_out=()):
                                                                      for r, *_ in rows) / 5 / 176))
         if step in (1, 3, 4):
             plans = [asked.plans("rows", k)[0] for k in range(8)]
-            batches = [collate([decode([p], model.cfg, 176)]) for ps in plans for p in ps]
+            alone = [collate([decode([p], model.cfg, 176)]) for ps in plans for p in ps]
             model.residual_dropout = model.response_dropout = 0.0
             with torch.no_grad():
-                log[-1]["eval"] = float(sum(nll_of(model, b) for b in batches) / sum(b["weights"].sum() for b in batches))
+                log[-1]["eval"] = float(sum(nll_of(model, b) for b in alone) / sum(b["weights"].sum() for b in alone))
     return model, log
 
 
@@ -175,18 +175,21 @@ def same_training(run, cfg, **kw):
             assert moved > 1e-7, (n, moved)
     steps = [r for r in log if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    rough = 1 if cfg.optimizer == "adamw" else 100
     for r, w in zip(steps, want):
-        assert r["loss"] == pytest.approx(w["loss"], rel=1e-5) and r["fill"] == pytest.approx(w["fill"], abs=1e-4)
-        if math.isfinite(r["grad_norm"]):
-            assert r["grad_norm"] == pytest.approx(math.hypot(*w["norms"].values()), rel=1e-4)
+        assert r["loss"] == pytest.approx(w["loss"], rel=1e-5 * rough)
+        assert r["fill"] == pytest.approx(w["fill"], abs=1e-4)
+        assert r["grad_norm"] == pytest.approx(math.hypot(*w["norms"].values()), rel=1e-4 * rough)
     evals = {r["step"]: r["eval"]["loss"] for r in log if "eval" in r}
-    assert evals == pytest.approx({k + 1: w["eval"] for k, w in enumerate(want) if "eval" in w}, abs=2e-4)
+    assert evals == pytest.approx({k + 1: w["eval"] for k, w in enumerate(want) if "eval" in w},
+                                  abs=2e-4 * rough)
     return steps, want
 
 
 @pytest.mark.parametrize("style, changes", [
-    ("olmo", dict(freeze=("embedding",), token_weights="released")), ("qwen", dict(optimizer="muon")),
-    ("qwen", dict(freeze=("vit",))), ("olmo", dict(freeze=("connector", "decoder"), clip=0.15))])
+    ("olmo", dict(freeze=("embedding",), token_weights="released", recompute=True)),
+    ("qwen", dict(optimizer="muon")), ("qwen", dict(freeze=("vit",))),
+    ("olmo", dict(freeze=("connector", "decoder"), clip=0.15))])
 def test_every_number_of_the_recipe_is_obeyed(odd, style, changes):
     cfg = odd(style, **changes)
     steps, want = same_training(train(cfg), cfg)
@@ -289,7 +292,7 @@ def test_ten_bad_gradients_in_a_row_stop_the_run_nine_do_not(odd, monkeypatch):
 # ---- dropout -----------------------------------------------------------------------------------------------
 
 def by_hand(rng):
-    """A tree: a trunk of 40 tokens, a branch of two turns, a sibling, padding. Also which tokens lead to an answer, and which do not."""
+    """A tree: a trunk of 40 tokens, a branch of two turns, a sibling, padding. And which tokens lead to an answer, which not."""
     spans = [(0, 0, 40), (1, 0, 30), (1, 1, 50), (1, 0, 20), (1, 1, 40), (2, 0, 60), (2, 1, 30), (-1, 0, 10)]
     cat = lambda k: torch.cat([torch.full((s[2],), s[k]) for s in spans])[None]
     branch, answer = cat(0), cat(1)
@@ -386,8 +389,8 @@ def test_a_resumed_run_repeats_an_unstopped_one_bit_for_bit(odd, tmp_path, capsy
     assert one == two and [r["step"] for r in one if "loss" in r] == [1, 2, 3, 4, 5]
 
 
-MAY_DIFFER = {"resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first", "max_bad",
-              "device", "compile", "recompute", "cp", "micro_batch"}
+MAY_DIFFER = {"resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
+              "max_bad", "device", "compile", "recompute", "cp", "micro_batch"}
 
 
 def test_a_resumed_run_must_have_the_flags_it_began_with(tmp_path):
@@ -410,7 +413,7 @@ def test_a_resumed_run_must_have_the_flags_it_began_with(tmp_path):
 
 def test_when_a_run_saves_and_evaluates(odd, monkeypatch):
     cfg, asked = odd("qwen", steps=7, save_every=3, eval_every=2, eval_first=True, global_batch=1), []
-    monkeypatch.setattr(pretrain, "evaluate", lambda cfg, model, planner, rows, step, *a: asked.append(step) or {"x": step})
+    monkeypatch.setattr(pretrain, "evaluate", lambda *a: asked.append(a[4]) or {"x": a[4]})
     run = train(cfg)
     assert asked == [0, 2, 4, 6, 7] == [r["step"] for r in log_of(run) if "eval" in r]
     assert sorted(n for n in os.listdir(run) if n.startswith("step")) == [f"step_000000{n}" for n in (3, 6, 7)]
@@ -429,6 +432,89 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(odd, capsys):
     assert "stopped by a signal after step 1; --resume goes on" in capsys.readouterr().out
     with pytest.raises(UserError, match="no checkpoint under"):
         pretrain.check_resume(run + "2", cfg)
+
+
+def test_a_run_on_other_data_is_refused_whichever_side_has_more():
+    for was, now, said in ((dict(a=1), dict(a=2), "a is 2 now, but was 1 "),
+                           (dict(a=1, b=2), dict(a=1), "b is gone now"), (dict(a=1), dict(a=1, b=2), "b is 2 now, but was not there")):
+        with pytest.raises(UserError, match=said):
+            pretrain.check_same_data(was, now)
+    pretrain.check_same_data(dict(a=1, b=2), dict(b=2, a=1))
+
+
+def test_a_log_goes_on_after_its_checkpoint_without_a_step_twice(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(dict(step=s, loss=s / 2)) + "\n" for s in (1, 2, 3, 4)) + '{"step": 2, "lo')
+    silent = pretrain.Log(str(path), 2, first=False)
+    silent.write(step=9)
+    log = pretrain.Log(str(path), 2)
+    log.write(step=3, loss=7)
+    assert [json.loads(x) for x in log.kept] == [dict(step=1, loss=0.5), dict(step=2, loss=1)]
+    assert log_of(tmp_path) == [dict(step=1, loss=0.5), dict(step=2, loss=1), dict(step=3, loss=7)]
+    pretrain.Log(str(path), 0)
+    assert path.read_text() == ""
+
+
+def test_a_bad_row_is_counted_each_time_and_listed_once(tmp_path):
+    path = str(tmp_path / "bad_rows.jsonl")
+    event = ["set", "f:1", "failed to decode", "why"]
+    bad = pretrain.BadRows(pretrain.Log(path, 0), {})
+    bad.note(1, [event, ["set", "f:2", "malformed JSON", ""], event])
+    bad.note(2, [["set", "f:1", "unreadable media", ""]])  # another reason is news
+    resumed = pretrain.BadRows(pretrain.Log(path, 2), dict(bad.failed))
+    resumed.note(3, [event, ["set", "f:2", "malformed JSON", ""], ["other", "f:3", "failed to decode", ""]])
+    listed = [(r["step"], r["where"]) for r in log_of(tmp_path, "bad_rows.jsonl")]
+    assert listed == [(1, "f:1"), (1, "f:2"), (2, "f:1"), (3, "f:3")]
+    state = dict(seen=100, bad=dict(set={"malformed JSON": 2}))
+    want = dict(set={"malformed JSON": 2, "failed to decode": 3}, other={"failed to decode": 1})
+    assert resumed.counts(state) == want
+    assert not resumed.too_many(state, 0.06) and "6 of 100 rows" in resumed.too_many(state, 0.059)
+    assert not resumed.too_many(dict(state, seen=10), 0.06) and not resumed.too_many(dict(state, seen=200), 0.03)
+
+
+def test_an_earlier_run_is_kept_under_another_name_each_time(tmp_path):
+    run = tmp_path / "run"
+    for k in range(3):
+        pretrain.start_over(str(run))
+        (run / "log.jsonl").write_text(str(k))
+    assert [(tmp_path / f"run.old{k}" / "log.jsonl").read_text() for k in (1, 2)] == ["0", "1"]
+    assert (run / "log.jsonl").read_text() == "2"
+
+
+def test_how_points_are_written_follows_the_checkpoint_unless_it_is_said(odd, tmp_path):
+    cfg = odd("qwen")
+    model = tiny_model("qwen")
+    model.cfg.point_format = "released"
+    model.save_pretrained(tmp_path / "released")
+    for init, flag, want in ((cfg.init_from[0], "auto", "spec"), (tmp_path / "released", "auto", "released"),
+                             (cfg.init_from[0], "released", "released"), (tmp_path / "released", "spec", "spec")):
+        now = dataclasses.replace(cfg, init_from=(str(init),), point_format=flag)
+        assert pretrain.load_model(now).cfg.point_format == want
+    assert pretrain.load_model(dataclasses.replace(cfg, init_from=())).cfg.point_format == "spec"
+
+
+def test_a_checkpoint_of_another_size_is_refused(odd, tmp_path, monkeypatch):
+    cfg = odd("qwen")
+    for change in (dict(mlp=64), dict(rope_theta=5e4), dict(eps=1e-5), dict(vit_mlp=32), dict(vocab=2048),
+                   dict(kv_heads=4), dict(layers=3)):
+        wanted = ModelConfig(**SIZES | STYLES["qwen"] | dict(projector_mlp=48) | change)
+        monkeypatch.setitem(M.PRESETS, "small", wanted)
+        with pytest.raises(UserError, match=f"not of --config small: .*{next(iter(change))} is"):
+            pretrain.load_model(cfg)
+
+
+def test_bf16_is_for_products_and_weights_stay_in_fp32(odd, monkeypatch):
+    cfg, seen = odd("qwen", steps=2, dtype="bf16", eval_data=()), set()
+    real = torch.optim.AdamW.step
+
+    def step(self, *a, **kw):
+        seen.update((p.dtype, p.grad.dtype) for g in self.param_groups for p in g["params"])
+        return real(self, *a, **kw)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    low = log_of(train(cfg))[0]["loss"]
+    assert seen == {(torch.float32, torch.float32)}
+    full = log_of(train(dataclasses.replace(cfg, dtype="fp32", out=cfg.out + "2")))[0]["loss"]
+    assert low != full and low == pytest.approx(full, rel=0.01)
 
 
 # ---- what is written while training goes on ----------------------------------------------------------------
@@ -460,20 +546,25 @@ def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(tmp_path, monkeypat
     saver.finish()
     folder = tmp_path / "step_0000007"
     got, state = weights_of(tmp_path, "latest"), optimizer_of(folder)
-    assert all(torch.equal(got[n], p) for n, p in want.items()) and not torch.equal(model.lm_head.weight, got["lm_head.weight"])
+    assert all(torch.equal(got[n], p) for n, p in want.items())
+    assert not torch.equal(model.lm_head.weight, got["lm_head.weight"])
     assert state.keys() == keys.keys() and all(torch.equal(state[k], t) for k, t in keys.items())
     # and comes back into the optimisers of a new run
     fresh = tiny_model("qwen", 1)
     others, names = pretrain.make_optimizers(fresh, Config(optimizer=optimizer))
     distributed.load_optimizers(str(folder), others, names, distributed.World("cpu"))
-    back = {f"{i}/{what}/{names[p]}": t for i, o in enumerate(others) for p, s in o.state.items() for what, t in s.items()}
+    back = {f"{i}/{what}/{names[p]}": t for i, o in enumerate(others) for p, s in o.state.items()
+            for what, t in s.items()}
     assert back.keys() == keys.keys() and all(torch.equal(back[k], t) for k, t in keys.items())
 
 
 def test_training_does_not_wait_for_a_checkpoint_and_does_not_reach_into_it(odd, tmp_path, monkeypatch):
     """Step 2 is written only after step 3: all of it is still that of step 2."""
     cfg = odd("qwen", data=(spoilt_lines(tmp_path),), rebalance=(), save_every=2, eval_data=())
-    at_once, third = train(cfg), threading.Event()
+    begin, third = distributed.Saver.save, threading.Event()
+    with monkeypatch.context() as m:
+        m.setattr(distributed.Saver, "save", lambda self, *a: (begin(self, *a), self.finish()))
+        at_once = train(cfg)
     save, write = distributed.dcp.save, pretrain.Log.write
 
     def late(*a, **kw):

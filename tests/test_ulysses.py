@@ -154,11 +154,8 @@ def check_published_case(rank, ranks):
     assert len({b - a for a, b in zip(bounds, bounds[1:])}) > 1  # shares differ, and that is where it went wrong
 
 
-def test_features_come_back_to_their_tokens():
-    run_ranks(check_published_case, 4)
-
-
 def check_few_crops(rank, ranks):
+    """Fewer crops than ranks: each encodes one, or, sharded, the others would wait for it for ever."""
     backbone, calls = tiny_model().vision_backbone, []
     rng = torch.Generator().manual_seed(0)
     for n in (1, 2, 3):
@@ -179,9 +176,13 @@ def check_few_crops(rank, ranks):
         assert sum(per_rank) <= n + ranks - 1
 
 
-def test_a_rank_without_crops_runs_the_encoder_all_the_same():
-    """Fewer crops than ranks: each encodes one, or, sharded, the others would wait for it for ever."""
-    run_ranks(check_few_crops, 4)
+def check_features(rank, ranks):
+    check_published_case(rank, ranks)
+    check_few_crops(rank, ranks)
+
+
+def test_features_come_back_to_their_tokens_and_a_rank_without_crops_encodes_all_the_same():
+    run_ranks(check_features, 4)
 
 
 def test_heads_that_cannot_be_shared_are_refused():
