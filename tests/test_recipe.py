@@ -27,8 +27,8 @@ from pretrain import Config
 ODD = dict(config="small", seed=3, steps=5, global_batch=5, micro_batch=2, seq_len=176, tiles=2, max_crops=7,
            max_frames=3, lr_vit=3e-3, lr_connector=5e-3, lr_decoder=2e-3, warmup_vit=3, warmup_connector=2,
            warmup_decoder=4, lr_end=0.23, beta1=0.83, beta2=0.91, adam_eps=7e-3, clip=1.7, z_loss=0.013,
-           residual_dropout=0.11, response_dropout=0.31, adam_share=0.37, token_weights="spec", mixture="sft", rebalance=("more=3",),
-           save_every=100, eval_every=2, workers=0, device="cpu", dtype="fp32", max_bad=1.0)
+           residual_dropout=0.11, response_dropout=0.31, adam_share=0.37, token_weights="spec", mixture="sft",
+           rebalance=("more=3",), save_every=100, eval_every=2, workers=0, device="cpu", dtype="fp32", max_bad=1.0)
 MORE = [dict(annotations=[dict(task="text", prompt=f"{n} times?", answer="yes " * n)]) for n in (1, 31, 7)]
 
 
@@ -292,7 +292,7 @@ def test_ten_bad_gradients_in_a_row_stop_the_run_nine_do_not(odd, monkeypatch):
 # ---- dropout -----------------------------------------------------------------------------------------------
 
 def by_hand(rng):
-    """A tree: a trunk of 40 tokens, a branch of two turns, a sibling, padding. And which tokens lead to an answer, which not."""
+    """A tree: a trunk, a branch of two turns, a sibling, padding; which tokens lead to an answer, and which do not."""
     spans = [(0, 0, 40), (1, 0, 30), (1, 1, 50), (1, 0, 20), (1, 1, 40), (2, 0, 60), (2, 1, 30), (-1, 0, 10)]
     cat = lambda k: torch.cat([torch.full((s[2],), s[k]) for s in spans])[None]
     branch, answer = cat(0), cat(1)
@@ -436,7 +436,8 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(odd, capsys):
 
 def test_a_run_on_other_data_is_refused_whichever_side_has_more():
     for was, now, said in ((dict(a=1), dict(a=2), "a is 2 now, but was 1 "),
-                           (dict(a=1, b=2), dict(a=1), "b is gone now"), (dict(a=1), dict(a=1, b=2), "b is 2 now, but was not there")):
+                           (dict(a=1, b=2), dict(a=1), "b is gone now"),
+                           (dict(a=1), dict(a=1, b=2), "b is 2 now, but was not there")):
         with pytest.raises(UserError, match=said):
             pretrain.check_same_data(was, now)
     pretrain.check_same_data(dict(a=1, b=2), dict(b=2, a=1))
