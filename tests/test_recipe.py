@@ -292,7 +292,7 @@ def test_ten_bad_gradients_in_a_row_stop_the_run_nine_do_not(odd, monkeypatch):
 # ---- dropout -----------------------------------------------------------------------------------------------
 
 def by_hand(rng):
-    """A tree: a trunk, a branch of two turns, a sibling, padding; which tokens lead to an answer, and which do not."""
+    """A tree: a trunk, a branch of two turns, a sibling, padding; which tokens lead to an answer, which not."""
     spans = [(0, 0, 40), (1, 0, 30), (1, 1, 50), (1, 0, 20), (1, 1, 40), (2, 0, 60), (2, 1, 30), (-1, 0, 10)]
     cat = lambda k: torch.cat([torch.full((s[2],), s[k]) for s in spans])[None]
     branch, answer = cat(0), cat(1)
