@@ -65,7 +65,7 @@ def tokenizer():
 
 @pytest.fixture
 def planner(tokenizer):
-    return Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), seq_len=192, max_crops=8)
+    return Planner(tokenizer, ModelConfig(**SIZES, **STYLES["olmo"]), seq_len=192, max_frames=4, max_crops=8)
 
 
 def picture(path, colour, size=(30, 24)):
@@ -102,9 +102,15 @@ def write_lines(path, rows):
     return str(path)
 
 
+def words(n):
+    """An answer of n words."""
+    return " ".join("red green blue wall dot line top left".split()[i * i % 8] for i in range(n))
+
+
 @pytest.fixture
 def world(tmp_path):
-    """A folder with three pictures and the lines about them; yields the JSONL path."""
+    """A folder with three pictures, a clip and the lines about them, as uneven as real ones: answers of 1 to 60
+    words, trees and single questions, one picture, several or none. Yields the JSONL path."""
     rows = []
     for i, colour in enumerate(("red", "green", "blue")):
         picture(tmp_path / f"{i}.png", colour)
@@ -116,6 +122,17 @@ def world(tmp_path):
                                             dict(role="user", content="Sure?"),
                                             dict(role="assistant", content="Yes.")])]))
     rows.append(dict(id="text", annotations=[dict(task="text", prompt="2 plus 2?", answer="4")]))
+    rows.append(dict(id="long", annotations=[dict(task="text", prompt="Say much.", answer=words(60))]))
+    rows.append(dict(id="three", images=["0.png", "1.png", "2.png"], annotations=[
+        dict(task="multi_image_qa", prompt="Which is red?", answer="0"),
+        dict(task="multi_image_pointing", label="speck",
+             points=[dict(image=i, x=0.1, y=0.17, id=i) for i in (0, 2)]),
+        dict(task="multi_image_qa", prompt="Compare them.", answer=words(23))]))
+    rows.append(dict(id="one", image="1.png", annotations=[dict(task="counting", label="speck", answer="1")]))
+    video(tmp_path / "clip.mp4")
+    rows.append(dict(id="clip", video="clip.mp4", start=0.6, end=1.7, annotations=[
+        dict(task="video_tracking", label="dot", points=[dict(t=t, x=0.5, y=0.5, id=0) for t in (0.6, 1.1, 1.6)]),
+        dict(task="video_caption", answer=words(41))]))
     return write_lines(tmp_path / "rows.jsonl", rows)
 
 

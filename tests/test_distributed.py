@@ -75,6 +75,41 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(ranks, cp, style):
     run_ranks(check_gradients, ranks, cp, style)
 
 
+class OneProduct(torch.nn.Module):
+    """Of a model what `share_work` knows: it has blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 1, bias=False)
+        self.outer = torch.nn.Parameter(torch.ones(5))
+
+    def blocks(self):
+        return [self.inner]
+
+    def forward(self, x):
+        self.seen = self.outer.dtype, x.dtype
+        return (self.inner(x.to(self.outer.dtype)) * self.outer).float().sum()
+
+
+def check_sums_in_bf16(rank, ranks):
+    mesh = torch.distributed.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shards",))
+    model = OneProduct()
+    with torch.no_grad():
+        model.inner.weight.fill_(1 + 2 ** -12)  # of which bf16 keeps 1
+    distributed.share_work(model, World("cpu", rank, ranks, 1, mesh), False, False, True)
+    small = 2 ** -10  # lost beside 1 in bf16, which has 8 digits
+    for x in ([1.0, small][rank], small):  # of micro-batches too
+        model(torch.full((1, 3), x)).backward()
+    grad = model.inner.weight.grad.full_tensor()
+    assert grad.dtype == torch.float32 and model.seen == (torch.bfloat16, torch.float32)
+    assert torch.equal(grad, torch.full((1, 3), 5 * (1 + 3 * small) / ranks))
+    assert torch.equal(model.inner.weight.full_tensor(), torch.full((1, 3), 1 + 2 ** -12))
+
+
+def test_small_gradients_are_not_lost_in_sums_over_ranks_and_micro_batches():
+    run_ranks(check_sums_in_bf16, 2)
+
+
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 FLAGS = ["--config", "small", "--mixture", "equal", "--global_batch", "3", "--micro_batch", "1",
@@ -228,6 +263,69 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, world):
             os.remove(folder / name / "COMPLETE")
     code, text = run(tmp_path, *flags, "--resume", check=False)
     assert code == 2 and "is whole: " in text and "step_0000006/COMPLETE: No such file" in text
+
+
+def made(run, step):
+    """A checkpoint of two files, as `publish` leaves it."""
+    aside = run / ".aside"
+    (aside / "train_state").mkdir(parents=True)
+    (aside / "model").write_bytes(bytes(range(99)))
+    (aside / "train_state" / "pieces").write_text(str(step))
+    distributed.publish(str(aside), str(run / f"step_{step:07d}"))
+
+
+def cut(f):
+    os.truncate(f, os.path.getsize(f) // 2)
+
+
+def flip(f):
+    f.write_bytes(bytes([f.read_bytes()[0] ^ 1]) + f.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("file", ["model", "train_state/pieces", "COMPLETE"])
+@pytest.mark.parametrize("spoil", [os.remove, cut, flip, lambda f: f.write_bytes(f.read_bytes() + b"x"),
+                                   lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"nonsense")])
+def test_a_damaged_checkpoint_is_never_resumed_from(tmp_path, file, spoil):
+    for step in (8, 9, 10):
+        made(tmp_path, step)
+    assert distributed.last_whole(tmp_path) == (str(tmp_path / "step_0000010"), [])
+    spoil(tmp_path / "step_0000010" / file)
+    (tmp_path / "step_0000009" / "COMPLETE").unlink()
+    whole, (last, before) = distributed.last_whole(tmp_path)
+    assert whole == str(tmp_path / "step_0000008") and "step_0000010" in last
+    assert before == f"{tmp_path / 'step_0000009' / 'COMPLETE'}: No such file or directory"
+    state_alone = file == "train_state/pieces"
+    assert (distributed.damage(tmp_path / "step_0000010", leave_out="train_state") is None) == state_alone
+
+
+def test_a_checkpoint_later_than_latest_is_not_resumed_from(tmp_path):
+    """A kill came before it was noted, or the user turned `latest` back: the run goes on from there."""
+    assert distributed.last_whole(tmp_path) == distributed.last_whole(tmp_path / "nowhere") == (None, [])
+    for step in (2, 4, 6):
+        made(tmp_path, step)
+    (tmp_path / "step_0000005.old").mkdir()
+    assert os.readlink(tmp_path / "latest") == "step_0000006" and (tmp_path / "latest" / "model").exists()
+    for turned_to in (4, 2):
+        (tmp_path / "latest").unlink()
+        (tmp_path / "latest").symlink_to(f"step_{turned_to:07d}")
+        assert distributed.last_whole(tmp_path) == (str(tmp_path / f"step_{turned_to:07d}"), [])
+    flip(tmp_path / "step_0000002" / "model")
+    assert distributed.last_whole(tmp_path)[0] is None
+    (tmp_path / "latest").unlink()  # not there yet: what is whole counts
+    assert distributed.last_whole(tmp_path) == (str(tmp_path / "step_0000006"), [])
+    made(tmp_path, 4)  # written again by a run that went on from 2
+    assert os.readlink(tmp_path / "latest") == "step_0000004" and not (tmp_path / "latest.tmp").exists()
+    assert distributed.last_whole(tmp_path) == (str(tmp_path / "step_0000004"), [])
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
+    made(tmp_path, 2)
+    (tmp_path / ".step_0000004.tmp" / "train_state").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    distributed.Saver(str(tmp_path), World("cpu", rank=1))
+    assert (tmp_path / ".step_0000004.tmp").exists()  # the first rank clears
+    distributed.Saver(str(tmp_path), World("cpu"))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "mine", "step_0000002"]
 
 
 KILLS = int(os.environ.get("KILLS", 2))

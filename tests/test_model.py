@@ -57,7 +57,7 @@ def plans_of(world, planner):
 def test_packed_rows_equal_separate_rows(model, planner, world):
     """If packing leaked, training on packed rows would teach the model to look at other people's pictures."""
     plans = plans_of(world, planner)
-    packed = collate([decode(plans, model.cfg, 512)])
+    packed = collate([decode(plans, model.cfg, 1024)])
     loss = model(**packed, z_loss=1e-2)
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}

@@ -138,7 +138,7 @@ def test_killed_with_kill_9_it_goes_on_and_repeats_every_loss_bit_for_bit(tmp_pa
     assert code == 2 and "seed is 1 now, but the run was started with 0" in text
     open(world, "a").write("\n" + open(world).readline())
     code, text = run(tmp_path, *flags, "--resume", check=False)
-    assert code == 2 and "dataset rows is 5 rows" in text
+    assert code == 2 and "dataset rows is 9 rows" in text
 
 
 def test_a_new_run_keeps_the_old_one(tmp_path, world):
@@ -162,7 +162,7 @@ def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off):
     model = pretrain.Molmo2.from_pretrained(folder)
     planner = Planner(pretrain.Tokenizer(str(folder / "tokenizer.json"), 1024), model.cfg, 192, 0, "spec", 16, 16)
     stream, loss, weight = Stream([(Dataset("rows", [world]), 1.0)], planner, 0), 0.0, 0.0
-    for k in range(4):
+    for k in range(8):
         for plan in stream.plans("rows", k)[0]:
             batch = collate([decode([plan], model.cfg, 192)])
             with torch.no_grad():

@@ -115,8 +115,35 @@ def check_published_case(rank, ranks):
     assert len({b - a for a, b in zip(bounds, bounds[1:])}) > 1  # shares differ, and that is where it went wrong
 
 
-def test_features_come_back_to_their_tokens():
-    run_ranks(check_published_case, 4)
+def check_few_crops(rank, ranks):
+    """Fewer crops than ranks: each encodes one, or, sharded, the others would wait for it for ever."""
+    backbone, calls = tiny_model().vision_backbone, []
+    rng = torch.Generator().manual_seed(0)
+    for n in (1, 2, 3):
+        crops = torch.randint(0, 256, (n, 25, 48), generator=rng).byte()
+        pool = torch.randint(0, 25 * n, (ranks, 4), generator=rng) if n < 3 else torch.zeros(0, 4, dtype=torch.long)
+        mine = pool[rank:rank + 1]
+
+        def encode(crops, pool):
+            calls.append(len(crops))
+            return backbone(crops, pool)
+        calls.clear()
+        with torch.no_grad():
+            got, want = ulysses.shared_features(encode, crops, mine, None), backbone(crops, pool)[rank:rank + 1]
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        assert len(calls) == 1 and calls[0] >= 1, (n, calls)
+        per_rank = [None] * ranks
+        dist.all_gather_object(per_rank, calls[0])
+        assert sum(per_rank) <= n + ranks - 1
+
+
+def check_features(rank, ranks):
+    check_published_case(rank, ranks)
+    check_few_crops(rank, ranks)
+
+
+def test_features_come_back_to_their_tokens_and_a_rank_without_crops_encodes_all_the_same():
+    run_ranks(check_features, 4)
 
 
 def test_heads_that_cannot_be_shared_are_refused():
