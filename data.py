@@ -453,7 +453,7 @@ class Packer:
                 break
             fuller = full[s] + share[k]
             if len(s) > beam:
-                top = np.argpartition(-fuller, beam)[:beam]
+                top = np.argsort(fuller, kind="stable")[-beam:]  # a partition leaves ties to the processor
                 s, k, fuller = s[top], k[top], fuller[top]
             added.append((s, k))
             if fuller.max() > best[0]:

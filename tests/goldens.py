@@ -250,6 +250,13 @@ def order(folder):
         packed=few, state=state, next_packed=packed(short_, 20, state)[0])
 
 
+def dense(folder):
+    """Sequences of many examples, where the packer cuts its search short. e84438c packed these as the processor sorts
+    equal numbers, so this golden is of the commit after."""
+    few, state = packed(make_stream(folder), 40)
+    return dict(packed=few, state=state)
+
+
 # ---- files -------------------------------------------------------------------------------------------------
 
 def lines_of(value, depth):
@@ -274,8 +281,10 @@ def write(name, value, depth):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        wanted = sys.argv[1:] or ["records", "order"]
+        wanted = sys.argv[1:] or ["records", "order", "dense"]
         if "records" in wanted:
             write("records", records(folder), 4)
         if "order" in wanted:
             write("order", order(folder), 2)
+        if "dense" in wanted:
+            write("dense", dense(folder), 2)
