@@ -822,16 +822,17 @@ class Stream:
         s["seen"] += first
         try:
             plans, left_out = self.plans(name, s["taken"][name])
+            why = ", ".join(left_out)
         except BadRow as e:
-            s["empty"] += 1
+            plans, left_out, why = [], [], e
             count("skipped" if e.reason in NOT_BAD else "bad", e.reason)
             where, _, detail = e.detail.partition(": ")
             events.append([name, where, e.reason, detail])
-            if s["empty"] == s["seen"] >= 200:
-                raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {e}") from None
-            return []
         for reason in left_out * first:
             count("skipped", reason)
+        s["empty"] += not plans
+        if s["empty"] == s["seen"] >= 200:
+            raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {why}")
         return plans
 
     def rows_per_draw(self, sample=64):
