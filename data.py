@@ -741,6 +741,11 @@ def show_mixture(mixture, draws, missing=()):
 
 # ---- the stream --------------------------------------------------------------------------------------------
 
+# Raise it with every change after which the same files and settings give other draws, plans or sequences: a run that
+# was started before is then refused at --resume, and does not go on with other data.
+ORDER = 1
+
+
 class Stream:
     """The one global sequence of packed rows: draws, plans and packs. `rows(state)` yields (plans, state
     after them).
@@ -760,8 +765,9 @@ class Stream:
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
         p = self.planner
-        return dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames,
-                    max_crops=p.max_crops, point_format=p.cfg.point_format, token_weights=p.token_weights) | {
+        return {"version of the order": ORDER} | dict(
+            seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=p.max_crops,
+            point_format=p.cfg.point_format, token_weights=p.token_weights) | {
             f"dataset {name}": f"{len(d)} rows at {self.rates[name]:.6%}, contents {d.contents}"
             for name, d in self.sets.items()}
 
