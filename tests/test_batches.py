@@ -118,6 +118,7 @@ def test_every_unusable_line_is_told_whatever_the_ranks_and_workers(stream):
                   for rank in range(ranks)]
         assert set(sum(events, Counter())) == set(whole)
         assert {k: n for k, n in sum(events, Counter()).items() if k in broken} == broken
+        assert all(told[k] <= whole[k] * workers for told in events for k in told)  # once by each worker at most
 
 
 # ---- decode and collate ------------------------------------------------------------------------------------
