@@ -549,10 +549,12 @@ def answers(model, planner, asked, limit, batch=32, world=None):
     for part in parts[world.rank::world.size] if world else parts:
         plans = [planner.question(row, folder, [dict(role="user", content=prompt)])
                  for _, _, row, folder, prompt in (asked[i] for i in part)]
+        for plan, i in zip(plans, part):
+            plan.where = asked[i][1]
         room = planner.seq_len - max(p.n_tokens for p in plans)
         said, failed = answer(model, planner, plans, min(limit(asked[part[0]][0]), room))
         if failed:
-            raise BadMedia(f"{asked[part[0]][1]}: {failed[0][3]}")
+            raise BadMedia(f"{failed[0][1]}: {failed[0][3]}")
         for i, text in zip(part, said):
             texts[i] = text
     return [next(t for t in of if t is not None) for of in zip(*world.gather(texts))] if world else texts

@@ -133,12 +133,12 @@ def test_ranks_answer_every_question_once_and_all_know_all_answers_in_order(plan
     assert max(batches) - min(batches) <= 1  # shared evenly
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_image_that_cannot_be_read_is_named(planner, tmp_path, ranks):
+@pytest.mark.parametrize("ranks, batch", [(1, 1), (1, 2), (2, 1)])
+def test_the_question_whose_image_cannot_be_read_is_named(planner, tmp_path, ranks, batch):
     picture(tmp_path / "0.png", "red", (300, 300))
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[:len(whole) // 2])
     asked = [("image_qa", f"f:{i}", dict(image=f"{i}.png"), str(tmp_path), "What?") for i in (0, 1)]
     model = Parrot(planner, lambda q: [5])
     with pytest.raises(BadMedia, match="f:1: .*1.png"):
-        Ranks(ranks).run(lambda world: answers(model, planner, asked, lambda task: 3, 1, world))
+        Ranks(ranks).run(lambda world: answers(model, planner, asked, lambda task: 3, batch, world))
