@@ -490,17 +490,18 @@ def test_a_video_too_long_is_shown_in_fewer_frames_and_not_left_out(tokenizer, s
 def test_one_long_answer_does_not_cost_the_others_their_frames(tokenizer):
     """What takes more than 7/8 of a sequence is left out; what takes less gets its room before the frames do."""
     planner = planner_of(tokenizer, seq_len=400)
-    clip = lambda *annotations: dict(video="a.mp4", duration=30.0, annotations=list(annotations))
+    clip = lambda *annotations, duration=30.0: dict(video="a.mp4", duration=duration, annotations=list(annotations))
     frames = lambda *annotations: len(plans_of(planner, clip(*annotations))[0][0].media[0][1].times)
     rest = len(planner.branch(to_messages(DIGITS(100), "video", None))[0]) - 100  # prompt, turns and end
     plans, left_out = plans_of(planner, clip(TALK, DIGITS(351 - rest)))
     assert left_out == ["annotation too long"] and len(plans[0].media[0][1].times) == frames(*[TALK] * 20)
     plans, left_out = plans_of(planner, clip(TALK, DIGITS(350 - rest)))  # 350 = 7/8 of 400
-    assert not left_out and len(plans[0].media[0][1].times) < frames(TALK) and len(plans) == 2
+    assert not left_out and len(plans[0].media[0][1].times) < frames(TALK)
     # together they may take an eighth from the media, not more
-    trunk = lambda n: int((plans_of(planner, clip(*[TALK] * n))[0][0].branch == 0).sum())
+    trunk = lambda n: max(int((plans_of(planner, clip(*[TALK] * n, duration=d))[0][0].branch == 0).sum())
+                          for d in range(10, 30))
     one = len(planner.branch(to_messages(TALK, "video", None))[0])
-    for n in (1, 2, 3, 20, 100):
+    for n in (1, 2, 3, 20, 40):
         assert 400 - min(n * one, 50) - 25 < trunk(n) <= 400 - min(n * one, 50), n
 
 
