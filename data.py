@@ -320,7 +320,7 @@ class Planner:
             if len(ids) <= room or len(times) == 1:
                 break
             most = max(len(times) - max((len(ids) - room) // (len(pool) + 3), 1), 1)
-        windows = np.concatenate([pool + i * self.n ** 2 for i in range(len(times))])
+        windows = np.concatenate([np.where(pool >= 0, pool + i * self.n ** 2, -1) for i in range(len(times))])
         return ids, [(path, Layout([], windows, len(times), times=tuple(float(t + start) for t in times)))]
 
     def branch(self, messages):

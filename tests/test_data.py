@@ -469,7 +469,20 @@ def test_a_clip_has_no_more_frames_than_crops_and_shows_its_end(tokenizer, lengt
     assert not left_out and layout.times == pytest.approx([t + start for t in times]) and plan.n_crops == len(times)
     shown = re.findall(r"<timestamp>([\d.]+)<frame_start>", text_of(planner, plan))
     assert [float(t) for t in shown] == pytest.approx(times, abs=0.006)
-    assert layout.pool.max() < 25 * len(times) and len(layout.pool) == 4 * len(times)
+    assert len(layout.pool) == 4 * len(times)
+
+
+@pytest.mark.parametrize("size", [dict(crop=20, patch=4), dict(crop=64, patch=8), REAL], ids=["5", "8", "27"])
+def test_a_frame_shows_nothing_of_the_frame_before(tokenizer, size):
+    """Where the sides of a frame are no multiple of what is pooled, windows at its edge hold "none", which stays none."""
+    planner = planner_of(tokenizer, size=size)
+    (plan,), _ = plans_of(planner, clip(duration=2.0))
+    (_, layout), = plan.media
+    patches = planner.n ** 2
+    frames = layout.pool.reshape(5, -1, 9)
+    for i, pool in enumerate(frames):
+        assert sorted(pool[pool >= 0]) == list(range(i * patches, (i + 1) * patches))
+        assert np.array_equal(pool >= 0, frames[0] >= 0)
 
 
 @pytest.mark.parametrize("size", [dict(crop=20, patch=4), REAL], ids=["tiny", "real"])
