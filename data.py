@@ -320,7 +320,7 @@ class Planner:
             if len(ids) <= room or len(times) == 1:
                 break
             most = max(len(times) - max((len(ids) - room) // (len(pool) + 3), 1), 1)
-        windows = np.concatenate([pool + i * self.n ** 2 for i in range(len(times))])
+        windows = np.concatenate([np.where(pool >= 0, pool + i * self.n ** 2, -1) for i in range(len(times))])
         return ids, [(path, Layout([], windows, len(times), times=tuple(float(t + start) for t in times)))]
 
     def branch(self, messages):
@@ -453,7 +453,7 @@ class Packer:
                 break
             fuller = full[s] + share[k]
             if len(s) > beam:
-                top = np.argpartition(-fuller, beam)[:beam]
+                top = np.argsort(fuller, kind="stable")[-beam:]  # a partition leaves ties to the processor
                 s, k, fuller = s[top], k[top], fuller[top]
             added.append((s, k))
             if fuller.max() > best[0]:
@@ -549,10 +549,12 @@ def answers(model, planner, asked, limit, batch=32, world=None):
     for part in parts[world.rank::world.size] if world else parts:
         plans = [planner.question(row, folder, [dict(role="user", content=prompt)])
                  for _, _, row, folder, prompt in (asked[i] for i in part)]
+        for plan, i in zip(plans, part):
+            plan.where = asked[i][1]
         room = planner.seq_len - max(p.n_tokens for p in plans)
         said, failed = answer(model, planner, plans, min(limit(asked[part[0]][0]), room))
         if failed:
-            raise BadMedia(f"{asked[part[0]][1]}: {failed[0][3]}")
+            raise BadMedia(f"{failed[0][1]}: {failed[0][3]}")
         for i, text in zip(part, said):
             texts[i] = text
     return [next(t for t in of if t is not None) for of in zip(*world.gather(texts))] if world else texts
@@ -741,6 +743,11 @@ def show_mixture(mixture, draws, missing=()):
 
 # ---- the stream --------------------------------------------------------------------------------------------
 
+# Raise it with every change after which the same files and settings give other draws, plans or sequences: a run that
+# was started before is then refused at --resume, and does not go on with other data.
+ORDER = 1
+
+
 class Stream:
     """The one global sequence of packed rows: draws, plans and packs. `rows(state)` yields (plans, state
     after them).
@@ -760,8 +767,9 @@ class Stream:
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
         p = self.planner
-        return dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames,
-                    max_crops=p.max_crops, point_format=p.cfg.point_format, token_weights=p.token_weights) | {
+        return {"version of the order": ORDER} | dict(
+            seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=p.max_crops,
+            point_format=p.cfg.point_format, token_weights=p.token_weights) | {
             f"dataset {name}": f"{len(d)} rows at {self.rates[name]:.6%}, contents {d.contents}"
             for name, d in self.sets.items()}
 
@@ -822,16 +830,17 @@ class Stream:
         s["seen"] += first
         try:
             plans, left_out = self.plans(name, s["taken"][name])
+            why = ", ".join(left_out)
         except BadRow as e:
-            s["empty"] += 1
+            plans, left_out, why = [], [], e
             count("skipped" if e.reason in NOT_BAD else "bad", e.reason)
             where, _, detail = e.detail.partition(": ")
             events.append([name, where, e.reason, detail])
-            if s["empty"] == s["seen"] >= 200:
-                raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {e}") from None
-            return []
         for reason in left_out * first:
             count("skipped", reason)
+        s["empty"] += not plans
+        if s["empty"] == s["seen"] >= 200:
+            raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {why}")
         return plans
 
     def rows_per_draw(self, sample=64):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,8 +13,8 @@ import torch
 from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 from PIL import Image
 
-from data import (BadRow, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
-                  parse_row, shuffled,
+from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
+                  parse_points, parse_row, shuffled,
                   to_messages)
 from media import BadMedia, image_size, inside_folder, load_image
 from model import ModelConfig
@@ -365,3 +366,171 @@ def test_a_pointing_token_pulls_twice_as_hard_as_a_caption_token(world, planner,
     n = len(weights)  # in a single chat EOS counts as a token of the answer, in a tree it does not
     assert np.allclose(gradient(released, "image_caption")[0], 2 / n ** 0.5)
     assert np.allclose(gradient(released, "image_caption", "image_caption")[0], 2 / (n - 1) ** 0.5 / 2 ** 0.5)
+
+
+# ---- clips, and what makes room in a sequence --------------------------------------------------------------
+
+TALK = dict(task="video_qa", prompt="What?", answer="A ball.")
+DIGITS = lambda n: dict(TALK, answer="7" * n)  # each is a token
+
+
+def planner_of(tokenizer, point_format="spec", size=dict(crop=20, patch=4), **kw):
+    from conftest import SIZES, STYLES
+    from model import ModelConfig
+    cfg = ModelConfig(**SIZES | size, **STYLES["olmo"], point_format=point_format)
+    return Planner(tokenizer, cfg, **dict(dict(seq_len=4000, max_frames=128, max_crops=128), **kw))
+
+
+REAL = dict(crop=378, patch=14)  # a frame is 81 visual tokens and some 8 more
+
+
+def clip(*annotations, **kw):
+    """A video that nobody opens: its duration is given."""
+    return dict(dict(video="a.mp4", duration=100.0, annotations=list(annotations) or [TALK]), **kw)
+
+
+def plans_of(planner, row, folder=".", seed=0):
+    return planner.plan(parse_row(json.dumps(row).encode()), str(folder), random.Random(seed))
+
+
+def text_of(planner, plan):
+    return planner.tokenizer.decode(plan.tokens.tolist())
+
+
+@pytest.mark.parametrize("point_format", ["spec", "released"])
+def test_a_clip_is_asked_about_its_own_moments(tokenizer, point_format):
+    """Times of a line count from the start of the file, those that the model reads and writes from the clip's."""
+    planner = planner_of(tokenizer, point_format)
+    at = lambda t: dict(t=t, x=0.5, y=0.25, id=0)
+    ask = lambda style, **kw: dict(task="video_qa", style=style, answer="Yes.", **kw)
+    track = dict(task="video_tracking", style="video_single_point_track_per_frame", label="ball",
+                 input_points=[at(61), at(20)], points=[at(t) for t in (59.98, 60.995, 62, 64.5, 69.505, 69.52)])
+    row = clip(ask("video_clip_caption_start_end", start_time=61.5, end_time=68.25),
+               ask("video_clip_transcript_start_end", start_time=12, end_time=64),
+               ask("video_frame_caption_timestamp", timestamp=60.375), track,
+               dict(task="video_pointing", label="ball", points=[at(t) for t in (59, 59.992, 60, 69.505, 70)]),
+               start=60.0, end=69.5)
+    times = lambda text: pytest.approx([p["t"] for p in parse_points(text)], abs=0.051)
+    clocks = set()
+    for seed in range(8):
+        (plan,), left_out = plans_of(planner, row, seed=seed)
+        trunk, *chats = text_of(planner, plan).split("<|im_start|>user\n")
+        prompts, answers = zip(*(text.split("<|im_start|>assistant\n") for text in chats))
+        told = [re.findall(r"(?:(\d\d):(\d\d):)?(\d+\.\d)\b", prompt) for prompt in prompts[:3]]
+        assert [[float(s) for *_, s in t] for t in told] == [[1.5, 8.2], [0, 4], [0.4]] and not left_out
+        assert all(h in ("", "00") and m in ("", "00") for t in told for h, m, _ in t)
+        clocks |= {bool(h) for t in told for h, *_ in t}
+        assert [1] == times(prompts[3])
+        assert [2, 4.5, 9.505] == times(answers[3]) and [0, 0, 9.505] == times(answers[4])
+    assert clocks == {True, False}  # both ways to write a time were seen
+
+
+def test_times_of_a_whole_video_stay(tokenizer):
+    planner = planner_of(tokenizer)
+    points = [dict(t=t, x=0.5, y=0.25, id=0) for t in (0, 50.25, 100)]
+    (plan,), _ = plans_of(planner, clip(dict(task="video_pointing", label="ball", points=points)))
+    assert [p["t"] for p in parse_points(text_of(planner, plan).rsplit("assistant", 1)[1])] == [0, 50.25, 100]
+
+
+@pytest.mark.parametrize("length, max_frames, max_crops, times", [
+    (2, 128, 128, [0, 0.5, 1, 1.5, 2]), (2.2, 128, 128, [0, 0.5, 1, 1.5, 2, 2.2]), (0, 9, 9, [0]),
+    (0.3, 9, 9, [0, 0.3]),
+    (10, 5, 128, [0, 2.5, 5, 7.5, 10]), (10, 128, 5, [0, 2.5, 5, 7.5, 10]), (10, 6, 3, [0, 5, 10]), (10, 1, 3, [0]),
+    (10, 3, 1, [0]), (24, 128, 49, [k / 2 for k in range(49)]), (25, 128, 51, [k / 2 for k in range(51)])])
+@pytest.mark.parametrize("start", [0, 31.5])
+def test_a_clip_has_no_more_frames_than_crops_and_shows_its_end(tokenizer, length, max_frames, max_crops, times,
+                                                                start):
+    planner = planner_of(tokenizer, max_frames=max_frames, max_crops=max_crops)
+    (plan,), left_out = plans_of(planner, clip(start=start, end=start + length))
+    (_, layout), = plan.media
+    assert not left_out and layout.times == pytest.approx([t + start for t in times]) and plan.n_crops == len(times)
+    shown = re.findall(r"<timestamp>([\d.]+)<frame_start>", text_of(planner, plan))
+    assert [float(t) for t in shown] == pytest.approx(times, abs=0.006)
+    assert len(layout.pool) == 4 * len(times)
+
+
+@pytest.mark.parametrize("size", [dict(crop=20, patch=4), dict(crop=64, patch=8), REAL], ids=["5", "8", "27"])
+def test_a_frame_shows_nothing_of_the_frame_before(tokenizer, size):
+    """Where the sides of a frame are no multiple of what is pooled, windows at its edge hold "none", which stays none."""
+    planner = planner_of(tokenizer, size=size)
+    (plan,), _ = plans_of(planner, clip(duration=2.0))
+    (_, layout), = plan.media
+    patches = planner.n ** 2
+    frames = layout.pool.reshape(5, -1, 9)
+    for i, pool in enumerate(frames):
+        assert sorted(pool[pool >= 0]) == list(range(i * patches, (i + 1) * patches))
+        assert np.array_equal(pool >= 0, frames[0] >= 0)
+
+
+@pytest.mark.parametrize("size", [dict(crop=20, patch=4), REAL], ids=["tiny", "real"])
+@pytest.mark.parametrize("seq_len", [150, 400, 1000, 4096])
+def test_a_video_too_long_is_shown_in_fewer_frames_and_not_left_out(tokenizer, seq_len, size):
+    """Evenly spread ones, the first and the last among them. Of real size they fill most of a sequence."""
+    planner = planner_of(tokenizer, seq_len=seq_len, size=size)
+    for annotations in ([TALK], [DIGITS(20)], [DIGITS(8)] * 5):
+        plans, left_out = plans_of(planner, clip(*annotations, duration=3600.0))
+        times = plans[0].media[0][1].times
+        assert not left_out and all(p.n_tokens <= seq_len and p.n_crops == len(times) for p in plans)
+        assert times == pytest.approx(np.linspace(0, 3600, len(times)).tolist())
+        assert sum(int(p.branch.max()) for p in plans) == len(annotations)
+        if size == REAL and seq_len == 4096:
+            assert 0.85 * seq_len < plans[0].n_tokens
+
+
+def test_one_long_answer_does_not_cost_the_others_their_frames(tokenizer):
+    """What takes more than 7/8 of a sequence is left out; what takes less gets its room before the frames do."""
+    planner = planner_of(tokenizer, seq_len=400)
+    clip = lambda *annotations, duration=30.0: dict(video="a.mp4", duration=duration, annotations=list(annotations))
+    frames = lambda *annotations: len(plans_of(planner, clip(*annotations))[0][0].media[0][1].times)
+    rest = len(planner.branch(to_messages(DIGITS(100), "video", None))[0]) - 100  # prompt, turns and end
+    plans, left_out = plans_of(planner, clip(TALK, DIGITS(351 - rest)))
+    assert left_out == ["annotation too long"] and len(plans[0].media[0][1].times) == frames(*[TALK] * 20)
+    plans, left_out = plans_of(planner, clip(TALK, DIGITS(350 - rest)))  # 350 = 7/8 of 400
+    assert not left_out and len(plans[0].media[0][1].times) < frames(TALK)
+    # together they may take an eighth from the media, not more
+    trunk = lambda n: max(int((plans_of(planner, clip(*[TALK] * n, duration=d))[0][0].branch == 0).sum())
+                          for d in range(10, 30))
+    one = len(planner.branch(to_messages(TALK, "video", None))[0])
+    for n in (1, 2, 3, 20, 40):
+        assert 400 - min(n * one, 50) - 25 < trunk(n) <= 400 - min(n * one, 50), n
+
+
+@pytest.mark.parametrize("size", [(400, 300), (90, 700), (60, 60), (30, 24)])
+def test_an_image_is_as_fine_as_tokens_and_crops_allow_and_not_left_out(tokenizer, size):
+    row = dict(image="a.png", width=size[0], height=size[1],
+               annotations=[dict(task="image_qa", prompt="What?", answer="A wall.")])
+    wide = {tiles: plans_of(planner_of(tokenizer, tiles=tiles), row)[0][0] for tiles in (8, 4, 2, 1, 0)}
+    for seq_len in range(40, 200, 20):
+        for max_crops in (1, 2, 3, 4, 6, 9):
+            planner = planner_of(tokenizer, tiles=8, seq_len=seq_len, max_crops=max_crops)
+            (plan,), left_out = plans_of(planner, row)
+            best = next(p for t, p in wide.items() if t == 0 or p.n_tokens <= seq_len - 1 and p.n_crops <= max_crops)
+            assert not left_out and plan.n_crops == best.n_crops
+            assert np.array_equal(plan.tokens, best.tokens)
+
+
+@pytest.mark.parametrize("seq_len", [64, 200, 2000, 6000])
+def test_a_question_leaves_room_for_its_answer(tokenizer, seq_len):
+    """An eighth of the sequence, at most 512 tokens, whatever the length of the video."""
+    planner, most = planner_of(tokenizer, seq_len=seq_len, max_frames=1000, max_crops=1000), 0
+    for duration in range(1, 400, 7):
+        question = planner.question(clip(duration=duration), ".", [dict(role="user", content="What happens?")])
+        most = max(most, question.n_tokens)
+        assert question.tokens[-1] == tokenizer.encode("assistant\n")[-1]
+    used = seq_len - min(512, seq_len // 8)
+    assert used - 25 < most <= used
+    assert not question.weights.any() and set(question.branch) == {0, 1}
+
+
+@pytest.mark.parametrize("point_format", ["spec", "released"])
+def test_a_clip_has_the_subtitles_of_its_own_moments(tokenizer, point_format):
+    """Lines within a second of a frame, with times from the start of the clip."""
+    planner = planner_of(tokenizer, point_format)
+    lines = [(0, 3, "opening"), (57, 58.9, "too early"), (58, 59, "just before"), (60.2, 61, "hello"),
+             (62.5, 66, "good bye"), (63.6, 64, "too late")]
+    row = clip(start=60.0, end=62.5, subtitles=[dict(start=a, end=b, text=text) for a, b, text in lines])
+    (plan,), _ = plans_of(planner, row)
+    said = text_of(planner, plan).split("subtitle\n")[1].split("<|im_start|>")[0]
+    assert said == "-2.0 - -1.0 just before\n0.2 - 1.0 hello\n2.5 - 6.0 good bye\n"
+    (plan,), _ = plans_of(planner, dict(row, start=20.0, end=22.0))
+    assert "subtitle" not in text_of(planner, plan)
