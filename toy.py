@@ -40,7 +40,7 @@ COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), 
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
 FOLDER = os.path.join("data", "toy")  # where every stage looks for it
-VERSION = 32  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 33  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -389,8 +389,9 @@ def about_clip(rng, clip):
     for o in objects:
         if o["turns"]:
             ask(f"What colour does the {name_of(rng, o)} turn?", o["turns"][1].capitalize() + ".")
+    happens.sort(key=lambda e: e[0])
     if len(happens) > 1 and happens[0][0] != happens[1][0]:
-        k, o, event = min(happens[:2], key=lambda e: e[0])
+        _, o, event = happens[0]
         ask("What happens first?", f"The {o['colour']} {o['shape']} {event}.")
     if rng.random() < 0.3:
         o, colour = rng.choice(objects), rng.choice(list(COLOURS))
