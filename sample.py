@@ -9,6 +9,7 @@ are drawn.
 """
 import argparse
 import colorsys
+import math
 import os
 import sys
 
@@ -143,7 +144,11 @@ def draw_video(path, points, out, rate=10):
     last two seconds; and beside it a sheet of up to twelve moments, OUT.png."""
     length = video_duration(path)
     times = np.arange(0, length, 1 / rate)
-    moments = sorted({min(round(p["t"] * rate), len(times) - 1) for p in points if "t" in p}) or [0]
+    # a point belongs to the frame nearest to its time, so that the frame shows it; what is said later than the end is
+    # not drawn
+    points = [dict(p, t=min(round(p["t"] * rate), len(times) - 1) / rate) for p in points
+              if p.get("t", math.inf) < length + 1 / rate]
+    moments = sorted({round(p["t"] * rate) for p in points}) or [0]
     moments = [moments[round(k * (len(moments) - 1) / 11)] for k in range(12)] if len(moments) > 12 else moments
     seen = [at_time(points, t) for t in times]
     sheet, ids = {}, sorted({p["id"] for p in points})
