@@ -139,6 +139,18 @@ def at_time(points, t, gap=1.0):
     return out
 
 
+def ways(past, i):
+    """The ways of an id over some moments, [[(x, y)]]: a new one after each time it was away."""
+    out = [[]]
+    for now in past:
+        here = [(p["x"], p["y"]) for p in now if p["id"] == i]
+        if here:
+            out[-1] += here
+        elif out[-1]:
+            out.append([])
+    return out
+
+
 def draw_video(path, points, out, rate=10):
     """Write the video to `out` at `rate` frames a second with its points, each with the way it came in the
     last two seconds; and beside it a sheet of up to twelve moments, OUT.png."""
@@ -156,8 +168,7 @@ def draw_video(path, points, out, rate=10):
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
         for k, (t, pixels) in enumerate(zip(times, load_frames(path, times))):
             past = seen[max(k - 2 * rate, 0):k + 1]
-            trails = [(i, [(p["x"], p["y"]) for now in past for p in now if p["id"] == i]) for i in ids]
-            image = draw_points(pixels, seen[k], trails)
+            image = draw_points(pixels, seen[k], [(i, way) for i in ids for way in ways(past, i)])
             image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
             if not k:
                 (stream.width, stream.height), stream.bit_rate, stream.pix_fmt = image.size, 4_000_000, "yuv420p"
