@@ -15,7 +15,7 @@ from conftest import HERE, picture, video, write_lines
 import eval as evaluation
 import toy
 from data import TASKS, BadRow, find_datasets, format_points
-from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, j_and_f,
+from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, in_mask, j_and_f,
                   load_questions, point_f1, region_j, said_number, score, score_track, word_overlap)
 
 JF = os.path.join(HERE, "golden", "jf-metric")
@@ -232,8 +232,8 @@ def test_a_judge_that_falls_silent_keeps_what_was_scored(tmp_path, monkeypatch, 
 
 # ---- scores by hand: other numerators than denominators everywhere -----------------------------------------
 
-@pytest.mark.parametrize("true, within", [(0, 1), (1, 1), (10, 1), (19, 1), (20, 2), (29, 2), (30, 2), (39, 2), (40, 3),
-                                          (50, 3), (59, 3), (60, 4), (99, 5), (100, 6), (110, 6), (130, 7)])
+@pytest.mark.parametrize("true, within", [(0, 1), (1, 1), (10, 1), (19, 1), (20, 2), (29, 2), (30, 2), (39, 2),
+                                          (40, 3), (50, 3), (59, 3), (60, 4), (99, 5), (100, 6), (110, 6), (130, 7)])
 def test_a_close_count_is_that_of_the_published_table(true, within):
     """1 + floor(true / 20): at 10, 30 and 50 a rounded share would forgive one more."""
     for said in range(max(true - within - 2, 0), true + within + 3):
@@ -250,7 +250,8 @@ def test_a_count_is_read_from_what_is_said(text, number):
 
 
 @pytest.mark.parametrize("truth, said, scores", [
-    (dict(answer="7"), "7", (1, 1)), (dict(answer=" 7 "), "8", (0, 1)), (dict(answer="There are 3 cups."), "3", (1, 1)),
+    (dict(answer="7"), "7", (1, 1)), (dict(answer=" 7 "), "8", (0, 1)),
+    (dict(answer="There are 3 cups."), "3", (1, 1)),
     (dict(answer="There are none."), "0", (1, 1)), (dict(answer="0"), "There are none.", (1, 1)),
     (dict(answer="0"), "no idea", (0, 0)), (dict(answer="0"), "1", (0, 1)), (dict(answer="0"), "2", (0, 0)),
     (dict(points=[dict(x=0.1, y=0.1, id=i) for i in range(4)]), "4", (1, 1)),
@@ -261,7 +262,8 @@ def test_counts_are_compared_with_the_number_of_the_line(tmp_path, truth, said, 
     assert score(q, said) == dict(accuracy=scores[0], close=scores[1])
 
 
-@pytest.mark.parametrize("said, right", [("Red.", 1), ("red", 1), (" RED! ", 1), ("a red", 0), ("", 0), ("reddish", 0)])
+@pytest.mark.parametrize("said, right", [("Red.", 1), ("red", 1), (" RED! ", 1), ("a red", 0), ("", 0),
+                                         ("reddish", 0)])
 def test_a_short_answer_is_right_by_its_words_alone(tmp_path, said, right):
     assert score(question(tmp_path, "image_qa", "image", answer="red."), said) == dict(accuracy=right)
     assert score(question(tmp_path, "image_qa", "image", answer="It is two."), "two is it") == dict(accuracy=0)
@@ -294,6 +296,9 @@ def test_a_boundary_may_be_off_by_a_share_of_the_diagonal():
     a, far = np.zeros((300, 400), bool), np.zeros((300, 400), bool)  # diagonal 500: 0.8 % are 4 pixels
     a[100:200, 100:200], far[100:200, 104:204] = True, True
     assert boundary_f(a, far) == 1 and boundary_f(a, np.roll(far, 1, 1)) < 1 and boundary_f(a, far, 0.004) < 1
+    a, near = np.zeros((100, 100), bool), np.zeros((100, 100), bool)  # diagonal 141: 1.13 pixels, so 2
+    a[30:70, 30:70], near[30:70, 32:72] = True, True
+    assert boundary_f(a, near) == 1 and boundary_f(a, np.roll(near, 1, 1)) < 1
 
 
 def test_a_point_in_two_masks_belongs_to_the_object_it_follows():
@@ -305,10 +310,11 @@ def test_a_point_in_two_masks_belongs_to_the_object_it_follows():
     frames = [([0], [5], [[1]])] * 3 + [([1, 0], [5], [[1], [1]]), ([1], [], [[]])]
     assert hota(frames) == pytest.approx((math.sqrt(4 / 6), 4 / 6, 1))
     # Whom a point does not lie in it cannot be, though it is his all the rest of the clip: 5 is 1 at the end.
-    # 4 right of 3 + 2 true ones and 4 said: DetA 4/5; 0: 3 of 3 + 4 - 3, 1: 1 of 2 + 4 - 1. AssA (3 · 3/4 + 1/5) / 4.
+    # 4 right of 3 + 2 true ones and 4 said: DetA 4/5; 0: 3 of 3 + 4 - 3, 1: 1 of 2 + 4 - 1: AssA (9/4 + 1/5) / 4.
     frames = [([0], [5], [[1]])] * 3 + [([1], [], [[]]), ([1], [5], [[1]])]
     assert hota(frames) == pytest.approx((math.sqrt(4 / 5 * 49 / 80), 4 / 5, 49 / 80))
-    assert hota([([0], [5], [[1]])] * 3 + [([0, 1], [5], [[0], [1]])])[1:] == pytest.approx((4 / 5, (9 / 5 + 1 / 4) / 4))
+    frames = [([0], [5], [[1]])] * 3 + [([0, 1], [5], [[0], [1]])]
+    assert hota(frames)[1:] == pytest.approx((4 / 5, (9 / 5 + 1 / 4) / 4))
 
 
 def slow_hota(frames):
@@ -353,8 +359,8 @@ def test_hota_is_that_of_trying_every_matching():
 def test_in_a_mask_is_the_pixel_under_the_point(tmp_path):
     mask = np.zeros((4, 6), bool)
     mask[1, 5] = mask[3, 0] = True
-    assert evaluation.in_mask(mask, 5, 1) and evaluation.in_mask(mask, 4.6, 1.4) and evaluation.in_mask(mask, 5.4, 0.6)
-    assert not any(evaluation.in_mask(mask, x, y) for x, y in ((4.4, 1), (5, 1.6), (5.6, 1), (1, 5), (-1, 1), (0, -1)))
+    assert all(in_mask(mask, x, y) for x, y in ((5, 1), (4.6, 1.4), (5.4, 0.6)))
+    assert not any(in_mask(mask, x, y) for x, y in ((4.4, 1), (5, 1.6), (5.6, 1), (1, 5), (-1, 1), (0, -1)))
     # 48 x 32 pixels, one of them marked: column 12, row 8
     q = question(tmp_path, "image_pointing", "image", points=[dict(x=0.9, y=0.9, id=0)],
                  masks=[dict(id=0, rle=dict(size=[32, 48], counts=[12 * 32 + 8, 1, 48 * 32 - 12 * 32 - 9]))])
@@ -407,7 +413,8 @@ def test_a_point_counts_at_its_own_moment_alone(tmp_path):
     at = lambda t, x=0.5, i=0: dict(t=t, x=x, y=0.5, id=i)
     q = question(tmp_path, "video_pointing", points=[at(0.5), at(1.5, i=1)])
     hits = lambda *points: score(q, " ".join(f"<point {t:g}, {x:g}, 0.5, {i}>" for i, (t, x) in enumerate(points)))
-    assert hits((0.5, 0.5), (1.5, 0.5))["f1"] == hits((1.5, 0.5), (0.5, 0.5))["f1"] == hits((0.54, 0.5), (1.46, 0.5))["f1"] == 1
+    for right in (((0.5, 0.5), (1.5, 0.5)), ((1.5, 0.5), (0.5, 0.5)), ((0.54, 0.5), (1.46, 0.5))):
+        assert hits(*right)["f1"] == 1
     assert hits((0.56, 0.5))["f1"] == hits((0.44, 0.5))["f1"] == hits((1, 0.5))["f1"] == 0
     assert hits((0.5, 0.5)) == pytest.approx(dict(precision=1, recall=0.5, f1=2 / 3))
     assert hits((0.5, 0.5), (0.5, 0.5), (0.5, 0.9)) == pytest.approx(dict(precision=1 / 3, recall=1 / 2, f1=2 / 5))
@@ -433,12 +440,12 @@ def said(*points):
 
 def test_tracks_by_hand_with_an_id_said_twice_and_a_moment_too_late(tmp_path):
     q = two_tracks(tmp_path)
-    got = score_track(q, said((0, LEFT, 0), (0, RIGHT, 0), (0, ASIDE, 0), (0.5, RIGHT, 1), (0.5, LEFT, 0), (0.5, ASIDE, 2),
-                              (1.5, LEFT, 0)))
-    # 0 s: the first of id 0 alone, 1 of 1 said and of 2 true; 0.5 s: 2 of 3 and of 2; 1 s: 0 of 2; 1.5 s: 0 of 1 said.
+    got = score_track(q, said((0, LEFT, 0), (0, RIGHT, 0), (0, ASIDE, 0), (0.5, RIGHT, 1), (0.5, LEFT, 0),
+                              (0.5, ASIDE, 2), (1.5, LEFT, 0)))
+    # 0 s: the first of id 0 alone, 1 of 1 said and of 2 true; 0.5 s: 2 of 3 and of 2; 1 s: 0 of 2; 1.5 s: 0 of 1.
     assert got == pytest.approx(dict(accuracy=3 / 6, precision=(1 + 2 / 3) / 4, recall=(1 / 2 + 1) / 4,
                                      f1=(2 / 3 + 4 / 5) / 4, hota=math.sqrt(3 / 8 * 4 / 9)))
-    # DetA 3 of 6 + 5 - 3; object 0 is id 0 in 2 of 3 + 3 - 2, object 1 is id 1 in 1 of 3 + 1 - 1: AssA (2/2 + 1/3) / 3.
+    # DetA 3 of 6 + 5 - 3; object 0 is id 0 in 2 of 3 + 3 - 2, 1 is id 1 in 1 of 3 + 1 - 1: AssA (2/2 + 1/3) / 3.
     assert score_track(q, said((0, ASIDE, 0), (0, LEFT, 0)))["accuracy"] == 0  # the first it was, not the best
     right = [(t, place, i) for t in (0, 0.5, 1) for place, i in ((LEFT, 3), (RIGHT, 4))]
     assert set(score_track(q, said(*right)).values()) == {1}
@@ -485,7 +492,7 @@ def test_j_and_f_count_an_object_nobody_tracked_and_forgive_an_extra_track(tmp_p
     assert jf(q, "nothing") == [0, 0, 0]
     assert jf(q, said(*left, *right[:1])) == pytest.approx([2 / 3] * 3)  # (1 + 1/3) / 2
     assert jf(q, said(*left, *right[:1], (1.5, LEFT, 5))) == pytest.approx([(3 / 4 + 1 / 3) / 2] * 3)
-    # At 0 s as much again elsewhere: J 1/2, F of 1/2 and 1. Over three moments and two objects, one of them not tracked:
+    # At 0 s as much again elsewhere: J 1/2, F of 1/2 and 1. Three moments, two objects, one of them not tracked:
     assert jf(q, said(*left), wide=(5,)) == pytest.approx([2.5 / 6, (2 + 2 / 3) / 6, (5 / 2 + 8 / 3) / 12])
 
 
@@ -494,8 +501,8 @@ def test_j_and_f_pair_objects_and_tracks_for_the_best_sum(tmp_path):
     take 1."""
     times = (0, 0.3, 0.6, 0.9, 1.2)
     q = two_tracks(tmp_path, times)
-    text = said(*[(t, LEFT, 1) for t in times[:3]], *[(t, RIGHT, 1) for t in times[3:]], *[(t, LEFT, 2) for t in times[3:]])
-    assert jf(q, text) == pytest.approx([2 / 5] * 3)
+    one = [(t, LEFT if t < 0.9 else RIGHT, 1) for t in times]
+    assert jf(q, said(*one, *[(t, LEFT, 2) for t in times[3:]])) == pytest.approx([2 / 5] * 3)
 
 
 def test_the_segmenter_gets_the_frames_and_points_of_the_clip(tmp_path):
@@ -554,8 +561,9 @@ def test_each_question_counts_once_in_the_mean_of_its_task(tmp_path, monkeypatch
     monkeypatch.setattr(evaluation, "answers", lambda *a: asked.append(a) or texts)
     table, records = evaluation.evaluate("model", "planner", questions, batch=5, world="world")
     assert table == pytest.approx({
-        "counting accuracy": 0, "counting close": 1, "image_qa accuracy": 1 / 3, "image_caption overlap_precision": 2 / 3,
-        "image_caption overlap_recall": 2 / 3, "image_caption overlap_f1": 2 / 3, "image_pointing precision": 3 / 4,
+        "counting accuracy": 0, "counting close": 1, "image_qa accuracy": 1 / 3,
+        "image_caption overlap_precision": 2 / 3, "image_caption overlap_recall": 2 / 3,
+        "image_caption overlap_f1": 2 / 3, "image_pointing precision": 3 / 4,
         "image_pointing recall": 1, "image_pointing f1": (2 / 3 + 1) / 2, "image_pointing none": 1})
     assert list(table) == sorted(table)
     assert [(r["task"], r["answer"]) for r in records] == [(q.task, t) for q, t in zip(questions, texts)]
@@ -606,8 +614,10 @@ def command(tmp_path, monkeypatch):
                                           for i in range(4)])
     says = dict(good=["red", "red", "red", "no"], poor=["no", "no", "red", "no"])
     model = lambda folder: SimpleNamespace(cfg=SimpleNamespace(crop=378 if "large" in folder else 20))
-    monkeypatch.setattr(evaluation.sample, "load", lambda folder, *a, **k: seen.append((a, k)) or (model(folder), folder))
-    monkeypatch.setattr(evaluation, "answers", lambda model, planner, asked, *_: says.get(planner, ["no"] * len(asked)))
+    monkeypatch.setattr(evaluation.sample, "load",
+                        lambda folder, *a, **k: seen.append((a, k)) or (model(folder), folder))
+    monkeypatch.setattr(evaluation, "answers",
+                        lambda model, planner, asked, *_: says.get(planner, ["no"] * len(asked)))
     monkeypatch.setattr(evaluation, "evaluate", lambda *a: seen.append(a) or evaluate(*a))
     monkeypatch.chdir(tmp_path)
 
@@ -629,13 +639,14 @@ def test_checkpoints_are_compared_side_by_side(command, tmp_path, capsys):
 
 
 def test_the_command_evaluates_as_its_flags_say(command, tmp_path):
-    """Device, crops, frames, questions at a time, length of answers; without --data the toy world and its segmenter."""
+    """Device, crops, frames, questions at a time, length of answers."""
     given, (_, _, questions, judge, segmenter, batch, limit) = command("good", "--data", "rows.jsonl")
     assert given == (("cpu", None, None), dict(usual_tiles=24))
     assert (len(questions), judge, segmenter, batch, limit) == (4, None, None, 32, 256)
     *_, given, (_, _, questions, judge, segmenter, batch, limit) = command(
         "good", "--data", "rows.jsonl", "--limit", "3", "--batch", "2", "--max_new_tokens", "5", "--tiles", "7",
-        "--max_frames", "9", "--segmenter", "toy:segment", "--judge_url", "http://localhost:1/v1", "--judge_model", "m")
+        "--max_frames", "9", "--segmenter", "toy:segment", "--judge_url", "http://localhost:1/v1", "--judge_model",
+        "m")
     assert given == (("cpu", 7, 9), dict(usual_tiles=24)) and segmenter is toy.segment
     assert (len(questions), judge.model, batch, limit) == (3, "m", 2, 5)
     *_, (*_, limit) = command("large", "--data", "rows.jsonl", "--out", "e.json")

@@ -99,8 +99,8 @@ def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
 # ---- an end token that comes third -------------------------------------------------------------------------
 
 class Script(torch.nn.Module):
-    """Stands in for lm_head: in each answer to B questions row b gets the ids of its text, then the end. After its end
-    a row is given junk, and after the last end there is nothing more to say."""
+    """Stands in for lm_head: in each answer to B questions row b gets the ids of its text, then the end. After its
+    end a row is given junk, and after the last end there is nothing more to say."""
 
     def __init__(self, tokenizer, *answers):
         super().__init__()
@@ -126,7 +126,7 @@ def medium(folder, kind):
 def test_generation_ends_with_the_last_row_and_finished_rows_are_silent(asked):
     model, planner, folder = asked
     tok, say = planner.tokenizer, [dict(role="user", content="What?")]
-    plans = [planner.question(row, str(folder), say) for row in (medium(folder, "image")[1], medium(folder, "video")[1])]
+    plans = [planner.question(medium(folder, kind)[1], str(folder), say) for kind in ("image", "video")]
     batch, _ = prompt_batch(plans, planner.cfg)
     a, b, end = 70, 71, tok.eos
     model.lm_head = Script(tok, ([a, b, end], [a, end]))
@@ -143,7 +143,7 @@ def test_generation_ends_with_the_last_row_and_finished_rows_are_silent(asked):
 def test_no_answer_holds_its_end_token(asked, kind):
     model, planner, folder = asked
     row = medium(folder, kind)[1]
-    plans = [planner.question(row, str(folder), [dict(role="user", content=q)]) for q in ("What?", "And where is it?")]
+    plans = [planner.question(row, str(folder), [dict(role="user", content=q)]) for q in ("What?", "And where?")]
     model.lm_head = Script(planner.tokenizer, ("a star", "<point 0.1, 0.2, 0>"), ("", "no"))
     assert answer(model, planner, plans, 99) == (["a star", "<point 0.1, 0.2, 0>"], [])
     assert answer(model, planner, plans, 99) == (["", "no"], []) and not model.lm_head.steps
@@ -408,8 +408,8 @@ def test_points_are_drawn_at_their_place_whatever_the_size(size, drawn):
     assert not near(cell, 0.7, 0.25, colour_of(0)) and not near(cell, 0.3, 0.6, colour_of(1))
 
 
-@pytest.mark.parametrize("t, x", [(-0.1, None), (0.9, None), (1, 0.1), (1.24, 0.148), (1.5, 0.2), (2, 0.3), (2.24, 0.3),
-                                  (2.26, None), (3.1, None), (3.2, 0.9), (3.4, 0.9), (3.5, None)])
+@pytest.mark.parametrize("t, x", [(-0.1, None), (0.9, None), (1, 0.1), (1.24, 0.148), (1.5, 0.2), (2, 0.3),
+                                  (2.24, 0.3), (2.26, None), (3.1, None), (3.2, 0.9), (3.4, 0.9), (3.5, None)])
 def test_a_point_is_shown_for_a_quarter_of_a_second_and_a_track_between_its_points(t, x):
     track = [dict(t=3.2, x=0.9, y=0, id=3), dict(t=1, x=0.1, y=0, id=3), dict(t=2, x=0.3, y=0, id=3),
              dict(t=1, x=0.5, y=1, id=5)]

@@ -441,7 +441,7 @@ def test_answers_about_a_clip_follow_from_how_its_shapes_move(clips):
 
 
 def test_a_film_shows_each_shape_where_and_when_the_clip_says(clips, tmp_path):
-    """The pixel at each point has the colour that is said; a quarter second before a shape turns or comes it has not."""
+    """The pixel at each point has the colour that is said; just before a shape turns or comes it has not."""
     checked = Counter()
     for clip, _ in clips[:24]:
         path, (w, h), looks = str(tmp_path / "clip.mp4"), clip["size"], clip["looks"]
