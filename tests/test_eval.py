@@ -422,7 +422,7 @@ def test_a_point_counts_at_its_own_moment_alone(tmp_path):
     # A tenth of the clip is as far as a tenth of the picture: the first is matched in time, and lies beside.
     q = question(tmp_path, "video_pointing", points=[at(0), at(10, 0.9)])
     assert score(q, "<point 10, 0.5, 0.5, 0>")["f1"] == 0 and score(q, "<point 0, 0.5, 0.5, 0>")["recall"] == 0.5
-    # And a second of ten is nearer than four tenths: matched with what is there a second later, though inside the first.
+    # A second of ten is nearer than four tenths: matched with what is there later, though inside the first.
     q = question(tmp_path, "video_pointing", points=[at(0, 0.1), at(1), at(10, 0.9)],
                  masks=[dict(t=0, id=0, polygon=box(0.3, 0.5, 0.3, 0.3))])
     assert score(q, "<point 0, 0.5, 0.5, 0>")["f1"] == 0 and score(q, "<point 0, 0.25, 0.5, 0>")["recall"] == 1 / 3
@@ -451,7 +451,7 @@ def test_tracks_by_hand_with_an_id_said_twice_and_a_moment_too_late(tmp_path):
                                      f1=(2 / 3 + 4 / 5) / 4, hota=math.sqrt(3 / 8 * 4 / 9)))
     # DetA 3 of 6 + 5 - 3; object 0 is id 0 in 2 of 3 + 3 - 2, 1 is id 1 in 1 of 3 + 1 - 1: AssA (2/2 + 1/3) / 3.
     assert score_track(q, said((0, ASIDE, 0), (0, LEFT, 0)))["accuracy"] == 0  # the first it was, not the best
-    assert score_track(q, said((0, LEFT, 0), (0.5, LEFT, 0)))["accuracy"] == 2 / 6  # of what is true, not of what is said
+    assert score_track(q, said((0, LEFT, 0), (0.5, LEFT, 0)))["accuracy"] == 2 / 6  # of what is true
     right = [(t, place, i) for t in (0, 0.5, 1) for place, i in ((LEFT, 3), (RIGHT, 4))]
     assert set(score_track(q, said(*right)).values()) == {1}
     late = score_track(q, said(*[(t + 0.5, place, i) for t, place, i in right]))
