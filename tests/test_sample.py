@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture, tiny_model, video, write_lines
+from conftest import picture, png, tiny_model, video, write_lines
 from PIL import Image
 
 import eval as evaluation
@@ -170,9 +170,16 @@ def test_each_answer_goes_to_its_question_and_is_as_long_as_its_task_allows(aske
     planner.seq_len = planner.question(row, str(folder), [dict(role="user", content="0?")]).n_tokens + 3
     model.lm_head.steps = [(a,)] * 3  # more does not fit the sequence
     assert len(planner.tokenizer.encode(answers(model, planner, ask[:1], limits.get, 1)[0])) == 3
-    os.remove(folder / "a.png")
+
+
+def test_media_that_cannot_be_decoded_are_an_error_and_no_answer(asked):
+    model, planner, folder = asked
+    paths, row = medium(folder, "image")
+    (folder / "a.png").write_bytes(png(30, 24))  # a header alone
+    with pytest.raises(BadMedia, match="f:7: .*a.png"):
+        answers(model, planner, [("image_qa", "f:7", row, str(folder), "What?")], lambda task: 9)
     with pytest.raises(BadMedia, match="a.png"):
-        answers(model, planner, ask[:1], limits.get, 1)
+        next(Chat(model, planner, paths).ask("What?"))
 
 
 def test_a_batch_answers_as_each_question_alone(asked):
@@ -225,6 +232,28 @@ def test_a_seed_repeats_an_answer_and_zero_temperature_takes_the_likeliest(asked
     say = lambda **k: "".join(Chat(model, planner, paths).ask("What?", 12, **k))
     assert say(temperature=1.5, seed=1) == say(temperature=1.5, seed=1) != say(temperature=1.5, seed=2)
     assert say() == say(seed=5) != say(temperature=1.5, seed=1)
+
+
+@pytest.mark.parametrize("kind, answer, files", [
+    ("image", "<point 0.5, 0.5, 0>", "answer.png"),
+    ("video", "<point 0.5, 0.5, 0.5, 0>", "answer.mp4 and answer.mp4.png"),
+    ("images", "<point 1, 0.5, 0.5, 0>", "answer_0.png and answer_1.png")])
+def test_each_kind_of_media_is_drawn_into_files_of_its_kind(asked, monkeypatch, capsys, kind, answer, files):
+    model, planner, folder = asked
+    model.lm_head = Script(planner.tokenizer, [answer])
+    monkeypatch.setattr(sample, "load", lambda *a, **k: (model, planner))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["sample.py", "checkpoint", *medium(folder, kind)[0], "Where?"])
+    main()
+    assert capsys.readouterr().out == f"{answer}\n1 point drawn into {files}\n"
+    assert all(os.path.getsize(folder / name) for name in files.split(" and "))
+
+
+def test_a_file_of_no_known_kind_is_refused_by_its_ending(asked):
+    model, planner, folder = asked
+    (folder / "notes.txt").write_text("no image")
+    with pytest.raises(BadMedia, match=r"notes.txt.*a video is known by its ending: .*\.mp4"):
+        Chat(model, planner, [str(folder / "notes.txt")])
 
 
 def test_the_command_prints_the_answer_alone_and_draws_its_points(asked, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import toy
 from data import Dataset, parse_row
@@ -261,7 +262,7 @@ def test_points_and_counts_follow_from_where_the_shapes_are(whole):
                     label, = re.findall(THING, a["prompt"])
                     assert a["answer"] == str(len(found(shapes, label)))
                     counts.add(a["answer"])
-    assert none > 1000 and counts == {"0", "1", "2", "3"}
+    assert none > 4200 and counts == {"0", "1", "2", "3"}
     for r in named_in(whole[1], "captions.jsonl"):
         listed = next(a["answer"] for a in r["annotations"] if a["task"] == "image_qa")
         assert listed == ", ".join(shape for _, shape, _, _ in trained[r["image"]]) + "."
@@ -503,3 +504,48 @@ def test_every_share_of_the_scores_has_its_own_denominator(tmp_path, monkeypatch
     assert toy.evaluate(None, None, str(tmp_path), 9) == pytest.approx(dict(
         point_hit=2 / 4, point_precision=2 / 5, count_accuracy=1 / 5, none_accuracy=3 / 4, caption_recall=1 / 3,
         scenes=2))
+    first = toy.evaluate(None, None, str(tmp_path), 1)  # the first scene alone
+    assert first["scenes"] == 1 and first["point_hit"] == 1 / 3 and first["caption_recall"] == 1 / 2
+
+
+def test_a_contact_sheet_marks_what_is_true_and_what_was_said(tmp_path):
+    Image.new("RGB", (100, 80), (90, 90, 90)).save(tmp_path / "a.png")
+    ask = dict(task="image_pointing", prompt="Where?", points=[dict(x=0.2, y=0.3, id=0)])
+    toy.contact_sheet(str(tmp_path), [(dict(id="a", image="a.png"), ask, "<point 0.7, 0.6, 0>")], {},
+                      str(tmp_path / "sub" / "sheet.png"))
+    page = np.asarray(Image.open(tmp_path / "sub" / "sheet.png"))[3:153, 5:155].astype(int)
+    marked = np.abs(page - 90).sum(-1) > 60
+    y, x = np.nonzero(marked)
+    left = x < 75
+    assert abs(x[left].mean() - 30) < 1.5 and abs(y[left].mean() - 45) < 1.5 and not marked[45, 30]  # a ring
+    assert abs(x[~left].mean() - 105) < 1.5 and abs(y[~left].mean() - 90) < 1.5 and marked[90, 105]  # a cross
+
+
+def test_a_world_is_drawn_again_only_when_it_would_be_another(tmp_path, monkeypatch, capsys):
+    folder = str(tmp_path / "toy")
+    draw = lambda **k: toy.write_world(folder, **dict(dict(scenes=4, held_out=2, texts=1), **k))
+    mark = os.path.join(folder, "mark")
+    drawn_again = lambda **k: (open(mark, "w").close(), draw(**k), not os.path.exists(mark))[-1]
+    draw()
+    assert not drawn_again()
+    assert drawn_again(seed=1) and drawn_again() and drawn_again(scenes=5) and drawn_again(held_out=3)
+    monkeypatch.setattr(toy, "VERSION", toy.VERSION + 1)
+    assert drawn_again(held_out=3) and not drawn_again(held_out=3)
+    os.remove(os.path.join(folder, "done.json"))  # not drawn to the end
+    assert drawn_again(held_out=3) and os.listdir(tmp_path) == ["toy"]
+
+
+def test_the_toy_segmenter_takes_the_shape_and_never_the_background():
+    frame = np.full((80, 100, 3), 120, np.uint8)
+    frame[20:50, 30:70] = 15
+    frame[23:47, 33:67] = toy.COLOURS["red"]
+    other = np.roll(frame, 10, 1)
+    points = [(0, 0.5, 0.45, 3), (1, 0.6, 0.45, 3), (1, 0.999, 1.0, 7), (0, 0.02, 0.02, 8)]
+    masks = toy.segment([frame, other], points)
+    assert masks.keys() == {3, 7, 8} and all(m.shape == (2, 80, 100) and m.dtype == bool for m in masks.values())
+    true = np.zeros((80, 100), bool)
+    true[21:49, 31:69] = True  # out to the middle of the line
+    for k, mask in enumerate(masks[3]):
+        here = np.roll(true, 10 * k, 1)
+        assert (mask & here).sum() / (mask | here).sum() > 0.93
+    assert not masks[7].any() and not masks[8].any()
