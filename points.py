@@ -308,9 +308,9 @@ def format_points(points, kind, grammar="spec", label="", tracks=False, mode="po
     point_count or count_point (both). grammar "released" writes what the published checkpoints do; label and
     tracks matter to it alone.
     """
-    first = {"image": None, "images": "image", "video": "t"}[kind]
     if not points:
         return NOTHING
+    first = {"image": None, "images": "image", "video": "t"}[kind]
     if grammar == "released":
         groups = {}
         for p in sorted(points, key=lambda p: p[first] if first else 0):

@@ -9,6 +9,7 @@ are drawn.
 """
 import argparse
 import colorsys
+import math
 import os
 import sys
 
@@ -138,12 +139,28 @@ def at_time(points, t, gap=1.0):
     return out
 
 
+def ways(past, i):
+    """The ways of an id over some moments, [[(x, y)]]: a new one after each time it was away."""
+    out = [[]]
+    for now in past:
+        here = [(p["x"], p["y"]) for p in now if p["id"] == i]
+        if here:
+            out[-1] += here
+        elif out[-1]:
+            out.append([])
+    return out
+
+
 def draw_video(path, points, out, rate=10):
     """Write the video to `out` at `rate` frames a second with its points, each with the way it came in the
     last two seconds; and beside it a sheet of up to twelve moments, OUT.png."""
     length = video_duration(path)
     times = np.arange(0, length, 1 / rate)
-    moments = sorted({min(round(p["t"] * rate), len(times) - 1) for p in points if "t" in p}) or [0]
+    # a point belongs to the frame nearest to its time, so that the frame shows it; what is said later than the end is
+    # not drawn
+    points = [dict(p, t=min(round(p["t"] * rate), len(times) - 1) / rate) for p in points
+              if p.get("t", math.inf) < length + 1 / rate]
+    moments = sorted({round(p["t"] * rate) for p in points}) or [0]
     moments = [moments[round(k * (len(moments) - 1) / 11)] for k in range(12)] if len(moments) > 12 else moments
     seen = [at_time(points, t) for t in times]
     sheet, ids = {}, sorted({p["id"] for p in points})
@@ -151,8 +168,7 @@ def draw_video(path, points, out, rate=10):
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
         for k, (t, pixels) in enumerate(zip(times, load_frames(path, times))):
             past = seen[max(k - 2 * rate, 0):k + 1]
-            trails = [(i, [(p["x"], p["y"]) for now in past for p in now if p["id"] == i]) for i in ids]
-            image = draw_points(pixels, seen[k], trails)
+            image = draw_points(pixels, seen[k], [(i, way) for i in ids for way in ways(past, i)])
             image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
             if not k:
                 (stream.width, stream.height), stream.bit_rate, stream.pix_fmt = image.size, 4_000_000, "yuv420p"

@@ -18,6 +18,7 @@ learnable in minutes was measured:
 - centres lie on a grid of 0.05, three pixels of what the model sees. Finer digits are noise to it, and noise in
   most of the tokens of an answer drowns the one that says "circle".
 """
+import functools
 import itertools
 import json
 import math
@@ -40,7 +41,7 @@ COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), 
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
 FOLDER = os.path.join("data", "toy")  # where every stage looks for it
-VERSION = 32  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 33  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -389,8 +390,9 @@ def about_clip(rng, clip):
     for o in objects:
         if o["turns"]:
             ask(f"What colour does the {name_of(rng, o)} turn?", o["turns"][1].capitalize() + ".")
+    happens.sort(key=lambda e: e[0])
     if len(happens) > 1 and happens[0][0] != happens[1][0]:
-        k, o, event = min(happens[:2], key=lambda e: e[0])
+        _, o, event = happens[0]
         ask("What happens first?", f"The {o['colour']} {o['shape']} {event}.")
     if rng.random() < 0.3:
         o, colour = rng.choice(objects), rng.choice(list(COLOURS))
@@ -531,11 +533,26 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     return finish(aside, folder, recipe)
 
 
+def shown(clip):
+    """What is seen of a clip: its shapes, where and in which colour at every look."""
+    return frozenset((o["shape"], *((k, o["path"][k], colour_at(o, k)) for k in range(clip["looks"]) if there(o, k)))
+                     for o in clip["objects"])
+
+
+@functools.cache
+def held_out_clips(key, held_out, seconds):
+    """What is seen of the first clips drawn from this key: they are drawn first, and held out."""
+    return {shown(draw_clip(random.Random(f"{key} {i}"), seconds)) for i in range(held_out)}
+
+
 def clip_rows(job):
-    """Write one clip's file; returns its two lines, of questions and of tracks."""
-    folder, name, key, seconds, trains = job
-    rng = random.Random(key)
+    """Write one clip's file; returns its three lines, of questions, of tracks and of a still. A clip to train on that
+    shows what one of the held-out clips shows is drawn again."""
+    folder, name, key, i, held_out, seconds = job
+    rng, trains = random.Random(f"{key} {i}"), i >= held_out
     clip = draw_clip(rng, seconds)
+    while trains and shown(clip) in held_out_clips(key, held_out, seconds):
+        clip = draw_clip(rng, seconds)
     write_clip(os.path.join(folder, name), clip)
     said, subtitles = about_clip(rng, clip)
     said += lookups(rng, clip) if trains else []
@@ -558,7 +575,7 @@ def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0, prefix=""
           flush=True)
     aside = begin(folder, "video", "eval/video")
     jobs = [(os.path.join(aside, "eval") if i < held_out else aside, f"video/{i:05d}.mp4",
-             f"toy {seed} clip {seconds} {i}", seconds, i >= held_out) for i in range(held_out + clips)]
+             f"toy {seed} clip {seconds}", i, held_out, seconds) for i in range(held_out + clips)]
     # started afresh, for a copy of a process with threads can wait for ever for what one of them held
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         lines = list(pool.map(clip_rows, jobs, chunksize=64))

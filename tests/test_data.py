@@ -13,7 +13,7 @@ import torch
 from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 from PIL import Image
 
-from data import (BadRow, Batches, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
+from data import (BadRow, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
                   parse_points, parse_row, shuffled,
                   to_messages)
 from media import BadMedia, image_size, inside_folder, load_image
