@@ -193,6 +193,7 @@ def open_video(path):
         raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}, not within {MAX_PIXELS // 10**6} megapixels")
     # one thread: the workers are the parallelism, and a packet's skip_frame stays its own
     stream.thread_type = "NONE"
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than the header says
     return container, stream
 
 
