@@ -329,7 +329,8 @@ def load_frames(path, times, keep=lambda rgb: rgb):
     def upright(frame):
         if frame.is_corrupt:
             raise BadMedia(f"{path}: broken video")
-        return keep(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+        turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        return keep(np.ascontiguousarray(turned))  # torch reads no array backwards
 
     try:
         container, stream = open_video(path)
