@@ -96,8 +96,9 @@ def orientation(image, path):
 def image_size(path):
     """(width, height) as the picture is meant to be seen."""
     with open_image(path) as image:
-        return (image.height, image.width) if orientation(image, path) in (5, 6, 7, 8) else (image.width,
-                                                                                             image.height)
+        # of a TIFF, PIL tells the upright size already
+        lying = image.format != "TIFF" and orientation(image, path) in (5, 6, 7, 8)
+        return (image.height, image.width) if lying else (image.width, image.height)
 
 
 def pick_tiling(height, width, window, max_crops):
