@@ -117,8 +117,8 @@ def test_bad_fields_are_counted_by_a_worker_and_end_no_run(folder, tokenizer):
 
 
 EVERYTHING = [
-    film_row(id="x", start=0.2, end=1.8, duration=2.0, fps=10, width=48, height=32, source="me", provenance=[{"by": "x"}],
-             subtitles=[dict(start=0, end=1, text="a")], annotations=[
+    film_row(id="x", start=0.2, end=1.8, duration=2.0, fps=10, width=48, height=32, source="me",
+             provenance=[{"by": "x"}], subtitles=[dict(start=0, end=1, text="a")], annotations=[
         dict(task="video_tracking", label="ball", prompt="Track it.", fps=2, style="video_track", input_points=[
             dict(x=0.5, y=0.5, id=0, t=0.5)], points=[dict(x=0.5, y=0.5, id=0, t=0.5), dict(x=0, y=1, id=1, t=1)]),
         dict(task="video_qa", question="?", options=["a", "b"], correct=1, start_time=0.5, end_time=1, timestamp=1),
@@ -219,8 +219,8 @@ def test_a_link_into_a_sibling_folder_of_like_name_is_refused(tmp_path):
                 inside_folder(str(folder), name)
         for name in ("a.png", "./a.png", "itself/a.png", "up/set/a.png", "missing.png", "deep/new/b.png"):
             inside_folder(str(folder), name)
-        for name in ("../setB/a.png", "deep/../../setB/a.png", "..", "deep\\..\\..\\setB\\a.png", f"{tmp_path}/set/a.png",
-                     "file://a.png", "", None, 5, "a.png\0"):
+        for name in ("../setB/a.png", "deep/../../setB/a.png", "..", "deep\\..\\..\\setB\\a.png",
+                     f"{tmp_path}/set/a.png", "file://a.png", "", None, 5, "a.png\0"):
             with pytest.raises(BadMedia):
                 inside_folder(str(folder), name)
 
