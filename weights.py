@@ -236,7 +236,7 @@ def parse_vision(vit, path):
     side, patch = side if isinstance(side, int) else side[0], vit.get("image_patch_size") or vit["patch_size"]
     return dict(crop=side // patch * patch, patch=patch, vit_width=vit["hidden_size"],
                 vit_mlp=vit["intermediate_size"], vit_heads=vit["num_attention_heads"],
-                vit_eps=vit["layer_norm_eps"],
+                vit_eps=vit.get("layer_norm_eps", 1e-6),  # left out of published files where it is the class's own
                 vit_head_dim=vit.get("head_dim") or vit["hidden_size"] // vit["num_attention_heads"])
 
 
