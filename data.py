@@ -146,7 +146,7 @@ ANNOTATION_FIELDS = ((("prompt", "answer", "label", "style", "question"), is_tex
 
 
 def check_annotation(a, kind, n_media):
-    if not isinstance(a, dict) or a.get("task") not in TASKS:
+    if not isinstance(a, dict) or not is_text(a.get("task")) or a["task"] not in TASKS:
         raise BadRow("unknown task",
                      f"{a.get('task') if isinstance(a, dict) else a!r}; one of {', '.join(TASKS)}")
     about = TASKS[a["task"]][0]
@@ -214,7 +214,7 @@ def to_messages(a, kind, rng, point_format="spec"):
 def in_clip(a, row):
     """An annotation of a row whose times count from the start of its clip, as the model counts; points outside
     the clip are left out."""
-    if "start" not in row and "end" not in row:
+    if "video" not in row or "start" not in row and "end" not in row:
         return a
     a, start, end = dict(a), row.get("start", 0), row.get("end", math.inf)
     for key in ("points", "input_points"):

@@ -96,8 +96,9 @@ def orientation(image, path):
 def image_size(path):
     """(width, height) as the picture is meant to be seen."""
     with open_image(path) as image:
-        return (image.height, image.width) if orientation(image, path) in (5, 6, 7, 8) else (image.width,
-                                                                                             image.height)
+        # of a TIFF, PIL tells the upright size already
+        lying = image.format != "TIFF" and orientation(image, path) in (5, 6, 7, 8)
+        return (image.height, image.width) if lying else (image.width, image.height)
 
 
 def pick_tiling(height, width, window, max_crops):
@@ -193,6 +194,7 @@ def open_video(path):
         raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}, not within {MAX_PIXELS // 10**6} megapixels")
     # one thread: the workers are the parallelism, and a packet's skip_frame stays its own
     stream.thread_type = "NONE"
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than the header says
     return container, stream
 
 
@@ -328,7 +330,8 @@ def load_frames(path, times, keep=lambda rgb: rgb):
     def upright(frame):
         if frame.is_corrupt:
             raise BadMedia(f"{path}: broken video")
-        return keep(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+        turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+        return keep(np.ascontiguousarray(turned))  # torch reads no array backwards
 
     try:
         container, stream = open_video(path)

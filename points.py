@@ -258,7 +258,7 @@ def write_points(a, kind, grammar="spec"):
     """The answer of an annotation that has points, as its style asks: all, the ends of each track, what
     follows the given point, or their number."""
     points, style = a["points"], a.get("style") or a["task"]
-    if "ground_start_end" in style:
+    if kind == "video" and "ground_start_end" in style:
         times = lambda i: [p["t"] for p in points if p["id"] == i]
         points = [p for p in points if p["t"] in (min(times(p["id"])), max(times(p["id"])))]
     if kind == "video" and a.get("input_points"):
@@ -314,7 +314,7 @@ def format_points(points, kind, grammar="spec", label="", tracks=False, mode="po
     if grammar == "released":
         groups = {}
         for p in sorted(points, key=lambda p: p[first] if first else 0):
-            prefix = {"image": "1", "images": str(p.get("image", 0) + 1), "video": f"{p.get('t', 0):.1f}"}[kind]
+            prefix = f"{p['t']:.1f}" if kind == "video" else str(p["image"] + 1) if kind == "images" else "1"
             groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
         if tracks:
             return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()],

@@ -236,7 +236,7 @@ def parse_vision(vit, path):
     side, patch = side if isinstance(side, int) else side[0], vit.get("image_patch_size") or vit["patch_size"]
     return dict(crop=side // patch * patch, patch=patch, vit_width=vit["hidden_size"],
                 vit_mlp=vit["intermediate_size"], vit_heads=vit["num_attention_heads"],
-                vit_eps=vit["layer_norm_eps"],
+                vit_eps=vit.get("layer_norm_eps", 1e-6),  # left out of published files where it is the class's own
                 vit_head_dim=vit.get("head_dim") or vit["hidden_size"] // vit["num_attention_heads"])
 
 
@@ -421,6 +421,10 @@ def fill(model, found, folder, new=()):
     wanted, cfg = dict(model.named_parameters(remove_duplicate=False)), model.cfg
     tables = [found.pop(f"transformer.wte.{n}", {}).get(0) for n in ("embedding", "new_embedding")]
     tables = [t for t in tables if t is not None]
+    for t in tables:
+        if t.ndim != 2 or t.shape[1] != cfg.width:
+            raise BadCheckpoint(f"{folder}: transformer.wte.embedding is {tuple(t.shape)}, the model needs rows of "
+                                f"{cfg.width}")
     # one table or two, and some writers part them in the middle: only the sum of their rows can be trusted
     if tables:
         both = tables[0] if len(tables) == 1 else torch.cat(tables) if len(tables[0]) != cfg.vocab else None
@@ -438,7 +442,7 @@ def fill(model, found, folder, new=()):
         raise BadCheckpoint(f"{folder}: " + "; ".join(text for text in told if text))
     for name, parts in found.items():
         shapes = [tuple(t.shape) for _, t in sorted(parts.items())]
-        got = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+        got = (sum(s[0] for s in shapes), *shapes[0][1:]) if all(shapes) else ()
         if got != wanted[name].shape or any(s[1:] != got[1:] for s in shapes):
             raise BadCheckpoint(f"{folder}: {name} is {got}, the model needs {tuple(wanted[name].shape)}")
     state = {}

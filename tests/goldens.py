@@ -5,7 +5,6 @@ golden/data-path, made from the code of commit e84438c, so a change of layout or
 
 Media are claimed by the records (width, height, duration) or drawn here; no pixel is decoded.
 """
-import dataclasses
 import json
 import os
 import random

@@ -2,6 +2,7 @@
 official code, executed)."""
 import bisect
 import hashlib
+import os
 from fractions import Fraction
 
 import av
@@ -11,7 +12,7 @@ from conftest import picture, shared, video
 from PIL import Image
 
 import media
-from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, load_crops, load_frames,
+from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, image_size, load_crops, load_frames,
                    load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times,
                    video_duration, windows)
 
@@ -166,15 +167,93 @@ def test_only_wanted_frames_are_converted(tmp_path):
     assert seen == [(64, 96, 3)] * 3
 
 
-def test_turned_videos_are_shown_upright(tmp_path):
-    """A phone held upright writes its frames lying down, and a matrix that says so."""
-    path = video(tmp_path / "a.mp4", size=(48, 32))
-    whole = bytearray(open(path, "rb").read())
-    at = whole.index(b"tkhd") + 4 + 40  # the display matrix: 90 degrees
-    whole[at:at + 36] = b"".join(v.to_bytes(4, "big", signed=True)
-                                 for v in (0, 65536, 0, -65536, 0, 0, 32 * 65536, 0, 1 << 30))
-    (tmp_path / "turned.mp4").write_bytes(whole)
-    assert load_frames(str(tmp_path / "turned.mp4"), [0.0, 1.0])[1].shape == (48, 32, 3)
+CORNERS = {"red": (200, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 200), "white": (230, 230, 230)}
+
+
+def four_corners(height, width):
+    """Red and green above blue and white: no turn and no mirror looks the same."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    red, green, blue, white = CORNERS.values()
+    pixels[:height // 2, :width // 2], pixels[:height // 2, width // 2:] = red, green
+    pixels[height // 2:, :width // 2], pixels[height // 2:, width // 2:] = blue, white
+    return pixels
+
+
+def corners(pixels):
+    """The names of the colours in the four corners, row by row."""
+    (h, w), names = pixels.shape[:2], list(CORNERS)
+    parts = [pixels[y:y + h // 4, x:x + w // 4] for y in (h // 8, h * 5 // 8) for x in (w // 8, w * 5 // 8)]
+    away = [[np.abs(part.mean((0, 1)) - colour).sum() for colour in CORNERS.values()] for part in parts]
+    assert all(min(a) < 60 for a in away), away
+    return " ".join(names[int(np.argmin(a))] for a in away)
+
+
+def turned_video(path, matrix, size=(48, 32)):
+    """A video of `four_corners` whose header says where (x, y) of a frame is shown: at (ax + cy, bx + dy)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        (stream.width, stream.height), stream.bit_rate, stream.pix_fmt = size, 4_000_000, "yuv420p"
+        for _ in range(11):
+            frame = av.VideoFrame.from_ndarray(four_corners(size[1], size[0]), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    whole, (a, b, c, d) = bytearray(path.read_bytes()), matrix
+    at = whole.index(b"tkhd") + 4 + 40
+    corner = [-min(0, a * size[0], c * size[1], a * size[0] + c * size[1]),
+              -min(0, b * size[0], d * size[1], b * size[0] + d * size[1])]
+    whole[at:at + 36] = b"".join(int(v).to_bytes(4, "big", signed=True) for v in (
+        a << 16, b << 16, 0, c << 16, d << 16, 0, corner[0] << 16, corner[1] << 16, 1 << 30))
+    path.write_bytes(whole)
+    return str(path)
+
+
+# the display matrix (a, b, c, d), and what is then seen: of a phone held in each of four ways
+TURNS = {"as it lies": ((1, 0, 0, 1), (32, 48), "red green blue white"),
+         "a quarter clockwise": ((0, 1, -1, 0), (48, 32), "blue red white green"),
+         "upside down": ((-1, 0, 0, -1), (32, 48), "white blue green red"),
+         "a quarter the other way": ((0, -1, 1, 0), (48, 32), "green white red blue")}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_phone_videos_are_upright_by_their_pixels(tmp_path, turn, monkeypatch):
+    """A phone writes its frames as the sensor lies, and a matrix that says how they are to be seen."""
+    matrix, shape, seen = TURNS[turn]
+    path = turned_video(tmp_path / "a.mp4", matrix)
+    for plan in (media.frame_plan, lambda *a: None):  # None: every frame is decoded, in turn
+        monkeypatch.setattr(media, "frame_plan", plan)
+        frames = load_frames(path, [0.0, 0.5, 1.0])
+        assert [f.shape for f in frames] == [(*shape, 3)] * 3 and [corners(f) for f in frames] == [seen] * 3
+        crop, = load_crops(path, Layout([], frame_layout(4), 1, times=(0.5,)), 4, 8)
+        square = crop.reshape(4, 4, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
+        assert corners(square) == seen
+
+
+# EXIF orientation -> what is seen of red, green above blue, white as they are stored
+ORIENTATIONS = {1: "red green blue white", 2: "green red white blue", 3: "white blue green red",
+                4: "blue white red green", 5: "red blue green white", 6: "blue red white green",
+                7: "white green blue red", 8: "green white red blue"}
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_photos_are_upright_by_their_pixels_and_planned_in_that_shape(tmp_path, kind):
+    from PIL import Image
+    for turn, seen in ORIENTATIONS.items():
+        path, exif = str(tmp_path / f"{turn}.{kind}"), Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(four_corners(40, 80)).save(path, exif=exif, **({"quality": 95} if kind != "png" else {}))
+        pixels = load_image(path)
+        assert corners(pixels) == seen, turn
+        assert pixels.shape[:2] == ((40, 80) if turn < 5 else (80, 40)), turn
+        assert image_size(path) == pixels.shape[1::-1], turn  # else its crops are cut in the wrong grid
+
+
+@pytest.mark.parametrize("turn", [0, 9, 200, 65535])
+def test_a_photo_with_an_orientation_that_is_none_is_left_as_it_is(tmp_path, turn):
+    from PIL import Image
+    path, exif = str(tmp_path / "a.jpg"), Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(four_corners(40, 80)).save(path, exif=exif, quality=95)
+    assert corners(load_image(path)) == ORIENTATIONS[1] and image_size(path) == (80, 40)
 
 
 def test_odd_sizes_and_missing_durations(tmp_path):
@@ -214,3 +293,23 @@ def test_kept_crops_are_loaded_once_and_the_longest_unused_go_first(tmp_path, mo
     assert loaded == [paths[i] for i in (0, 1, 2, 1)] and load.room == 0
     small = media.Kept(10)  # too small for anything
     assert np.array_equal(small(paths[0], layout, 5, 4), crops[0]) and not small.crops and small.room == 10
+
+
+def test_two_clips_of_one_video_are_not_taken_for_each_other(tmp_path):
+    """Nor two videos of one name, the same photo in other crops, or the same frames for another model."""
+    os.makedirs(tmp_path / "b")
+    path, other = video(tmp_path / "a.mp4"), str(tmp_path / "b" / "a.mp4")
+    picture(str(tmp_path / "a.png"), "red", (90, 60))
+    turned_video(tmp_path / "b" / "a.mp4", (1, 0, 0, 1))
+    film = lambda *times: Layout([], frame_layout(4), len(times), times=times)
+    asked = [(path, film(0.0, 0.5), 4, 8), (path, film(1.0, 1.5), 4, 8), (path, film(0.0, 1.5), 4, 8),
+             (path, film(0.0), 4, 8), (path, film(0.5, 1.5), 4, 8), (other, film(0.0, 0.5), 4, 8),
+             (path, film(0.0, 0.5), 8, 4), (path, film(0.0, 0.5), 4, 6)]
+    asked += [(str(tmp_path / "a.png"), image_layout(90, 60, 5, 4, tiles), 5, 4) for tiles in (0, 1, 2, 4)]
+    kept = media.Kept(10 ** 8)
+    for _ in range(2):
+        for args in asked:
+            assert np.array_equal(kept(*args), load_crops(*args))
+    assert len(kept.crops) == len(asked)
+    levels = [round(c.mean() / 10) for c in kept(path, film(1.0, 1.5), 4, 8)]
+    assert levels == [10, 15]
