@@ -18,181 +18,33 @@ workers and ranks, and where it stands is a small JSON that travels with each ro
 
 Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """
-import argparse
-import base64
-import contextlib
 import csv
-import ctypes
 import glob
 import hashlib
-import html
-import io
 import itertools
 import json
 import math
 import os
 import random
-import signal
-import sys
-import threading
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
-from media import (MAX_PIXELS, BadMedia, Kept, Layout, frame_layout, image_layout, image_size, inside_folder,
-                   load_crops, sample_times, video_duration)
-from points import (CHAT, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces, is_unit,
-                    multiple_choice, number, styled,
-                    write_points, write_prompt)
-from points import format_points, parse_points  # noqa: F401  public under this name too
-from weights import BadCheckpoint
+from lib.distributed import die_with_parent, obey_the_parent_alone
+from lib.media import (BadMedia, CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
+                       sample_times, video_duration)
+from lib.records import BadRecord, CLOSED, MAX_LINE, MEDIA, NOT_BAD, NO_VIDEO, TASKS, parse_record
+from lib.text import (CHAT, NOTHING, WRITABLE, chat_pieces, multiple_choice, number, parse_released, released_points,
+                      released_tracks, styled, write_points, write_prompt)
+from lib.weights import BadCheckpoint
 
-# task -> (media it is about, weight of an answer token). None: any media, or none.
-TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_pointing": ("image", 2.0),
-         "counting": (None, 1.5), "multi_image_qa": ("images", 1.0), "multi_image_pointing": ("images", 2.0),
-         "video_caption": ("video", 1.0), "video_qa": ("video", 1.0), "video_pointing": ("video", 2.0),
-         "video_tracking": ("video", 2.0), "text": (None, 1.0)}
-# what a line may be about, and the kinds of points `format_points` knows
-MEDIA = ("image", "images", "video")
-# Rows left out on purpose: counted, but they do not stop a run.
-NOT_BAD = NO_VIDEO, CLOSED = "no reader for video in this stage", "from a closed model"
-MAX_LINE = 32 << 20  # bytes; a longer line is not read
+
 REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "datasets.tsv")
 
 
-class BadRow(Exception):
-    """A line that cannot be used. `reason` is what it is counted under."""
-
-    def __init__(self, reason, detail=""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-
 # ---- rows: one JSONL line, checked -------------------------------------------------------------------------
-
-def parse_row(line):
-    """Bytes of one line -> the row as a dict; BadRow says what is wrong with it."""
-    if len(line) >= MAX_LINE:
-        raise BadRow("line too long", f"more than {MAX_LINE >> 20} MiB")
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if b"\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a character, which is no text
-    except UnicodeError:
-        raise BadRow("not UTF-8") from None
-    except (ValueError, RecursionError) as e:
-        raise BadRow("malformed JSON", str(e)) from None
-    if not isinstance(row, dict):
-        raise BadRow("wrong field", f"a line must be an object, not {type(row).__name__}")
-    kinds = [k for k in MEDIA if k in row]
-    if len(kinds) > 1:
-        raise BadRow("wrong field", f"{' and '.join(kinds)} in one line")
-    kind = kinds[0] if kinds else None
-    names = row[kind] if kind == "images" else [row[kind]] if kind else []
-    named = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
-    if not named or kind == "images" and not names:
-        raise BadRow("wrong field", f"{kind} is {row[kind]!r}")
-    check_size(row)
-    by = row.get("provenance", [])
-    if not isinstance(by, list) or not all(isinstance(p, dict) for p in by):
-        raise BadRow("wrong field", "provenance must be a list of objects")
-    if kind == "video":
-        check_clip(row)
-    if not isinstance(row.get("annotations"), list) or not row["annotations"]:
-        raise BadRow("wrong field", "annotations must be a list with something in it")
-    for a in row["annotations"]:
-        check_annotation(a, kind, len(names))
-    return row
-
-
-whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31
-is_text = lambda v: isinstance(v, str)
-
-
-def is_time(value):
-    """Whether a JSON value is a number of seconds from 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
-
-
-def check_size(row):
-    """width and height save reading a picture's header; one without the other is a slip."""
-    size = row.get("width"), row.get("height")
-    given = [n for n, key in zip(size, ("width", "height")) if key in row]
-    if len(given) == 1 or not all(map(whole, given)) or given and not 0 < given[0] * given[1] <= MAX_PIXELS:
-        raise BadRow("wrong field", f"width and height are pixels, both or neither: {size[0]!r}, {size[1]!r}")
-
-
-def check_clip(row):
-    """duration saves reading a video's header; start, end and every other time count from the start of the
-    file."""
-    lines = row.get("subtitles", [])
-    fine = isinstance(lines, list) and all(isinstance(s, dict) and is_time(s.get("start"))
-                                           and is_time(s.get("end"))
-                                           and isinstance(s.get("text"), str) for s in lines)
-    if not (fine and all(is_time(row.get(key, 1)) for key in ("start", "end", "duration", "fps"))):
-        raise BadRow("wrong field",
-                     "start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
-
-
-# What an annotation may say: (fields, whether a value is fine, what it should be).
-ANNOTATION_FIELDS = ((("prompt", "answer", "label", "style", "question"), is_text, "text"),
-                     (("fps", "start_time", "end_time", "timestamp"), is_time, "a number from 0"),
-                     (("options",),
-                      lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
-                     (("images",), lambda v: isinstance(v, list) and v and all(map(whole, v)),
-                      "a list of picture numbers"))
-
-
-def check_annotation(a, kind, n_media):
-    if not isinstance(a, dict) or not is_text(a.get("task")) or a["task"] not in TASKS:
-        raise BadRow("unknown task",
-                     f"{a.get('task') if isinstance(a, dict) else a!r}; one of {', '.join(TASKS)}")
-    about = TASKS[a["task"]][0]
-    if about and about != kind or a["task"] == "text" and kind:
-        raise BadRow("wrong field", f"task {a['task']} on a line with {kind or 'no media'}")
-    for keys, fine, what in ANNOTATION_FIELDS:
-        for key in keys:
-            if key in a and not fine(a[key]):
-                raise BadRow("wrong field", f"{key} is {a[key]!r}, not {what}")
-    if "messages" in a:
-        m = a["messages"]
-        fine = isinstance(m, list) and m and len(m) % 2 == 0 and all(
-            isinstance(x, dict) and isinstance(x.get("content"), str)
-            and x.get("role") == ("user", "assistant")[i % 2]
-            for i, x in enumerate(m))
-        if not fine:
-            raise BadRow("wrong field",
-                         "messages must alternate user and assistant, with content, and end with an answer")
-    elif "options" in a:
-        if not (a.get("question") and isinstance(a.get("correct"), int)
-                and 0 <= a["correct"] < len(a["options"]) > 1):
-            raise BadRow("wrong field",
-                         "options need a question, and correct: the place of the right one, from 0")
-    elif "points" not in a and "answer" not in a:
-        raise BadRow("wrong field", f"task {a['task']} without answer, points, options or messages")
-    elif not (a.get("prompt") or a["task"] in PROMPTS or a.get("style") in PROMPTS):
-        raise BadRow("wrong field", f"task {a['task']} without a prompt")
-    for key in ("points", "input_points"):
-        if key in a:
-            check_points(a[key], kind, n_media)
-    if "images" in a and not all(i < n_media for i in a["images"]):
-        raise BadRow("wrong field", f"images {a['images']} of {n_media}")
-
-
-def check_points(points, kind, n_media):
-    if not isinstance(points, list) or kind is None:
-        raise BadRow("wrong field", "points must be a list, on a line with a picture or a video")
-    for p in points:
-        if not isinstance(p, dict) or not whole(p.get("id")):
-            raise BadRow("wrong field", f"point {p!r} needs a whole number id from 0")
-        if not is_unit(p.get("x")) or not is_unit(p.get("y")):
-            raise BadRow("point outside [0, 1]", f"x {p.get('x')!r}, y {p.get('y')!r}")
-        if kind == "images" and not (whole(p.get("image")) and p["image"] < n_media):
-            raise BadRow("wrong field", f"point names image {p.get('image')!r} of {n_media}")
-        if kind == "video" and not is_time(p.get("t")):
-            raise BadRow("wrong field", f"point at time {p.get('t')!r}")
 
 
 def to_messages(a, kind, rng, point_format="spec"):
@@ -296,12 +148,12 @@ class Planner:
         Two frames a second and the last one; of a longer clip as many evenly spread ones as fit.
         """
         if not self.max_frames:
-            raise BadRow(NO_VIDEO, "--max_frames above 0 reads it")
+            raise BadRecord(NO_VIDEO, "--max_frames above 0 reads it")
         tok, path = self.tokenizer, inside_folder(folder, row["video"])
         length, start = row.get("duration") or video_duration(path), row.get("start", 0.0)
         end = min(row.get("end", length), length)
         if not start <= end:  # a clip of no length is one frame
-            raise BadRow("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
+            raise BadRecord("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
         pool = frame_layout(self.n)
         around = "frame" if self.cfg.frame_tokens else "image"
         opening, closing = tok.ids[f"<{around}_start>"], tok.ids[f"<{around}_end>"]
@@ -523,43 +375,6 @@ def to_device(batch, device):
     return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-def prompt_batch(plans, cfg):
-    """Questions as one batch for `Molmo2.generate`, one per row, padded on the right."""
-    longest = max(p.n_tokens for p in plans)
-    rows = [decode([p], cfg, longest) for p in plans]
-    batch, failed = collate(rows), [f for *_, failed in rows for f in failed]
-    return {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}, failed
-
-
-def answer(model, planner, plans, max_new_tokens):
-    """Greedy answers to a batch of questions: (texts, events of media that failed to decode)."""
-    batch, failed = prompt_batch(plans, planner.cfg)
-    tok, batch = planner.tokenizer, to_device(batch, model.lm_head.weight.device)
-    ids = torch.stack(list(model.generate(**batch, max_new_tokens=max_new_tokens, stop=(tok.eos,))), 1).tolist()
-    return [tok.decode(row[:row.index(tok.eos)] if tok.eos in row else row) for row in ids], failed
-
-
-def answers(model, planner, asked, limit, batch=32, world=None):
-    """Greedy answers to [(task, file:line, row, folder, prompt)], in order; limit(task): tokens. Questions of a task go
-    together, as their answers end at about the same time; the ranks of a `world` share them. Media that cannot be
-    decoded are an error."""
-    order, texts = sorted(range(len(asked)), key=lambda i: asked[i][0]), [None] * len(asked)
-    parts = [group[k:k + batch] for _, g in itertools.groupby(order, key=lambda i: asked[i][0])
-             for group in [list(g)] for k in range(0, len(group), batch)]
-    for part in parts[world.rank::world.size] if world else parts:
-        plans = [planner.question(row, folder, [dict(role="user", content=prompt)])
-                 for _, _, row, folder, prompt in (asked[i] for i in part)]
-        for plan, i in zip(plans, part):
-            plan.where = asked[i][1]
-        room = planner.seq_len - max(p.n_tokens for p in plans)
-        said, failed = answer(model, planner, plans, min(limit(asked[part[0]][0]), room))
-        if failed:
-            raise BadMedia(f"{failed[0][1]}: {failed[0][3]}")
-        for i, text in zip(part, said):
-            texts[i] = text
-    return [next(t for t in of if t is not None) for of in zip(*world.gather(texts))] if world else texts
-
-
 # ---- datasets and mixtures ---------------------------------------------------------------------------------
 
 def line_index(path):
@@ -631,8 +446,8 @@ class Dataset:
     def task(self):
         """What it is about: as the registry says, else its first annotation's task."""
         try:
-            return self.entry.get("task") or parse_row(self.line(0)[0])["annotations"][0]["task"]
-        except BadRow:
+            return self.entry.get("task") or parse_record(self.line(0)[0])["annotations"][0]["task"]
+        except BadRecord:
             return "image_qa"
 
     def weight(self):
@@ -779,21 +594,21 @@ class Stream:
         return self.names[min(int(np.searchsorted(self.edges, u, side="right")), len(self.names) - 1)]
 
     def plans(self, name, k):
-        """The k-th draw from dataset `name`: ([plans], [annotations left out]), or BadRow, whose detail
+        """The k-th draw from dataset `name`: ([plans], [annotations left out]), or BadRecord, whose detail
         starts with file:line."""
         d = self.sets[name]
         epoch, i = divmod(k, len(d))
         i = shuffled(i, len(d), f"{self.seed} {name} {epoch}")
         line, folder, where = d.line(i)
         try:
-            row = parse_row(line)
+            row = parse_record(line)
             if not self.allow_closed and any(p.get("closed") for p in row.get("provenance", ())):
-                raise BadRow(CLOSED, "--allow_closed trains on it")
+                raise BadRecord(CLOSED, "--allow_closed trains on it")
             plans, left_out = self.planner.plan(row, folder, random.Random(f"{self.seed} {name} {i} {epoch}"))
         except BadMedia as e:
-            raise BadRow("unreadable media", f"{where}: {e}") from None
-        except BadRow as e:
-            raise BadRow(e.reason, f"{where}: {e.detail}") from None
+            raise BadRecord("unreadable media", f"{where}: {e}") from None
+        except BadRecord as e:
+            raise BadRecord(e.reason, f"{where}: {e.detail}") from None
         for part, p in enumerate(plans):
             p.ref, p.where = (name, k, part), where
         fits = [p for p in plans if p.n_crops <= self.planner.max_crops]
@@ -831,7 +646,7 @@ class Stream:
         try:
             plans, left_out = self.plans(name, s["taken"][name])
             why = ", ".join(left_out)
-        except BadRow as e:
+        except BadRecord as e:
             plans, left_out, why = [], [], e
             count("skipped" if e.reason in NOT_BAD else "bad", e.reason)
             where, _, detail = e.detail.partition(": ")
@@ -843,7 +658,7 @@ class Stream:
             raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {why}")
         return plans
 
-    def rows_per_draw(self, sample=64):
+    def sequences_per_draw(self, sample=64):
         """How many packed rows a draw fills, judged by the first ones: for what a run will see of each
         dataset."""
         s, tokens, crops = self.start(), 0, 0
@@ -855,29 +670,6 @@ class Stream:
         return max(tokens / self.planner.seq_len, crops / self.planner.max_crops, 1e-3) / sample
 
 
-def die_with_parent():
-    """Ask Linux to end this worker when its training process ends, however that ends: a worker that waits for a lock
-    the dead process held would stay for ever."""
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere the loader's own watchdog has to do
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def obey_the_parent_alone():
-    """Ctrl-C, torchrun and job queues signal all processes of a run, but the training process wants to finish its
-    step and needs this worker for it: only a signal that it sends itself ends the worker."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-
-    def listen():
-        while signal.sigwaitinfo(signals).si_pid != parent:
-            pass
-        os._exit(0)
-
-    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
-        parent = os.getppid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        threading.Thread(target=listen, daemon=True).start()
-
-
 class Batches(torch.utils.data.IterableDataset):
     """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each as (row, crops,
     pools), the stream's state after it, and the events on the way: what could not be used.
@@ -886,7 +678,7 @@ class Batches(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, stream, state=None, rank=0, world=1, step=None, keep=0):
-        self.load = Kept(keep) if keep else load_crops
+        self.load = CropCache(keep) if keep else load_crops
         self.stream, self.state, self.rank, self.world, self.step = stream, state, rank, world, step or world
 
     def __iter__(self):
@@ -906,220 +698,62 @@ class Batches(torch.utils.data.IterableDataset):
                 events = []
 
 
-class BadRows:
-    """What could not be used: counted by dataset and reason, and listed once each in `log`, bad_rows.jsonl."""
-
-    def __init__(self, log, failed):
-        self.log, self.last = log, []
-        self.listed = {(r["where"], r["reason"]) for r in map(json.loads, log.kept)}
-        self.failed = failed  # {dataset: {reason: n}} of what was planned and then could not be decoded
-
-    def note(self, step, events):
-        for name, where, reason, detail in events:
-            if reason == "failed to decode":
-                mine = self.failed.setdefault(name, {})
-                mine[reason] = mine.get(reason, 0) + 1
-            if (where, reason) not in self.listed:
-                self.listed.add((where, reason))
-                self.log.write(step=step, dataset=name, where=where, reason=reason, detail=detail)
-                self.last = [*self.last[-4:], f"  {where}: {reason}: {detail}"]
-
-    def counts(self, state):
-        """{dataset: {reason: n}}"""
-        return {name: state["bad"].get(name, {}) | self.failed.get(name, {})
-                for name in state["bad"] | self.failed}
-
-    def too_many(self, state, max_bad):
-        """Why to stop: more than `max_bad` of what was seen could not be used. Rows without a reader yet are not bad
-        ones."""
-        counts = self.counts(state)
-        bad, seen = sum(n for c in counts.values() for n in c.values()), max(state["seen"], 100)
-        return bad > max_bad * seen and "\n".join([
-            f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: {counts}", *self.last,
-            f"{self.log.path} lists them all"])
-
-
 # ---- a page to look at -------------------------------------------------------------------------------------
 
-def picture_tag(image, title=""):
-    """An <img> that carries its picture, so that the page is one file. image: PIL, or (H, W) or (H, W, 3)
-    uint8."""
-    image, file = image if isinstance(image, Image.Image) else Image.fromarray(image), io.BytesIO()
-    scale = max(1, 192 // max(image.size))
-    kind = "png" if image.mode == "L" else "jpeg"
-    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(file, kind)
-    data = base64.b64encode(file.getvalue()).decode()
-    return (f'<figure><img src="data:image/{kind};base64,{data}"><figcaption>{html.escape(title)}</figcaption>'
-            "</figure>")
+
+def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
+    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point:
+    "There are none."
+
+    kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id).
+    x, y in [0, 1] with at most 3 decimals, t with at most 2. mode: point, count (their number alone),
+    point_count or count_point (both). grammar "released" writes what the published checkpoints do; label and
+    tracks matter to it alone.
+    """
+    if not points:
+        return NOTHING
+    first = {"image": None, "images": "image", "video": "t"}[kind]
+    if grammar == "released":
+        groups = {}
+        for p in sorted(points, key=lambda p: p[first] if first else 0):
+            prefix = f"{p['t']:.1f}" if kind == "video" else str(p["image"] + 1) if kind == "images" else "1"
+            groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
+        if tracks:
+            return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()],
+                                   label)
+        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label,
+                               mode)
+    out = []
+    for p in sorted(points, key=lambda p: (p[first] if first else 0, p["id"])):
+        where = [number(p["t"], 2)] if kind == "video" else [str(p["image"])] if kind == "images" else []
+        out.append("<point " + ", ".join([*where, number(p["x"], 3), number(p["y"], 3), str(p["id"])]) + ">")
+    text, n = " ".join(out), len(points)
+    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.",
+            "count_point": f"There are {n}: {text}"}[mode]
 
 
-def draw_crop(patches, n, patch, window, points=()):
-    """A crop as the model gets it, with the grid of what is pooled into one token, and points: [(annotation,
-    point)]."""
-    pixels = patches.reshape(n, n, patch, patch, 3).transpose(0, 2, 1, 3, 4).reshape(n * patch, n * patch, 3)
-    scale = max(1, 378 // (n * patch))
-    image = Image.fromarray(pixels).resize((n * patch * scale,) * 2, Image.NEAREST)
-    pen, side = ImageDraw.Draw(image, "RGBA"), n * patch * scale
-    for at in range(0, side, window * patch * scale):
-        pen.line([at, 0, at, side], (255, 255, 255, 90))
-        pen.line([0, at, side, at], (255, 255, 255, 90))
-    for a, p in points:
-        x, y, colour = p["x"] * side, p["y"] * side, f"hsl({a * 67 % 360}, 90%, 50%)"
-        pen.ellipse([x - 6, y - 6, x + 6, y + 6], None, colour, 3)
-        pen.text((x + 7, y - 6), str(p["id"]), colour, stroke_width=1, stroke_fill="black")
-    return image
+def parse_points(text, kind="video"):
+    """The points written in `text`, in either grammar: [{x, y, id}], with `t` (or, of kind "images", `image`)
+    where one is given; kind "image" ignores it.
 
-
-def media_html(plan, row, cfg):
-    """The crops of a plan, the points of its row on them."""
-    n, out = cfg.crop // cfg.patch, []
-    marked = [(a, p) for a, annotation in enumerate(row["annotations"]) for p in annotation.get("points", ())]
-    for k, (path, layout) in enumerate(plan.media):
-        crops = load_crops(path, layout, n, cfg.patch)
-        name = html.escape(os.path.basename(path))
-        out.append(f"<p>{name}: {len(crops)} crops, {len(layout.pool)} visual tokens</p>")
-        if layout.times:
-            nearest = lambda p: min(range(len(layout.times)), key=lambda i: abs(layout.times[i] - p["t"]))
-            frames = [(t, draw_crop(c, n, cfg.patch, 3, [(a, p) for a, p in marked if nearest(p) == i]))
-                      for i, (t, c) in enumerate(zip(layout.times, crops))]
-            out += [picture_tag(image.resize((189, 189)), f"{t:.2f} s") for t, image in frames]
-        else:
-            mine = [(a, p) for a, p in marked if p.get("image", 0) == k]
-            out.append(picture_tag(draw_crop(crops[0], n, cfg.patch, 2, mine), "the whole, low resolution"))
-            rows, cols = layout.tiling
-            for i in range(rows):
-                tiles = [picture_tag(draw_crop(crops[1 + i * cols + j], n, cfg.patch, 2).resize((189, 189)))
-                         for j in range(cols)]
-                out.append("<br>" * (i == 0) + "".join(tiles) + "<br>")
-    return "".join(out)
-
-
-def tokens_html(plan, tokenizer):
-    """The tokens of a plan: a colour per branch, what is learned underlined, the more the heavier its
-    weight."""
-    names, out = {i: name for name, i in tokenizer.ids.items()}, []
-    image, column = tokenizer.ids["<image>"], tokenizer.ids["<image_col>"]
-    for b in range(int(plan.branch.max()) + 1):
-        mine = plan.branch == b  # a branch's last token is never read, only predicted
-        ids, learned = plan.tokens[mine].tolist(), [0.0, *plan.weights[mine].tolist()]
-        ids += [int(plan.targets[mine][-1])] if b else []
-        spans, run = [], []
-        for i, (token, w) in enumerate(zip(ids, learned)):
-            if token in (image, column):  # a picture's tokens are told by their number
-                run.append(token)
-                if ids[i + 1:i + 2] in ([image], [column]):
-                    continue
-                text = f"<image> \u00d7{run.count(image)}" + f" in {run.count(column)} rows" * (column in run)
-                run = []
-            else:
-                text = names.get(token) or tokenizer.decode([token])
-            style = f"border-bottom: {min(2 * w, 5):.1f}px solid #c00"
-            spans.append(f'<span title="{token}, weight {w:.3g}" style="{style}">'
-                         + html.escape(text).replace("\n", "\u23ce") + "</span>")
-        colour = f"hsl({(b - 1) * 67 % 360}, 70%, 90%)" if b else "#eee"
-        out.append(f'<p class="tokens" style="background:{colour}">{"".join(spans)}</p>')
-    return "".join(out)
-
-
-def mask_picture(plans, vocab):
-    """The attention mask of a packed row, white where a query (row) sees a key (column)."""
-    from model import is_vision, may_attend
-    example = torch.cat([torch.full((p.n_tokens,), e) for e, p in enumerate(plans, 1)])
-    branch, tokens = (torch.from_numpy(np.concatenate([getattr(p, key) for p in plans]))
-                      for key in ("branch", "tokens"))
-    at = torch.arange(len(tokens))
-    mask = may_attend(at[:, None], at[None], example, branch, is_vision(tokens, vocab))
-    image = Image.fromarray((mask.numpy() * 255).astype(np.uint8))
-    return image.resize((min(len(tokens), 900),) * 2, Image.BOX)
-
-
-STYLE = """<meta charset="utf-8"><style>body {font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1250px}
-figure {display: inline-block; margin: 2px; font-size: 11px; text-align: center}
-.tokens {font: 13px/1.9 monospace; padding: 4px 8px; white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0}
-.bad {color: #c00} td {padding: 0 1em 0 0}</style>"""
-
-
-def write_page(datasets, planner, n, out):
-    """The first n lines of each dataset as the model will see them, one packed row's mask and the packing's
-    statistics."""
-    page, shown = [STYLE, f"<h1>{html.escape(', '.join(d.name for d in datasets))}</h1>"], []
-    page.append("<p>Grey: the trunk, which every branch sees. A colour per branch. Underlined in red: learned, "
-                "the thicker the heavier. Lines over a picture: what is pooled into one token.</p>")
-    for d in datasets:
-        for i in range(min(n, len(d))):
-            line, folder, where = d.line(i)
-            page.append(f"<h2>{html.escape(where)}</h2>")
-            try:
-                row = parse_row(line)
-                plans, left_out = planner.plan(row, folder, random.Random(i))
-                page += [media_html(plans[0], row, planner.cfg)] if plans else []
-            except (BadRow, BadMedia) as e:
-                page.append(f'<p class="bad">{html.escape(str(e))}</p>')
-                continue
-            page += [f'<p class="bad">left out: {html.escape(reason)}</p>' for reason in left_out]
-            for p in plans:
-                page.append(f"<p>{p.n_tokens} tokens, {p.n_crops} crops, {int((p.weights > 0).sum())} learned</p>")
-                page.append(tokens_html(p, planner.tokenizer))
-            shown += plans
-    packer = Packer(planner.seq_len, planner.max_crops)
-    rows = [row for p in shown for row in packer.add(p)] + packer.flush()
-    total = lambda key: sum(getattr(p, key) for p in shown) / max(len(rows), 1)
-    if rows:
-        row, learned = max(rows, key=len), sum(int((p.weights > 0).sum()) for p in shown)
-        page.append(f"<h2>Packed</h2><table><tr><td>{len(shown)} examples in {len(rows)} rows"
-                    f"<td>tokens {total('n_tokens'):.0f} of {planner.seq_len} a row"
-                    f"<td>crops {total('n_crops'):.1f} of {planner.max_crops}<td>{learned} tokens learned</table>"
-                    f"<p>The mask of the row that holds {len(row)} examples, white where a token (down) sees "
-                    "another (across):</p>" + picture_tag(mask_picture(row, planner.cfg.vocab)))
-    with open(out, "w", encoding="utf-8") as f:
-        f.write("\n".join(page))
-
-
-def main():
-    from model import PRESETS
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("data", nargs="+", help="JSONL files, or folders of them")
-    parser.add_argument("--show", type=int, default=0, metavar="N",
-                        help="write a page with the first N lines of each file")
-    parser.add_argument("--out", default="data.html", help="where the page goes [data.html]")
-    parser.add_argument("--config", default="small", choices=list(PRESETS),
-                        help="whose crops and patches [small]")
-    parser.add_argument("--tokenizer", default=SMALL_TOKENIZER,
-                        help="tokenizer.json of that model [the small one]")
-    parser.add_argument("--seq_len", type=int, default=4096, help="tokens per packed row [4096]")
-    parser.add_argument("--max_crops", type=int, default=128, help="crops per packed row [128]")
-    parser.add_argument("--max_frames", type=int, default=128,
-                        help="frames a video may get, at 2 per second [128]")
-    parser.add_argument("--tiles", type=int,
-                        help="high-resolution crops a picture may get [8; none for small]")
-    args = parser.parse_args()
-    cfg = PRESETS[args.config]
-    try:
-        planner = Planner(Tokenizer(args.tokenizer, cfg.vocab), cfg, args.seq_len, max_frames=args.max_frames,
-                          max_crops=args.max_crops,
-                          tiles=args.tiles if args.tiles is not None else 0 if args.config == "small" else 8)
-        datasets, missing = find_datasets(args.data)
-    except (OSError, ValueError, BadCheckpoint) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    for d in datasets:
-        stream, reasons, examples, left_out = Stream([(d, 1.0)], planner, 0), {}, 0, {}
-        for k in range(len(d)):
-            try:
-                plans, left = stream.plans(d.name, k)
-                examples += len(plans)
-                left_out |= {reason: left_out.get(reason, 0) + 1 for reason in left}
-            except BadRow as e:
-                reasons[e.reason] = reasons.get(e.reason, 0) + 1
-                if reasons[e.reason] <= 5:
-                    print(e)
-        print(f"{d.name}: {len(d)} rows, {examples} examples, rows not used: {reasons or 'none'}, "
-              f"annotations left out: {left_out or 'none'}")
-    if args.show:
-        write_page(datasets, planner, args.show, args.out)
-        print(f"{args.out} shows the first {args.show} lines of each")
-
-
-if __name__ == "__main__":
-    main()
+    Never raises: what is malformed is dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
+    """
+    points = []
+    for body in re.findall(r"<point ([^<>]{1,80})>", text):
+        fields = body.split(", ")
+        if len(fields) not in (3, 4) or not all(re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", f) for f in fields):
+            continue
+        *first, x, y, i = fields
+        if "." in i or i.startswith("-") or first and (first[0].startswith("-") or kind == "images"
+                                                       and "." in first[0]):
+            continue
+        points.append((float(first[0]) if first else None, float(x), float(y), int(i)))
+    for prefix, i, x, y in parse_released(text):
+        points.append((prefix - (kind == "images"), x / 1000, y / 1000, max(i - 1, 0)))
+    out = []
+    for first, x, y, i in points:
+        p = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
+        if first is not None and kind != "image":
+            p |= {"image": int(first)} if kind == "images" else {"t": first}
+        out.append(p)
+    return out

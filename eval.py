@@ -36,11 +36,14 @@ import requests
 from PIL import Image, ImageDraw
 
 import sample
-import toy
-from data import MEDIA, BadRow, answers, find_datasets, in_clip, parse_points, parse_row
-from media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
-from points import NOTHING, multiple_choice, write_prompt
-from weights import BadCheckpoint
+from lib import toy
+from data import find_datasets, in_clip, parse_points
+from lib.media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
+from lib.records import BadRecord, MEDIA, parse_record
+from lib.text import NOTHING, multiple_choice, write_prompt
+from lib.weights import BadCheckpoint
+from sample import answers
+
 
 # Longest answers, in tokens, by task: the published limits.
 LIMITS = dict(image_caption=448, video_caption=2048, image_pointing=192, multi_image_pointing=192,
@@ -114,7 +117,7 @@ def point_f1(predicted, true, hits):
     return precision_recall_f1(sum(bool(hits(i, j)) for i, j in pairs), len(predicted), len(true))
 
 
-def said_number(text):
+def parse_number(text):
     """The number an answer gives: points, "a total of 3", a number first or alone; None where there is
     none."""
     points = parse_points(text)
@@ -307,16 +310,16 @@ class Question:
         if len(set(keys)) < len(keys):
             twice = next(k for k in keys if keys.count(k) > 1)
             at = "" if twice[0] is None else f" at {twice[0]} s"
-            raise BadRow("wrong field", f"{self.where}: two points of id {twice[2]}{at}")
+            raise BadRecord("wrong field", f"{self.where}: two points of id {twice[2]}{at}")
         if self.kind == "video":
             start, end = self.row.get("start", 0), self.row.get("end", math.inf)
             outside = [p["t"] for p in points if not start - 0.01 <= p["t"] <= end + 0.01]
             if outside:
                 clip = f"{end} s" if not start else f"{start} to {end} s"
-                raise BadRow("wrong field", f"{self.where}: a point at {outside[0]} s of a clip of {clip}")
+                raise BadRecord("wrong field", f"{self.where}: a point at {outside[0]} s of a clip of {clip}")
         for m in a.get("masks", []):
             if not isinstance(m, dict) or key(m) not in keys:
-                raise BadRow("wrong field", f"{self.where}: mask {str(m)[:60]} belongs to no point")
+                raise BadRecord("wrong field", f"{self.where}: mask {str(m)[:60]} belongs to no point")
 
     def size(self, image=None):
         """(width, height) of the media, in pixels."""
@@ -338,7 +341,7 @@ class Question:
             return np.array(image)
         (rows, columns), counts = m["rle"]["size"], m["rle"]["counts"]
         if (rows, columns) != (h, w):
-            raise BadRow("wrong field", f"{self.where}: a mask of {columns}x{rows} on media of {w}x{h}")
+            raise BadRecord("wrong field", f"{self.where}: a mask of {columns}x{rows} on media of {w}x{h}")
         return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(w, h).T
 
     def hits(self, p, true):
@@ -359,10 +362,10 @@ def load_questions(datasets, limit=None):
         for i in range(min(len(d), limit or len(d))):
             line, folder, where = d.line(i)
             try:
-                row = parse_row(line)
+                row = parse_record(line)
                 out += [Question(row, a, folder, where) for a in row["annotations"]]
-            except BadRow as e:
-                raise BadRow(e.reason, f"{where}: {e.detail}" if where not in e.detail else e.detail) from None
+            except BadRecord as e:
+                raise BadRecord(e.reason, f"{where}: {e.detail}" if where not in e.detail else e.detail) from None
     return out
 
 
@@ -387,8 +390,8 @@ def score_points(q, text):
 
 
 def score_count(q, text):
-    true = int(q.truth) if q.truth.strip().isdigit() else len(q.points) if "points" in q.a else said_number(q.truth)
-    equal, close = count_accuracy(said_number(text), true or 0)
+    true = int(q.truth) if q.truth.strip().isdigit() else len(q.points) if "points" in q.a else parse_number(q.truth)
+    equal, close = count_accuracy(parse_number(text), true or 0)
     return dict(accuracy=equal, close=close)
 
 
@@ -524,7 +527,7 @@ def main():
             limit = args.max_new_tokens or (256 if model.cfg.crop < 378 else None)
             table[folder], kept[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
                                                    limit)
-    except (OSError, ValueError, BadRow, BadMedia, BadCheckpoint, ImportError, AttributeError) as e:
+    except (OSError, ValueError, BadRecord, BadMedia, BadCheckpoint, ImportError, AttributeError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     names = sorted({n for scores in table.values() for n in scores})

@@ -22,6 +22,7 @@ import dataclasses
 import pretrain
 import sft
 
+
 DEFAULTS = dataclasses.replace(
     sft.DEFAULTS, stage="longctx", previous="sft", steps=2000, global_batch=32, micro_batch=1, seq_len=36864,
     max_frames=384, max_crops=384, recompute=True, save_every=500)

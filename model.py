@@ -17,13 +17,15 @@ translation (weights.py).
 Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one visual token,
          D width, H heads, G key/value heads, hd head width, V vocabulary
 """
-import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from lib.flex import block_mask, example_masks, flex
+
 
 EXTRA = 128  # input-only embedding rows after the base vocabulary: what the model reads but never writes
 # Their order is the released one: the k-th name has id V + k. The first nine but <|image|> make up the vision
@@ -129,59 +131,6 @@ def dense_mask(example, branch, vision):
     return torch.stack(rows)[:, None]
 
 
-def example_masks(example, branch, vision):
-    """The rule for whole rows, example by example: for each row [(length n of an example, (1, 1, n, n) bool)], with
-    None for padding. Ten packed examples attended to one after the other are a tenth of the work of T x T."""
-    rows = []
-    for ids in zip(example, branch, vision):
-        parts, begin = [], 0
-        for e, n in zip(*(x.tolist() for x in ids[0].unique_consecutive(return_counts=True))):
-            t, own = torch.arange(n, device=example.device), (x[begin:begin + n] for x in ids)
-            parts.append((n, may_attend(t[:, None], t[None], *own)[None, None] if e else None))
-            begin += n
-        rows.append(parts)
-    return rows
-
-
-def block_mask(example, branch, vision, block=128):
-    """The rule for whole rows as a FlexAttention BlockMask: which blocks of 128 x 128 pairs hold any that may attend,
-    and which hold no other. Never T x T: a packed row is in order, so the ends of its blocks tell.
-
-    A row is examples one after the other, each its trunk (branch 0, where all vision tokens are) and its branches one
-    after the other, then padding (0). So of two blocks, only the last example of the earlier can also be in the
-    later one, where it is the first; and of its branches, only the last.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-    B, T = example.shape
-    ids = [F.pad(x, (0, -T % block)) for x in (example, branch, vision)]
-    e, b, v = (x.unflatten(1, (-1, block)) for x in ids)  # (B, n, 128)
-    none, n = e.new_tensor(1 << 60), e.shape[1]
-    first, last = torch.where(e > 0, e, none).amin(2), e.amax(2)  # examples of a block, (B, n)
-    one = (first == last) & (e > 0).all(2)                        # there is but one, and no padding
-    of_last = (e == last[..., None]) & (e > 0)
-    lowest, highest = torch.where(of_last, b, none).amin(2), torch.where(of_last, b, 0).amax(2)  # its branches
-    lowest_own = torch.where(of_last & (b > 0), b, none).amin(2)                                 # without the trunk
-    sees, shown = torch.where(v, e, 0).amax(2), torch.where(v, e, none).amin(2)  # last and first example with vision
-    q, k = (slice(None), slice(None), None), (slice(None), None)  # x[q]: of the queries' block, x[k]: of the keys'
-    before = torch.ones(n, n, dtype=torch.bool, device=e.device).tril(-1)
-    some = before & (last[k] == first[q]) & ((lowest[k] == 0) | (highest[k] == b[..., 0][q]))
-    some |= before.T & (sees[q] == shown[k])
-    some |= torch.diag_embed(last > 0)
-    own = (lowest_own[k] == highest[k]) & (lowest[q] == highest[k]) & (highest[q] == highest[k])
-    full = before & (last[k] == last[q]) & ((highest[k] == 0) | own)
-    full |= (v.all(2)[q] & v.all(2)[k]) & (last[k] == last[q])
-    full &= one[q] & one[k]
-    listed = []
-    for kind in (some & ~full, full):
-        count = kind.sum(-1, dtype=torch.int32)[:, None]  # (B, 1, n): the same for all heads
-        listed += [count, kind.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]]
-    e, b, v = ids
-
-    def rule(row, head, i, j):
-        return may_attend(i, j, e[row], b[row], v[row])
-    return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=block, mask_mod=rule, seq_lengths=(T, T))
-
-
 # ---- small parts -------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
@@ -226,24 +175,6 @@ def rope_table(cfg, pos, yarn):
 def rotate(x, cos, sin):
     a, b = x.float().chunk(2, -1)
     return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
-
-
-@functools.cache
-def compiled_flex():
-    """FlexAttention, compiled once for all layers and masks. Uncompiled it would quietly make T x T scores; a length
-    too many, and it is an error instead."""
-    from torch.nn.attention.flex_attention import flex_attention
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def flex(q, k, v, mask):
-    """FlexAttention: within a compiled block as a part of it, else compiled by itself."""
-    from torch.nn.attention.flex_attention import flex_attention
-    run = flex_attention if torch.compiler.is_compiling() else compiled_flex()
-    # PyTorch 2.13 compiles it wrongly for CPUs where q and k are made in the same graph and are not dense in memory.
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend(q, k, v, mask=None):
@@ -706,45 +637,17 @@ class Molmo2(nn.Module):
     def from_pretrained(cls, folder, vision=None):
         """A model from a checkpoint folder in any published layout (weights.py does the reading), or from a
         plain language model and the folder of a SigLIP, `vision`."""
-        import weights
+        from lib import weights
         return weights.load(folder, vision)
 
     def save_pretrained(self, folder, frames=384):
         """config.json and model.safetensors in the published layout, so that other tools can load them too. frames: the
         most it was shown of a video."""
-        import weights
+        from lib import weights
         weights.save(self, folder, frames)
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------
-
-def allowed_pairs(example, branch, vision):
-    """How many (query, key) pairs the rule allows in rows (B, T), counted from the lengths of trunks and branches."""
-    rows = torch.arange(len(example), device=example.device)[:, None].expand_as(example)
-    here = example > 0
-    ids = torch.stack([rows[here], example[here], branch[here]], 1)
-    pieces, length = ids.unique(dim=0, return_counts=True)  # a trunk or a branch each
-    trees, tree = pieces[:, :2].unique(dim=0, return_inverse=True)
-    trunk = length.new_zeros(len(trees)).index_add(0, tree, length * (pieces[:, 2] == 0))
-    seen = rows[vision & here] * (1 << 32) + example[vision & here]
-    v = seen.unique(return_counts=True)[1]
-    behind = length * (length + 1) // 2 + length * trunk[tree] * (pieces[:, 2] > 0)
-    return int(behind.sum() + (v * (v - 1) // 2).sum())
-
-
-def flops(cfg, crops, windows, tokens, pairs, learned):
-    """Floating-point operations of one forward pass, {part: n}; a training step takes three times as many.
-    windows: (M, K); pairs: what the mask allows; learned: positions where the head runs."""
-    p, d, a = cfg.patches, cfg.vit_width, cfg.vit_heads * cfg.vit_head_dim
-    blocks = max(cfg.vit_features) + 1
-    vit = 2 * p * cfg.patch ** 2 * 3 * d + blocks * (8 * p * d * a + 4 * p * d * cfg.vit_mlp + 4 * p * p * a)
-    f, (m, k) = len(cfg.vit_features) * d, windows
-    pooling, inner = 2 * f * a + k * (4 * f * a + 4 * a) + 2 * a * a, cfg.projector_mlp
-    window = pooling + 4 * a * inner + 2 * inner * cfg.width
-    heads, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    linears = cfg.layers * 2 * cfg.width * (2 * heads + 2 * kv + 3 * cfg.mlp)
-    return dict(vit=crops * vit, connector=m * window, decoder=tokens * linears,
-                attention=cfg.layers * 4 * heads * pairs, head=2 * cfg.width * cfg.vocab * learned)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -26,18 +25,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-import budget
-import distributed
+from lib import budget
+from lib import distributed
 import eval as evaluation
-import toy
+from lib import toy
 import ulysses
-import weights
-from data import (MIXTURES, BadRow, BadRows, Batches, Packer, Planner, Stream, collate, decode, find_datasets,
-                  mix, show_mixture, to_device)
-from distributed import UserError
-from model import PRESETS as MODELS
-from model import Molmo2
-from points import SMALL_TOKENIZER, Tokenizer
+from lib import weights
+from data import (Batches, MIXTURES, Packer, Planner, Stream, collate, decode, find_datasets, mix, show_mixture,
+                  to_device)
+from lib.distributed import Log, UserError, check_resume, check_same_data, start_over
+from lib.records import BadRecord, BadRecords
+from lib.text import SMALL_TOKENIZER, Tokenizer
+from model import Molmo2, PRESETS as MODELS
+from sft import cache_features
 
 
 # ---- configuration: one flat dataclass, from which the flags are made --------------------------------------
@@ -230,30 +230,6 @@ def load_model(cfg, folder=None):
     return model
 
 
-def remember(vit, cfg, gigabytes, group=32):
-    """A frozen encoder says the same of a crop each time: what it said is kept, in bf16, under the crop's
-    hash, until the room is full. Worth it where crops are small and come often, as in the toy world: a dozen
-    times each. New crops are encoded in groups of one size, so that a resumed run, which begins with nothing
-    kept, gets the very same numbers."""
-    shape = cfg.patches, len(cfg.vit_features) * cfg.vit_width
-    plain, places = vit.forward, {}
-    kept = torch.empty(int(gigabytes * 2 ** 29 / math.prod(shape)), *shape, dtype=torch.bfloat16)
-
-    def forward(crops):
-        keys = [hashlib.blake2b(c.tobytes(), digest_size=16).digest() for c in crops.cpu().numpy()]
-        known = [i for i, k in enumerate(keys) if k in places]
-        new = [i for i, k in enumerate(keys) if k not in places]
-        out = torch.empty(len(crops), *shape, dtype=torch.bfloat16)
-        out[known] = kept[[places[keys[i]] for i in known]]
-        for some in (new[i:i + group] for i in range(0, len(new), group)):
-            out[some] = plain(crops[some + some[:1] * (group - len(some))])[:len(some)].bfloat16().cpu()
-            for i in some:
-                if len(places) < len(kept):
-                    kept[places.setdefault(keys[i], len(places))] = out[i]
-        return out.to(crops.device, torch.float32)
-    vit.forward = forward
-
-
 def open_data(cfg):
     """The training mixture [(Dataset, rate)], and which sets of the registry are not there."""
     paths = [p for d in cfg.data
@@ -316,30 +292,6 @@ def schedule(step, steps, warmup, end=0.1):
     return end + (1 - end) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-class Log:
-    """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears
-    twice. Ranks other than the first write into the void."""
-
-    def __init__(self, path, keep, first=True):
-        self.path, self.kept, self.file = path, [], open(os.devnull, "w")
-        if not first:
-            return
-        kept = self.kept
-        if keep and os.path.exists(path):
-            with open(path) as f:
-                for line in f:
-                    with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
-                        kept += [line] if json.loads(line)["step"] <= keep else []
-        with open(path + ".tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
-        self.file = open(path, "a")
-
-    def write(self, **row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-
 def write_files(tokenizer, about, model, folder):
     """What a checkpoint holds besides the optimiser: weights, tokenizer and what --resume needs to know."""
     model.save_pretrained(folder, about["config"]["max_frames"])
@@ -347,48 +299,7 @@ def write_files(tokenizer, about, model, folder):
     weights.write_json(os.path.join(folder, "train_state", "state.json"), about)
 
 
-MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips",
-              "eval_first", "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
-
-
-def check_resume(run, cfg):
-    """(folder of the run's last checkpoint, what it says: step, config, stream, fingerprint, failed)."""
-    folder, wrong = distributed.last_whole(run)
-    if not folder:
-        raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start" if not wrong else
-                        f"--resume: no checkpoint under {run} is whole: {'; '.join(wrong)}")
-    for what in wrong:
-        print(f"not resuming from a damaged checkpoint: {what}")
-    saved = weights.read_json(os.path.join(folder, "train_state", "state.json"))
-    for key, was in saved["config"].items():
-        now = getattr(cfg, key, None)
-        now = list(now) if isinstance(now, tuple) else now
-        if now != was and key not in MAY_CHANGE:
-            raise UserError(f"--resume: --{key} is {now} now, but the run was started with {was}")
-    return folder, saved
-
-
-def check_same_data(was, now):
-    """A resumed run must read what it read before, in the same order."""
-    was = {"version of the order": 1} | was  # checkpoints from before it had a number do not say
-    for key in [*was, *now]:
-        if was.get(key) != now.get(key):
-            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but was "
-                            f"{was.get(key, 'not there')} when the run was started")
-
-
-def start_over(run):
-    """An empty folder for a new run; an earlier one is kept under another name."""
-    if os.path.exists(os.path.join(run, "log.jsonl")):
-        k = 1
-        while os.path.exists(f"{run}.old{k}"):
-            k += 1
-        os.rename(run, f"{run}.old{k}")
-        print(f"an earlier run was moved to {run}.old{k} (--resume would have continued it)")
-    os.makedirs(run, exist_ok=True)
-
-
-def next_rows(loader, n):
+def next_samples(loader, n):
     """The next n rows of the loader: [(row, state, events)]."""
     try:
         return [next(loader) for _ in range(n)]
@@ -416,7 +327,7 @@ def cut(batch, cfg, world):
     return batch if world.cp == 1 else ulysses.shard_batch(batch, cfg.image_token, world.cp_rank, world.cp)
 
 
-def held_out_rows(cfg, planner):
+def held_out_sequences(cfg, planner):
     """The first 512 lines of each file of --eval_data, packed to the length for which training compiles."""
     packer, rows = Packer(cfg.seq_len, cfg.max_crops), []
     try:
@@ -425,7 +336,7 @@ def held_out_rows(cfg, planner):
             for k in range(min(len(d), 512)):
                 for plan in stream.plans(d.name, k)[0]:
                     rows += packer.add(plan)
-    except (OSError, ValueError, BadRow) as e:
+    except (OSError, ValueError, BadRecord) as e:
         raise UserError(f"--eval_data {' '.join(cfg.eval_data)}: {e}") from None
     return rows + packer.flush()
 
@@ -541,10 +452,10 @@ def train(cfg, defaults, stop):
     n_params = model.num_params()
     if world.cp > 1:
         ulysses.install(model, world.cp_group)
-    distributed.share_work(model, world, cfg.compile, cfg.recompute, bf16)
+    distributed.shard_model(model, world, cfg.compile, cfg.recompute, bf16)
     optimizers, names = make_optimizers(model, cfg)
     if cfg.cache and "vit" in cfg.freeze and world.size == 1:  # sharded, ranks must call it together
-        remember(model.vision_backbone.image_vit, model.cfg, cfg.cache)
+        cache_features(model.vision_backbone.image_vit, model.cfg, cfg.cache)
     if cfg.resume:
         distributed.load_optimizers(folder, optimizers, names, world)
 
@@ -553,7 +464,7 @@ def train(cfg, defaults, stop):
     token_weights = model.cfg.point_format if cfg.token_weights == "auto" else cfg.token_weights
     planner = Planner(tokenizer, model.cfg, cfg.seq_len, cfg.tiles, token_weights, cfg.max_frames,
                       cfg.max_crops)
-    stream, held_out = Stream(mixture, planner, cfg.seed, cfg.allow_closed), held_out_rows(cfg, planner)
+    stream, held_out = Stream(mixture, planner, cfg.seed, cfg.allow_closed), held_out_sequences(cfg, planner)
     if cfg.resume:
         check_same_data(saved["fingerprint"], stream.fingerprint())
     elif first:
@@ -567,9 +478,9 @@ def train(cfg, defaults, stop):
           f"{cfg.global_batch} rows of {cfg.seq_len} tokens, {micro} at a time"
           f"{f' on each of {world.dp} ranks' * (world.dp > 1)}"
           f"{f', each row on {world.cp} ranks' * (world.cp > 1)}")
-    show_mixture(mixture, cfg.steps * cfg.global_batch / stream.rows_per_draw(), missing)
+    show_mixture(mixture, cfg.steps * cfg.global_batch / stream.sequences_per_draw(), missing)
     log, saver = Log(os.path.join(run, "log.jsonl"), step, first), distributed.Saver(run, world)
-    bad = BadRows(Log(os.path.join(run, "bad_rows.jsonl"), step, first), failed)
+    bad = BadRecords(Log(os.path.join(run, "bad_rows.jsonl"), step, first), failed)
     # collate_fn=tuple leaves rows as they are: by default every array would become a tensor in a shared file
     # of its own.
     rows_of_rank = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch,
@@ -595,7 +506,7 @@ def train(cfg, defaults, stop):
 
         # 4. The rows of this step. What all ranks must know of each other goes round once: W, the weight by
         # which the sum of all losses is divided; where the stream stands; who could not go on.
-        rows = next_rows(loader, mine)
+        rows = next_samples(loader, mine)
         batches = [ready([r[0] for r in rows[i:i + micro]] or [decode([], model.cfg, cfg.seq_len)], model.cfg)
                    for i in range(0, most, micro)]
         wait = time.time() - tick

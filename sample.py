@@ -9,6 +9,7 @@ are drawn.
 """
 import argparse
 import colorsys
+import itertools
 import math
 import os
 import sys
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data import BadRow, Planner, parse_points, prompt_batch, to_device
-from media import BadMedia, load_frames, load_image, open_image, video_duration
+from data import Planner, collate, decode, parse_points, to_device
+from lib.media import BadMedia, load_frames, load_image, open_image, video_duration
+from lib.records import BadRecord
+from lib.text import Tokenizer
+from lib.weights import BadCheckpoint, read_json
 from model import Molmo2
-from points import Tokenizer
-from weights import BadCheckpoint, read_json
+
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
 
@@ -234,9 +237,46 @@ def main():
             question = input("> ").strip() if args.chat else None
     except (EOFError, KeyboardInterrupt):
         print()
-    except (BadCheckpoint, BadMedia, BadRow, OSError, ValueError) as e:
+    except (BadCheckpoint, BadMedia, BadRecord, OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+def prompt_batch(plans, cfg):
+    """Questions as one batch for `Molmo2.generate`, one per row, padded on the right."""
+    longest = max(p.n_tokens for p in plans)
+    rows = [decode([p], cfg, longest) for p in plans]
+    batch, failed = collate(rows), [f for *_, failed in rows for f in failed]
+    return {k: batch[k] for k in ("tokens", "crops", "pool", "pos", "example", "branch")}, failed
+
+
+def answer(model, planner, plans, max_new_tokens):
+    """Greedy answers to a batch of questions: (texts, events of media that failed to decode)."""
+    batch, failed = prompt_batch(plans, planner.cfg)
+    tok, batch = planner.tokenizer, to_device(batch, model.lm_head.weight.device)
+    ids = torch.stack(list(model.generate(**batch, max_new_tokens=max_new_tokens, stop=(tok.eos,))), 1).tolist()
+    return [tok.decode(row[:row.index(tok.eos)] if tok.eos in row else row) for row in ids], failed
+
+
+def answers(model, planner, asked, limit, batch=32, world=None):
+    """Greedy answers to [(task, file:line, row, folder, prompt)], in order; limit(task): tokens. Questions of a task go
+    together, as their answers end at about the same time; the ranks of a `world` share them. Media that cannot be
+    decoded are an error."""
+    order, texts = sorted(range(len(asked)), key=lambda i: asked[i][0]), [None] * len(asked)
+    parts = [group[k:k + batch] for _, g in itertools.groupby(order, key=lambda i: asked[i][0])
+             for group in [list(g)] for k in range(0, len(group), batch)]
+    for part in parts[world.rank::world.size] if world else parts:
+        plans = [planner.question(row, folder, [dict(role="user", content=prompt)])
+                 for _, _, row, folder, prompt in (asked[i] for i in part)]
+        for plan, i in zip(plans, part):
+            plan.where = asked[i][1]
+        room = planner.seq_len - max(p.n_tokens for p in plans)
+        said, failed = answer(model, planner, plans, min(limit(asked[part[0]][0]), room))
+        if failed:
+            raise BadMedia(f"{failed[0][1]}: {failed[0][3]}")
+        for i, text in zip(part, said):
+            texts[i] = text
+    return [next(t for t in of if t is not None) for of in zip(*world.gather(texts))] if world else texts
 
 
 if __name__ == "__main__":

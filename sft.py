@@ -9,9 +9,14 @@ The loop is stage 1's. What differs is here: where it starts, what it reads, how
 learns.
 """
 import dataclasses
+import hashlib
+import math
+
+import torch
 
 import pretrain
 from pretrain import Config
+
 
 DEFAULTS = dataclasses.replace(
     Config(), stage="sft", previous="pretrain", mixture="sft",
@@ -28,6 +33,31 @@ PRESETS = {
                   eval_clips=100, eval_first=True),
     **{name: preset for name, preset in pretrain.PRESETS.items() if name != "small"},
 }
+
+
+def cache_features(vit, cfg, gigabytes, group=32):
+    """A frozen encoder says the same of a crop each time: what it said is kept, in bf16, under the crop's
+    hash, until the room is full. Worth it where crops are small and come often, as in the toy world: a dozen
+    times each. New crops are encoded in groups of one size, so that a resumed run, which begins with nothing
+    kept, gets the very same numbers."""
+    shape = cfg.patches, len(cfg.vit_features) * cfg.vit_width
+    plain, places = vit.forward, {}
+    kept = torch.empty(int(gigabytes * 2 ** 29 / math.prod(shape)), *shape, dtype=torch.bfloat16)
+
+    def forward(crops):
+        keys = [hashlib.blake2b(c.tobytes(), digest_size=16).digest() for c in crops.cpu().numpy()]
+        known = [i for i, k in enumerate(keys) if k in places]
+        new = [i for i, k in enumerate(keys) if k not in places]
+        out = torch.empty(len(crops), *shape, dtype=torch.bfloat16)
+        out[known] = kept[[places[keys[i]] for i in known]]
+        for some in (new[i:i + group] for i in range(0, len(new), group)):
+            out[some] = plain(crops[some + some[:1] * (group - len(some))])[:len(some)].bfloat16().cpu()
+            for i in some:
+                if len(places) < len(kept):
+                    kept[places.setdefault(keys[i], len(places))] = out[i]
+        return out.to(crops.device, torch.float32)
+    vit.forward = forward
+
 
 if __name__ == "__main__":
     cfg, run = pretrain.main(DEFAULTS, PRESETS)

@@ -4,8 +4,8 @@ Context parallelism by hand: one packed row, cut over several devices (DeepSpeed
 A row of 36,864 tokens does not fit one card's memory, so P ranks hold T/P tokens each. Everything in the
 model works on one token at a time and does not notice, except for two places:
 
-- **attention** mixes tokens. But its heads do not mix, so before it the ranks trade: each gives away all
-  heads but its own share, and gets its heads' share of all other tokens. After it they trade back.
+- **attention** mixes tokens. But its heads do not mix, so before it the ranks all_to_all: each gives away all
+  heads but its own share, and gets its heads' share of all other tokens. After it they all_to_all back.
 
     rank 0   tokens 0..T/2, heads a b c d          all tokens, heads a b        tokens 0..T/2, heads a b c d
                                           ─ all ─►  attention, as  ─ all ─►
@@ -27,7 +27,7 @@ What it costs. Per layer and rank, forward, in elements: q, k, v in one message 
 
 and as much again backward: divided by P, unlike a ring that passes all keys and values by every rank. H must
 be a multiple of P, and G a multiple or a divisor of it: fewer key/value heads than ranks are repeated before
-the trade.
+the all_to_all.
 
 The mask is built from the ids of the whole row, which every rank gathers (three integers a token): any mask
 works.
@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 
 
-class Exchange(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """All-to-all along the first axis. x: the pieces for rank 0, 1, ... one after the other, sent[p] rows for
     rank p; returns what the ranks sent here, got[p] rows from rank p."""
 
@@ -54,17 +54,17 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return Exchange.apply(grad, *ctx.back), None, None, None
+        return AllToAll.apply(grad, *ctx.back), None, None, None
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
 
-def trade(x, group, back=False):
+def all_to_all(x, group, back=False):
     """All heads of some tokens -> some heads of all tokens, (B, H, T/P, hd) -> (B, H/P, T, hd), or `back`."""
     P = dist.get_world_size(group)
     # the axis that is given away, cut into P, goes first
     x = x.unflatten(2 if back else 1, (P, -1)).movedim(2 if back else 1, 0)  # (P, B, H/P, T/P, hd)
-    x = Exchange.apply(x, [1] * P, [1] * P, group)
+    x = AllToAll.apply(x, [1] * P, [1] * P, group)
     # and the axis that was received, in the order of the ranks, closes up
     return x.movedim(0, 1 if back else 2).flatten(*((1, 2) if back else (2, 3)))
 
@@ -78,8 +78,8 @@ def ulysses_attend(q, k, v, mask, attend, group):
         G = P
     # One message for q, k and v: the heads of rank p stand together.
     qkv = torch.cat([x.unflatten(1, (P, -1)) for x in (q, k, v)], 2).flatten(1, 2)  # (B, H + 2G, T/P, hd)
-    q, k, v = trade(qkv, group).split([H // P, G // P, G // P], 1)  # (B, ·, T, hd)
-    return trade(attend(q, k, v, mask), group, back=True)
+    q, k, v = all_to_all(qkv, group).split([H // P, G // P, G // P], 1)  # (B, ·, T, hd)
+    return all_to_all(attend(q, k, v, mask), group, back=True)
 
 
 def check_heads(heads, kv_heads, cp):
@@ -93,7 +93,7 @@ def check_heads(heads, kv_heads, cp):
 
 # ---- pictures ----------------------------------------------------------------------------------------------
 
-def share_out(n_crops, pool, patches, ranks):
+def assign_crops(n_crops, pool, patches, ranks):
     """Which rank encodes which crops: a list of `ranks + 1` ascending bounds, and for each window its rank
     (M,).
 
@@ -116,7 +116,7 @@ def share_out(n_crops, pool, patches, ranks):
     return bounds, owner
 
 
-def gather_rows(x, group):
+def all_gather_rows(x, group):
     """What every rank holds, however many rows each: a list of P tensors. No gradient."""
     P = dist.get_world_size(group)
     counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(P)]
@@ -131,10 +131,10 @@ def shared_features(encode, crops, pool, group):
     """`VisionBackbone.forward` over a group. crops: of the whole rows, the same on all ranks; pool: (m, K),
     the windows of the tokens held here -> (m, D)."""
     rank, P, patches = dist.get_rank(group), dist.get_world_size(group), crops.shape[1]
-    pools = gather_rows(pool, group)
+    pools = all_gather_rows(pool, group)
     holder = torch.cat([torch.full((len(p),), r, device=p.device) for r, p in enumerate(pools)])
     pool = torch.cat(pools)
-    bounds, encoder = share_out(len(crops), pool, patches, P)
+    bounds, encoder = assign_crops(len(crops), pool, patches, P)
     here = encoder == rank
     # A rank without a crop encodes one for nobody: under FSDP all ranks run the same modules.
     mine = crops[bounds[rank]:bounds[rank + 1]] if bounds[rank] < bounds[rank + 1] else crops[:1]
@@ -143,7 +143,7 @@ def shared_features(encode, crops, pool, group):
     # whatever the split was, each goes back to its place.
     to, of = holder[here], encoder[holder == rank]
     sent, got = (torch.bincount(r, minlength=P).tolist() for r in (to, of))
-    received = Exchange.apply(features[to.argsort(stable=True)], sent, got, group)
+    received = AllToAll.apply(features[to.argsort(stable=True)], sent, got, group)
     return received[of.argsort(stable=True).argsort()]
 
 
@@ -160,7 +160,7 @@ def install(model, group):
 
     def mask(tokens, example, branch):
         ids = torch.stack([tokens, example, branch], -1).movedim(1, 0)  # (T/P, B, 3)
-        return plain_mask(*torch.cat(gather_rows(ids, group)).movedim(0, 1).unbind(-1))
+        return plain_mask(*torch.cat(all_gather_rows(ids, group)).movedim(0, 1).unbind(-1))
     model.mask = mask
     backbone = model.vision_backbone
     backbone.forward = functools.partial(shared_features, backbone.forward, group=group)

@@ -29,9 +29,10 @@ sys.path.insert(0, ROOT)
 
 import pretrain  # noqa: E402
 import sft  # noqa: E402
-from data import Dataset, Planner, parse_row  # noqa: E402
+from data import Dataset, Planner  # noqa: E402
+from lib.records import parse_record  # noqa: E402
+from lib.text import SMALL_TOKENIZER, Tokenizer  # noqa: E402
 from model import IMAGE, READ_ONLY, Molmo2, ModelConfig  # noqa: E402
-from points import SMALL_TOKENIZER, Tokenizer  # noqa: E402
 
 SIZES = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=1024, rope_theta=1e4, crop=20,
              patch=4, vit_width=16, vit_heads=2, vit_head_dim=8, vit_mlp=24, vit_features=(1, 0))
@@ -141,7 +142,7 @@ def plan_all(planner, path):
     d, out = Dataset("rows", [path]), []
     for i in range(len(d)):
         line, folder, _ = d.line(i)
-        out.append(planner.plan(parse_row(line), folder, random.Random(0)))
+        out.append(planner.plan(parse_record(line), folder, random.Random(0)))
     return out
 
 

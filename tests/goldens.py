@@ -15,10 +15,13 @@ import zlib
 import numpy as np
 from conftest import HERE, SIZES, STYLES, picture, write_lines
 
-# what the goldens look at of the product, named here alone
-from data import BadRow, Dataset, Planner, Stream, mix, parse_row, shuffled
+from data import Dataset, Planner, Stream, mix, shuffled
+from lib.records import BadRecord, parse_record
+from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import ModelConfig
-from points import SMALL_TOKENIZER, Tokenizer
+
+
+# what the goldens look at of the product, named here alone
 
 NUMBER = "version of the order"
 FOLDER = os.path.join(HERE, "golden", "data-path")
@@ -154,11 +157,11 @@ def of_plan(plan):
 def of_record(variant, name, folder):
     """What a record becomes: {plans, left out, question, media of each plan}, or {bad}."""
     planner = make_planner(**VARIANTS[variant])
-    row = parse_row(json.dumps(RECORDS[name]).encode())
+    row = parse_record(json.dumps(RECORDS[name]).encode())
     try:
         plans, left_out = planner.plan(row, folder, random.Random(f"golden {name}"))
         question = planner.question(row, folder, chat("What is this?", "A thing.", "Point to it."))
-    except BadRow as e:
+    except BadRecord as e:
         return dict(bad=e.reason)
     media = [of_media(p, folder) for p in [*plans, question]]
     if all(m == media[0] for m in media):
@@ -225,7 +228,7 @@ def draws(stream, n=300):
         try:
             plans, left_out = stream.plans(name, taken[name])
             out.append([name, place(plans[0].where), *left_out, *(crc(p.tokens) for p in plans)])
-        except BadRow as e:
+        except BadRecord as e:
             out.append([name, place(e.detail.split(": ")[0]), e.reason])
         taken[name] += 1
     return out

@@ -5,6 +5,8 @@ Every picture is 40 x 20 pixels, every video 2 s at 10 frames a second of 48 x 3
 server listens. In the lines, "@name" stands for where the picture behind URL/pic/name is kept, "&name" for
 where that picture is kept if it came inside a row, and "here/" for media/NAME/ of the set.
 """
+
+
 URL = "URL"
 PIC = lambda name: f"{URL}/pic/{name}"
 SHA = lambda name: f"SHA({name})"  # of the picture's bytes

@@ -21,12 +21,14 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import HERE, QUICK, ROOT, log_of, picture, run, tiny_model, video, write_lines
 from PIL import Image
+from conftest import HERE, QUICK, ROOT, log_of, picture, run, tiny_model, video, write_lines
 
-import annotate
-from data import Dataset, Planner, Stream, parse_row
-from review import Reviewer, Work
+from tools.annotate import __main__ as annotate
+from data import Dataset, Planner, Stream
+from lib.records import parse_record
+from tools.annotate.review import Reviewer, Work
+
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "chromium-headless-shell"
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -212,7 +214,7 @@ def test_a_browser_accepts_edits_rejects_and_tracks_and_a_reload_keeps_it_all(br
         assert abs(p["x"] - x) < 0.01 and abs(p["y"] - y) < 0.01  # a click lands on a whole pixel
     assert [d["verdict"] for d in said(lines)][:3] == ["accept", "edit", "reject"]
     assert all(d["who"] == "ann" and d["when"][:4].isdigit() for d in said(lines))
-    assert parse_row(json.dumps(rows[0]).encode())
+    assert parse_record(json.dumps(rows[0]).encode())
     assert rows[0]["provenance"][-1]["who"] == "ann"
 
 
@@ -444,7 +446,7 @@ def test_what_a_server_is_asked_and_what_becomes_of_it(tmp_path, model, clips):
     """The prompts hold what was said and the pictures what was seen; the answers become lines that train."""
     server = model()
     annotate.main(["caption", *clips(1), *flags(tmp_path, server), "--narrator", "ann", "--frames", "3"])
-    row, = map(parse_row, open(tmp_path / "captions.jsonl", "rb"))
+    row, = map(parse_record, open(tmp_path / "captions.jsonl", "rb"))
     assert (row["video"], row["annotations"]) == ("0.mp4", [dict(task="video_caption", answer=MERGED)])
     looks = [body["messages"][0]["content"] for step, body in server.asked if step == "describe"]
     grey = []
@@ -464,7 +466,7 @@ def test_what_a_server_is_asked_and_what_becomes_of_it(tmp_path, model, clips):
         assert by[step]["date"][:4].isdigit() and "closed" not in by[step]
 
     annotate.main(["qa", str(tmp_path / "captions.jsonl"), *flags(tmp_path, server, "qa")])
-    row, = map(parse_row, open(tmp_path / "qa.jsonl", "rb"))
+    row, = map(parse_record, open(tmp_path / "qa.jsonl", "rb"))
     a, = row["annotations"]
     assert a["options"][a["correct"]] == "It gets lighter."
     assert sorted(a["options"]) == ["It falls.", "It gets lighter.", "It moves."]
@@ -534,7 +536,7 @@ def test_what_is_no_text_and_what_is_too_deep_stops_nothing(tmp_path, model, cli
 
     annotate.main(["caption", *clips(3), *flags(tmp_path, model(answer))])
     annotate.main(["report", str(tmp_path / "captions.jsonl")])
-    row, = map(parse_row, open(tmp_path / "captions.jsonl", "rb"))
+    row, = map(parse_record, open(tmp_path / "captions.jsonl", "rb"))
     assert row["annotations"][0]["answer"] == MERGED + " ?"
     assert [row["annotations"][0].get("left_out") for row in all_rows(tmp_path)] == [
         None, "merge: no answer of the protocol", "contradictions: invalid JSON"]
@@ -887,7 +889,7 @@ def test_the_demo_runs_from_narration_to_training_and_the_page(tmp_path):
     assert p.wait(300) == 0 and (tmp_path / "opened").read_text() == url
     folder = tmp_path / "out" / "annotate"
     for name in ("captions", "qa"):
-        rows = [parse_row(line) for line in open(folder / f"{name}.jsonl", "rb")]
+        rows = [parse_record(line) for line in open(folder / f"{name}.jsonl", "rb")]
         by = {p["by"] for row in rows for p in row["provenance"]}
         assert 5 < len(rows) < 15 and by == {annotate.STAND_IN}
         page = (folder / f"{name}.work" / "report.html").read_text()

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import picture, tiny_model
 
+from lib.media import BadMedia
+from sample import answer, answers
+
+
 # what these tests use of the product, named here alone
-from data import answer, answers
-from media import BadMedia
 
 
 class Parrot:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import SIZES, STYLES, picture, video, write_lines
 
-# what these tests use of the product, named here alone
 from data import Batches, Dataset, Planner, Stream, collate, decode
-from media import load_crops
+from lib.media import load_crops
+from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import ModelConfig
-from points import SMALL_TOKENIZER, Tokenizer
+
+
+# what these tests use of the product, named here alone
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import finish, log_of, start
 
-import budget
+from lib import budget
 import longctx
 import pretrain
-from model import Molmo2, ModelConfig
+from model import ModelConfig, Molmo2
 
 
 def told(text):

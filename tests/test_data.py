@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 from PIL import Image
+from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 
-from data import (BadRow, Dataset, Packer, Planner, Stream, collate, decode, find_datasets,
-                  parse_points, parse_row, shuffled,
-                  to_messages)
-from media import BadMedia, image_size, inside_folder, load_image
+from data import Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_points, shuffled, to_messages
+from lib.media import BadMedia, image_size, inside_folder, load_image
+from lib.records import BadRecord, parse_record
 from model import ModelConfig
 
 
@@ -27,11 +26,11 @@ def row_of(**kw):
 
 def test_good_rows_of_every_kind_pass():
     for extra in (dict(), dict(width=3, height=4), dict(source="my own field")):
-        assert parse_row(row_of(**extra))["image"] == "a.png"
+        assert parse_record(row_of(**extra))["image"] == "a.png"
     points = [dict(image=1, x=0, y=1.0, id=0)]
     both = dict(images=["a", "b"],
                 annotations=[dict(task="multi_image_pointing", label="cat", points=points)])
-    assert parse_row(json.dumps(both).encode()) == both
+    assert parse_record(json.dumps(both).encode()) == both
 
 
 def points_row(**p):
@@ -67,8 +66,8 @@ BAD = [(b"{", "malformed JSON"), (b"[1]", "wrong field"), (b'{"a": "\xff"}', "no
 
 @pytest.mark.parametrize("line, reason", BAD, ids=range(len(BAD)))
 def test_bad_rows_are_refused_with_a_reason(line, reason):
-    with pytest.raises(BadRow) as e:
-        parse_row(line)
+    with pytest.raises(BadRecord) as e:
+        parse_record(line)
     assert e.value.reason == reason
 
 
@@ -313,7 +312,7 @@ def test_data_that_is_not_there_is_named(tmp_path):
 
 def test_video_rows_in_both_formats(tmp_path, planner, tokenizer):
     video(tmp_path / "a.mp4", n=15)
-    row = parse_row(json.dumps(dict(video="a.mp4", start=0.5,
+    row = parse_record(json.dumps(dict(video="a.mp4", start=0.5,
                                     subtitles=[dict(start=0, end=1, text="hello"), dict(
         start=9, end=9, text="unseen")], annotations=[dict(task="video_tracking", label="dot", points=[
             dict(t=0.25, x=0, y=0, id=3), dict(t=0.5, x=0.25, y=1, id=3), dict(t=1, x=0.5, y=0.5, id=3)])])).encode())
@@ -334,7 +333,7 @@ def test_video_rows_in_both_formats(tmp_path, planner, tokenizer):
         assert "subtitle\n-0.5 - 0.5 hello\n" in text and "unseen" not in text
         decoded = decode([plan], cfg, 400)
         assert decoded[1][0].shape == (3, 25, 48) and not decoded[3]
-    with pytest.raises(BadRow, match="clip from 0.5"):
+    with pytest.raises(BadRecord, match="clip from 0.5"):
         p.plan(dict(row, end=0.2), str(tmp_path), random.Random(0))
 
 
@@ -390,7 +389,7 @@ def clip(*annotations, **kw):
 
 
 def plans_of(planner, row, folder=".", seed=0):
-    return planner.plan(parse_row(json.dumps(row).encode()), str(folder), random.Random(seed))
+    return planner.plan(parse_record(json.dumps(row).encode()), str(folder), random.Random(seed))
 
 
 def text_of(planner, plan):

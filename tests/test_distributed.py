@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import V, finish, log_of, losses_of, random_batch, random_tree, run, run_ranks, start, tiny_model
 
-import distributed
+from lib import distributed
 import pretrain
 import ulysses
-from distributed import World
-from model import IMAGE, Molmo2, block_mask, dense_mask, is_vision
+from lib.distributed import World
+from lib.flex import block_mask
+from model import IMAGE, Molmo2, dense_mask, is_vision
 
 
 def check_gradients(rank, ranks, cp, style):
@@ -36,7 +37,7 @@ def check_gradients(rank, ranks, cp, style):
             shared = Molmo2(shared.cfg).train()
     if cp > 1:
         ulysses.install(shared, cp_group)
-    distributed.share_work(shared, world, False, True, False)
+    distributed.shard_model(shared, world, False, True, False)
     for seed in range(6):
         rng = torch.Generator().manual_seed(seed)
         batches = []
@@ -76,7 +77,7 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(ranks, cp, style):
 
 
 class OneProduct(torch.nn.Module):
-    """Of a model what `share_work` knows: it has blocks."""
+    """Of a model what `shard_model` knows: it has blocks."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +97,7 @@ def check_sums_in_bf16(rank, ranks):
     model = OneProduct()
     with torch.no_grad():
         model.inner.weight.fill_(1 + 2 ** -12)  # of which bf16 keeps 1
-    distributed.share_work(model, World("cpu", rank, ranks, 1, mesh), False, False, True)
+    distributed.shard_model(model, World("cpu", rank, ranks, 1, mesh), False, False, True)
     small = 2 ** -10  # lost beside 1 in bf16, which has 8 digits
     for x in ([1.0, small][rank], small):  # of micro-batches too
         model(torch.full((1, 3), x)).backward()
@@ -288,10 +289,10 @@ def flip(f):
 def test_a_damaged_checkpoint_is_never_resumed_from(tmp_path, file, spoil):
     for step in (8, 9, 10):
         made(tmp_path, step)
-    assert distributed.last_whole(tmp_path) == (str(tmp_path / "step_0000010"), [])
+    assert distributed.last_complete(tmp_path) == (str(tmp_path / "step_0000010"), [])
     spoil(tmp_path / "step_0000010" / file)
     (tmp_path / "step_0000009" / "COMPLETE").unlink()
-    whole, (last, before) = distributed.last_whole(tmp_path)
+    whole, (last, before) = distributed.last_complete(tmp_path)
     assert whole == str(tmp_path / "step_0000008") and "step_0000010" in last
     assert before == f"{tmp_path / 'step_0000009' / 'COMPLETE'}: No such file or directory"
     state_alone = file == "train_state/pieces"
@@ -300,7 +301,7 @@ def test_a_damaged_checkpoint_is_never_resumed_from(tmp_path, file, spoil):
 
 def test_a_checkpoint_later_than_latest_is_not_resumed_from(tmp_path):
     """A kill came before it was noted, or the user turned `latest` back: the run goes on from there."""
-    assert distributed.last_whole(tmp_path) == distributed.last_whole(tmp_path / "nowhere") == (None, [])
+    assert distributed.last_complete(tmp_path) == distributed.last_complete(tmp_path / "nowhere") == (None, [])
     for step in (2, 4, 6):
         made(tmp_path, step)
     (tmp_path / "step_0000005.old").mkdir()
@@ -308,14 +309,14 @@ def test_a_checkpoint_later_than_latest_is_not_resumed_from(tmp_path):
     for turned_to in (4, 2):
         (tmp_path / "latest").unlink()
         (tmp_path / "latest").symlink_to(f"step_{turned_to:07d}")
-        assert distributed.last_whole(tmp_path) == (str(tmp_path / f"step_{turned_to:07d}"), [])
+        assert distributed.last_complete(tmp_path) == (str(tmp_path / f"step_{turned_to:07d}"), [])
     flip(tmp_path / "step_0000002" / "model")
-    assert distributed.last_whole(tmp_path)[0] is None
+    assert distributed.last_complete(tmp_path)[0] is None
     (tmp_path / "latest").unlink()  # not there yet: what is whole counts
-    assert distributed.last_whole(tmp_path) == (str(tmp_path / "step_0000006"), [])
+    assert distributed.last_complete(tmp_path) == (str(tmp_path / "step_0000006"), [])
     made(tmp_path, 4)  # written again by a run that went on from 2
     assert os.readlink(tmp_path / "latest") == "step_0000004" and not (tmp_path / "latest.tmp").exists()
-    assert distributed.last_whole(tmp_path) == (str(tmp_path / "step_0000004"), [])
+    assert distributed.last_complete(tmp_path) == (str(tmp_path / "step_0000004"), [])
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
@@ -361,7 +362,7 @@ def test_killed_at_any_moment_it_goes_on_also_on_other_ranks(tmp_path, world):
         kill_all(p)
         for step, loss in losses_of(tmp_path).items():
             assert loss == want[step], (turn, step)
-        whole, wrong = distributed.last_whole(folder)
+        whole, wrong = distributed.last_complete(folder)
         assert not wrong and (whole or not os.path.islink(folder / "latest"))
         if whole:
             Molmo2.from_pretrained(whole)
@@ -401,7 +402,7 @@ def test_a_rank_with_nan_holds_back_all(tmp_path, world):
 def test_a_silent_rank_is_named(tmp_path, world):
     """Its machine is gone or it hangs: nothing is closed, and yet the others do not wait for half an hour."""
     p = start(tmp_path, 2, *FLAGS, "--data", world, "--steps", "5000", "--save_every", "5000",
-              before="pretrain.distributed.Pulse.EVERY, pretrain.distributed.Pulse.PATIENCE = 0.5, 10")
+              before="pretrain.distributed.Heartbeat.EVERY, pretrain.distributed.Heartbeat.PATIENCE = 0.5, 10")
     wait_for(tmp_path, 3, p)
     os.kill(children(p.pid)[1], signal.SIGSTOP)
     told = next((line for line in p.stdout if line.startswith("error: ")), "")
@@ -430,7 +431,7 @@ def test_compiled_blocks_compute_what_plain_ones_do(recompute):
     torch._dynamo.reset()
     counters.clear()
     plain, fast = tiny_model("qwen").train(), tiny_model("qwen").train()
-    distributed.share_work(fast, World("cpu"), True, recompute, False)
+    distributed.shard_model(fast, World("cpu"), True, recompute, False)
     rng, graphs = torch.Generator().manual_seed(0), []
     for crops in (2, 3, 4, 5, 6, 7):
         batch = random_batch(rng, 1, 24)
@@ -454,7 +455,7 @@ def test_flex_attention_in_compiled_blocks():
     torch._dynamo.reset()
     counters.clear()
     plain, fast = tiny_model("qwen"), tiny_model("qwen")
-    distributed.share_work(fast, World("cpu"), True, False, False)
+    distributed.shard_model(fast, World("cpu"), True, False, False)
     plain.mask = lambda tokens, example, branch: dense_mask(example, branch, is_vision(tokens, V))
     fast.mask = lambda tokens, example, branch: block_mask(example, branch, is_vision(tokens, V))
     rng, T = torch.Generator().manual_seed(0), 256

@@ -13,10 +13,12 @@ import requests
 from conftest import HERE, picture, video, write_lines
 
 import eval as evaluation
-import toy
-from data import TASKS, BadRow, find_datasets, format_points
+from lib import toy
+from data import find_datasets, format_points
 from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, in_mask, j_and_f,
-                  load_questions, point_f1, region_j, said_number, score, score_track, word_overlap)
+                  load_questions, point_f1, region_j, parse_number, score, score_track, word_overlap)
+from lib.records import BadRecord, TASKS
+
 
 JF = os.path.join(HERE, "golden", "jf-metric")
 
@@ -88,7 +90,7 @@ def test_hota_of_cases_worked_by_hand():
                                           ("many", None),
                                           ('<points coords="1 1 100 100 2 200 200">cups</points>', 2)])
 def test_numbers_in_answers(text, number):
-    assert said_number(text) == number
+    assert parse_number(text) == number
 
 
 def test_counts_are_close_within_one_and_five_percent():
@@ -141,7 +143,7 @@ def test_run_length_masks_and_polygons_agree(tmp_path):
     assert np.array_equal(q.mask(points[0]), mask)
     p = question(tmp_path, "image_pointing", "image", points=points, masks=[dict(id=0, polygon=SQUARE)])
     assert np.array_equal(p.mask(points[0]), mask)
-    with pytest.raises(BadRow, match="rows.jsonl:1: a mask of 9x9 on media of 48x32"):
+    with pytest.raises(BadRecord, match="rows.jsonl:1: a mask of 9x9 on media of 48x32"):
         question(tmp_path, "image_pointing", "image", points=points,
                  masks=[dict(id=0, rle=dict(size=[9, 9], counts=[81]))]
                  ).mask(points[0])
@@ -174,20 +176,20 @@ def test_clips_that_start_later_keep_their_masks(tmp_path):
     assert score_track(q, "<point 1, 0.4, 0.6, 0> <point 1.5, 0.4, 0.6, 0>")["accuracy"] == 0
     write_lines(tmp_path / "rows.jsonl", [dict(video="a.mp4", start=1.0, end=1.2, annotations=[
         dict(task="video_tracking", prompt="?", points=true, masks=masks)])])
-    with pytest.raises(BadRow, match="rows.jsonl:1: a point at 1.5 s of a clip of 1.0 to 1.2 s"):
+    with pytest.raises(BadRecord, match="rows.jsonl:1: a point at 1.5 s of a clip of 1.0 to 1.2 s"):
         load_questions(find_datasets([str(tmp_path / "rows.jsonl")])[0])
 
 
 def test_data_that_contradicts_itself_is_named(tmp_path):
     twice = [dict(t=0.5, x=0, y=0, id=1), dict(t=0.5, x=1, y=1, id=1)]
-    with pytest.raises(BadRow, match="rows.jsonl:1: two points of id 1 at 0.5 s"):
+    with pytest.raises(BadRecord, match="rows.jsonl:1: two points of id 1 at 0.5 s"):
         question(tmp_path, "video_tracking", points=twice)
-    with pytest.raises(BadRow, match="a point at 5 s of a clip of 1 s"):
+    with pytest.raises(BadRecord, match="a point at 5 s of a clip of 1 s"):
         question(tmp_path, "video_tracking", row=dict(end=1), points=[dict(t=5, x=0, y=0, id=0)])
-    with pytest.raises(BadRow, match="belongs to no point"):
+    with pytest.raises(BadRecord, match="belongs to no point"):
         question(tmp_path, "video_tracking", points=twice[:1], masks=[dict(t=0, id=0, polygon=SQUARE)])
     write_lines(tmp_path / "rows.jsonl", [dict(image="a.png", annotations=[dict(task="sing")])])
-    with pytest.raises(BadRow, match="rows.jsonl:1: 'sing'"):
+    with pytest.raises(BadRecord, match="rows.jsonl:1: 'sing'"):
         load_questions(find_datasets([str(tmp_path / "rows.jsonl")])[0])
 
 
@@ -246,7 +248,7 @@ def test_a_close_count_is_that_of_the_published_table(true, within):
     ("There are none. I looked 3 times.", 0), ("There are 5: <point 0.1, 0.2, 0> <point 0.3, 0.2, 1>", 2),
     ("<point 0.1, 0.2, 0> A total of 4.", 1), ("<point 1.5, 0.1, 0.2, 0> <point 2, 0.1, 0.2, 0>", 2)])
 def test_a_count_is_read_from_what_is_said(text, number):
-    assert said_number(text) == number
+    assert parse_number(text) == number
 
 
 @pytest.mark.parametrize("truth, said, scores", [

@@ -12,14 +12,16 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, STYLES, picture, png, video, write_lines
 from PIL import Image
+from conftest import SIZES, STYLES, picture, png, video, write_lines
 
-import media
-from data import TASKS, BadRow, Batches, Dataset, Planner, Stream, line_index, parse_row, to_messages
-from media import BadMedia, image_size, inside_folder, load_frames, load_image, open_image, video_duration
+from lib import media
+from data import Batches, Dataset, Planner, Stream, line_index, to_messages
+from lib.media import BadMedia, image_size, inside_folder, load_frames, load_image, open_image, video_duration
+from lib.records import BadRecord, TASKS, parse_record
+from lib.text import ANSWER_MODES, PROMPTS
 from model import ModelConfig
-from points import ANSWER_MODES, PROMPTS
+
 
 NOT_SECONDS = ("9", "", True, False, math.nan, math.inf, -1, -0.5, [], [1], {}, 10 ** 400)
 NOT_PIXELS = ("30", True, math.nan, math.inf, -30, 0, 30.5, [], {}, 2 ** 40, 10 ** 400)
@@ -82,8 +84,8 @@ def planner_of(tokenizer, point_format="spec"):
 def test_a_field_that_is_no_number_costs_its_line_alone(folder, tokenizer, what):
     planner = planner_of(tokenizer)
     for row in BAD[what]:
-        with pytest.raises(BadRow) as e:
-            planner.plan(parse_row(json.dumps(row).encode()), str(folder), random.Random(0))
+        with pytest.raises(BadRecord) as e:
+            planner.plan(parse_record(json.dumps(row).encode()), str(folder), random.Random(0))
         assert e.value.reason == "wrong field", row
 
 
@@ -93,7 +95,7 @@ def test_numbers_at_the_edges_are_fine(folder, tokenizer):
                 film_row(duration=2, fps=30), film_row(start=1, end=1), film_row(end=1e6), film_row(subtitles=[]),
                 told(start=1.5, end=0.5), image_row(width=30, height=24), image_row(width=8000, height=8000),
                 tracked(0), tracked(1.25), asked(start_time=0.5, end_time=1), asked(timestamp=0)):
-        plans, left_out = planner.plan(parse_row(json.dumps(row).encode()), str(folder), random.Random(0))
+        plans, left_out = planner.plan(parse_record(json.dumps(row).encode()), str(folder), random.Random(0))
         assert len(plans) == 1 and not left_out, row
 
 
@@ -160,14 +162,14 @@ def with_value(row, place, value):
 def test_whatever_stands_in_a_field_the_line_is_used_or_refused(folder, tokenizer, kind, point_format):
     """Each field of a line, one at a time, taken out or with each odd value: no other exception comes through."""
     planner, row, used, refused = planner_of(tokenizer, point_format), EVERYTHING[kind], 0, 0
-    planner.plan(parse_row(json.dumps(row).encode()), str(folder), random.Random(0))
+    planner.plan(parse_record(json.dumps(row).encode()), str(folder), random.Random(0))
     for place in places(row):
         for value in (places, *ODD):
             changed = with_value(row, place, value)
             try:
-                planner.plan(parse_row(json.dumps(changed).encode()), str(folder), random.Random(0))
+                planner.plan(parse_record(json.dumps(changed).encode()), str(folder), random.Random(0))
                 used += 1
-            except (BadRow, BadMedia):
+            except (BadRecord, BadMedia):
                 refused += 1
             except Exception as e:
                 pytest.fail(f"{type(e).__name__}: {e}: {changed}")
@@ -186,8 +188,8 @@ def test_a_style_that_does_not_suit_its_media_ends_no_run(point_format):
                 for body in (dict(answer="x"), dict(points=[point], input_points=[point]), dict(points=[])):
                     a = dict(task=task, **body, **({"style": style} if style else {}))
                     try:
-                        parse_row(json.dumps(dict(row, annotations=[a])).encode())
-                    except BadRow:
+                        parse_record(json.dumps(dict(row, annotations=[a])).encode())
+                    except BadRecord:
                         refused += 1
                         continue
                     question, said = to_messages(a, kind, random.Random(0), point_format)
@@ -428,7 +430,7 @@ def test_a_file_edited_in_place_with_equal_length_is_read_anew(tmp_path, tokeniz
     path.write_text("\n".join(a) + "\n")
     os.utime(path, ns=(10 ** 18, 10 ** 18 + 1_000_000))
     before = Dataset("rows", [str(path)])
-    words = lambda d: [parse_row(d.line(i)[0])["annotations"][0]["answer"] for i in range(len(d))]
+    words = lambda d: [parse_record(d.line(i)[0])["annotations"][0]["answer"] for i in range(len(d))]
     prints = lambda d: Stream([(d, 1.0)], planner_of(tokenizer), 0).fingerprint()
     assert words(before) == ["aaaa", "bb"] and line_index(str(path))[2:, 0].tolist() == [0, len(a[0]) + 1]
     was = prints(before)

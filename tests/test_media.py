@@ -8,13 +8,14 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from conftest import picture, shared, video
 from PIL import Image
+from conftest import picture, shared, video
 
-import media
-from media import (BadMedia, Layout, frame_layout, image_crops, image_layout, image_size, load_crops, load_frames,
-                   load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times,
-                   video_duration, windows)
+from lib import media
+from lib.media import (BadMedia, Layout, frame_layout, image_crops, image_layout, image_size, load_crops,
+                       load_frames, load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times,
+                       video_duration, windows)
+
 
 # H, W, and for 8 and 24 crops: tiling, crops, high-resolution rows and columns, tokens in all
 TABLE = [((50, 50), ((1, 1), 2, 14, 14, 410), None), ((378, 378), ((1, 1), 2, 14, 14, 410), None),
@@ -287,11 +288,11 @@ def test_kept_crops_are_loaded_once_and_the_longest_unused_go_first(tmp_path, mo
     layout, loaded = image_layout(30, 24, 5, 4, 1), []
     monkeypatch.setattr(media, "load_crops", lambda path, *rest: loaded.append(path) or load_crops(path, *rest))
     crops = [load_crops(path, layout, 5, 4) for path in paths]
-    load = media.Kept(2 * crops[0].nbytes)
+    load = media.CropCache(2 * crops[0].nbytes)
     for i in (0, 1, 0, 2, 0, 1):  # 2 takes the place of 1, which takes that of 2
         assert np.array_equal(load(paths[i], layout, 5, 4), crops[i])
     assert loaded == [paths[i] for i in (0, 1, 2, 1)] and load.room == 0
-    small = media.Kept(10)  # too small for anything
+    small = media.CropCache(10)  # too small for anything
     assert np.array_equal(small(paths[0], layout, 5, 4), crops[0]) and not small.crops and small.room == 10
 
 
@@ -306,7 +307,7 @@ def test_two_clips_of_one_video_are_not_taken_for_each_other(tmp_path):
              (path, film(0.0), 4, 8), (path, film(0.5, 1.5), 4, 8), (other, film(0.0, 0.5), 4, 8),
              (path, film(0.0, 0.5), 8, 4), (path, film(0.0, 0.5), 4, 6)]
     asked += [(str(tmp_path / "a.png"), image_layout(90, 60, 5, 4, tiles), 5, 4) for tiles in (0, 1, 2, 4)]
-    kept = media.Kept(10 ** 8)
+    kept = media.CropCache(10 ** 8)
     for _ in range(2):
         for args in asked:
             assert np.array_equal(kept(*args), load_crops(*args))

@@ -8,10 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
-import budget
+from lib import budget
 import model as M
-from data import Dataset, collate, decode, parse_row
-from model import ChunkedNLL, Molmo2, allowed_pairs, attend, block_mask, dense_mask, example_masks, flops, is_vision
+from data import Dataset, collate, decode
+from lib.budget import allowed_pairs, flops
+from lib.flex import block_mask, example_masks
+from lib.records import parse_record
+from model import ChunkedNLL, Molmo2, attend, dense_mask, is_vision
+
 
 # Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two
 # image tokens, two of text. Rows are queries. Written by hand from the rule; the published code agrees but
@@ -89,7 +93,7 @@ def test_a_branch_never_sees_its_siblings(model, planner, world):
 def prompts(planner, world, texts):
     d = Dataset("rows", [world])
     line, folder, _ = d.line(0)
-    return [planner.question(parse_row(line), folder, [dict(role="user", content=t)]) for t in texts]
+    return [planner.question(parse_record(line), folder, [dict(role="user", content=t)]) for t in texts]
 
 
 def test_cached_generation_equals_uncached_with_right_padding(model, planner, world):

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import write_lines
-from goldens import (CASES, NUMBER, RECORDS, VARIANTS, dense, draw_media, make_planner, make_stream, of_record, order,
-                     packed, read)
+from goldens import (CASES, NUMBER, RECORDS, VARIANTS, dense, draw_media, make_planner, make_stream, of_record,
+                     order, packed, read)
+
+from data import Dataset, ORDER, Packer, Stream
+from lib.distributed import UserError, check_same_data
+
 
 # what else these tests use of the product, named here alone
-from data import ORDER, Dataset, Packer, Stream
-from pretrain import UserError, check_same_data
 
 
 # ---- goldens -----------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ from collections import Counter
 import pytest
 
 from data import format_points, parse_points
-from points import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, WRITABLE, Tokenizer, chat_pieces,
-                    multiple_choice, write_points,
-                    write_prompt)
+from lib.text import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, Tokenizer, WRITABLE, chat_pieces, multiple_choice,
+                      write_points, write_prompt)
 
 
 def test_digits_are_never_merged(tokenizer):

@@ -24,16 +24,17 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from conftest import HERE, QUICK, ROOT, log_of, picture, shared, stage_2, tiny_model, video, write_lines
 from PIL import Image
+from conftest import HERE, QUICK, ROOT, log_of, picture, shared, stage_2, tiny_model, video, write_lines
 from published import CASES
 
-import convert
+from tools.prepare import convert
 import data
-import fetch
-import prepare
-from data import parse_row, read_registry
+from tools.prepare import fetch
+from tools.prepare import __main__ as prepare
+from data import read_registry
 from eval import load_questions
+from lib.records import parse_record
 from model import Molmo2
 
 
@@ -200,7 +201,7 @@ def hub(film, monkeypatch):
 
 
 def lines(path):
-    return [parse_row(line) for line in open(path, "rb")]
+    return [parse_record(line) for line in open(path, "rb")]
 
 
 # ---- conversion --------------------------------------------------------------------------------------------
@@ -863,9 +864,9 @@ def test_json_is_read_entry_by_entry_wherever_its_pieces_end(tmp_path):
     for text in ("[{", '[{"a": 1}', "3", "", "[" * 100_000):
         with open(tmp_path / "x.json", "w") as f:
             f.write(text)
-        with pytest.raises(prepare.BadRow):
+        with pytest.raises(prepare.BadRecord):
             list(prepare.file_rows(str(tmp_path / "x.json")))
-        with pytest.raises((prepare.BadRow, RecursionError)):
+        with pytest.raises((prepare.BadRecord, RecursionError)):
             list(prepare.json_items(str(tmp_path / "x.json"), 4))
 
 

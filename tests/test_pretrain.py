@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
-from conftest import (QUICK, ROOT, finish, log_of, losses_of, picture, poison, run, start, tiny_model,
-                      write_lines)
+from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, run, start, tiny_model, write_lines
 
 import pretrain
-from data import Dataset, Planner, Stream, collate, decode, parse_row
-from pretrain import PRESETS, Config, UserError, make_optimizers, next_rows, parse, schedule
+from data import Dataset, Planner, Stream, collate, decode
+from lib.distributed import UserError
+from lib.records import parse_record
+from pretrain import Config, PRESETS, make_optimizers, next_samples, parse, schedule
+
 
 # ---- flags -------------------------------------------------------------------------------------------------
 
@@ -264,16 +266,16 @@ def test_a_worker_that_dies_is_one_line():
         raise error
         yield
     with pytest.raises(UserError, match="--resume goes on"):
-        next_rows(dies(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), 2)
+        next_samples(dies(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), 2)
     with pytest.raises(UserError, match="^none of the first 200 rows can be used$"):
-        next_rows(dies(ValueError("Caught ValueError in worker 0.\nTraceback\n"
+        next_samples(dies(ValueError("Caught ValueError in worker 0.\nTraceback\n"
                                   "ValueError: none of the first 200 rows can be used")), 2)
 
 
 def test_the_readmes_examples_are_good_rows():
     lines = [line for line in open(os.path.join(ROOT, "README.md"), "rb") if line.startswith(b'{"id"')]
     media = {"image", "images", "video"}
-    assert len(lines) >= 5 and {k for line in lines for k in parse_row(line)} & media == media
+    assert len(lines) >= 5 and {k for line in lines for k in parse_record(line)} & media == media
 
 
 def test_what_a_frozen_encoder_said_is_kept(model):
@@ -285,7 +287,7 @@ def test_what_a_frozen_encoder_said_is_kept(model):
         want = plain(crops).bfloat16().float()
         vit.forward = lambda x: encoded.append(len(x)) or plain(x)
         room = 5 * cfg.patches * len(cfg.vit_features) * cfg.vit_width * 2 / 2 ** 30  # five of seven
-        pretrain.remember(vit, cfg, room + 1e-9, group=4)
+        pretrain.cache_features(vit, cfg, room + 1e-9, group=4)
         for order, groups in (([0, 1, 2, 0], [4]), ([2, 1, 0], []), ([6, 5, 4, 3, 2], [4]), ([3, 4, 5, 6], [4]),
                               ([5], [])):
             encoded.clear()

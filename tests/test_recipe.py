@@ -14,14 +14,15 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import SIZES, STYLES, picture, png, tiny_model, write_lines
 
-import distributed
+from lib import distributed
 import model as M
 import pretrain
 from data import Dataset, Planner, Stream, collate, decode
-from distributed import UserError
-from model import Molmo2, ModelConfig
-from points import SMALL_TOKENIZER, Tokenizer
+from lib.distributed import UserError
+from lib.text import SMALL_TOKENIZER, Tokenizer
+from model import ModelConfig, Molmo2
 from pretrain import Config
+
 
 # No two of these are equal, and none is a default: a number that is ignored or taken for another one shows.
 ODD = dict(config="small", seed=3, steps=5, global_batch=5, micro_batch=2, seq_len=176, tiles=2, max_crops=7,
@@ -459,10 +460,10 @@ def test_a_log_goes_on_after_its_checkpoint_without_a_step_twice(tmp_path):
 def test_a_bad_row_is_counted_each_time_and_listed_once(tmp_path):
     path = str(tmp_path / "bad_rows.jsonl")
     event = ["set", "f:1", "failed to decode", "why"]
-    bad = pretrain.BadRows(pretrain.Log(path, 0), {})
+    bad = pretrain.BadRecords(pretrain.Log(path, 0), {})
     bad.note(1, [event, ["set", "f:2", "malformed JSON", ""], event])
     bad.note(2, [["set", "f:1", "unreadable media", ""]])  # another reason is news
-    resumed = pretrain.BadRows(pretrain.Log(path, 2), dict(bad.failed))
+    resumed = pretrain.BadRecords(pretrain.Log(path, 2), dict(bad.failed))
     resumed.note(3, [event, ["set", "f:2", "malformed JSON", ""], ["other", "f:3", "failed to decode", ""]])
     listed = [(r["step"], r["where"]) for r in log_of(tmp_path, "bad_rows.jsonl")]
     assert listed == [(1, "f:1"), (1, "f:2"), (2, "f:1"), (3, "f:3")]

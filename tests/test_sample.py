@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture, png, tiny_model, video, write_lines
 from PIL import Image
+from conftest import picture, png, tiny_model, video, write_lines
 
 import eval as evaluation
 import sample
-from data import Planner, answer, answers, prompt_batch
-from media import BadMedia, load_frames
+from data import Planner
+from lib.media import BadMedia, load_frames
 from model import Molmo2
-from sample import Chat, at_time, colour_of, draw, draw_points, draw_video, main
+from sample import Chat, answer, answers, at_time, colour_of, draw, draw_points, draw_video, main, prompt_batch
 
 
 @pytest.fixture

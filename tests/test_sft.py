@@ -4,9 +4,10 @@ import os
 
 from conftest import QUICK, run, stage_2, video, write_lines
 
-import toy
-from data import find_datasets, parse_row
+from lib import toy
+from data import find_datasets
 from eval import load_questions
+from lib.records import parse_record
 
 
 def test_stage_2_goes_on_from_stage_1_and_learns_from_video(tmp_path, world):
@@ -33,7 +34,7 @@ def test_the_toy_worlds_clips_can_be_asked_about(tmp_path):
     """Every line trains, every held-out line is a question with masks; the same seed films the same clips."""
     folder = toy.write_clips(str(tmp_path / "clips"), clips=12, held_out=10)
     for path in ("clips.jsonl", "tracks.jsonl"):
-        rows = [parse_row(line) for line in open(os.path.join(folder, path), "rb")]
+        rows = [parse_record(line) for line in open(os.path.join(folder, path), "rb")]
         assert len(rows) == 12 and not any("masks" in a for r in rows for a in r["annotations"])
     questions = load_questions(find_datasets([os.path.join(folder, "eval")])[0])
     tracks = [q for q in questions if q.task == "video_tracking"]

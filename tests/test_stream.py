@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import picture, poison, video, write_lines
 
-import media
-from data import (MIXTURES, Batches, Dataset, Stream, collate, decode, find_datasets, line_index,
-                  mix, parse_row, read_registry, show_mixture)
+from lib import media
+from data import (Batches, Dataset, MIXTURES, Stream, collate, decode, find_datasets, line_index, mix, read_registry,
+                  show_mixture)
+from lib.records import parse_record
+
 
 TEXT = dict(annotations=[dict(task="text", prompt="a", answer="b")])
 
@@ -216,9 +218,9 @@ def test_a_poisoned_corpus_costs_only_itself(tmp_path, planner, monkeypatch):
         raw, at, told = stream.sets["rows"].line(i)
         assert told == where
         try:
-            planned[line] = planner.plan(parse_row(raw), at, random.Random(0))[0]
-        except Exception as e:  # BadRow or BadMedia, nothing else
-            assert type(e).__name__ in ("BadRow", "BadMedia"), (line, e)
+            planned[line] = planner.plan(parse_record(raw), at, random.Random(0))[0]
+        except Exception as e:  # BadRecord or BadMedia, nothing else
+            assert type(e).__name__ in ("BadRecord", "BadMedia"), (line, e)
             assert getattr(e, "reason", "unreadable media") == reasons[line], (line, e)
     assert set(planned) == set(later + good)
     for name in ("passwd", "secret", "zero", "m3u8", "concat", "dash", "session", "pipe", "html", "zip"):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import toy
-from data import Dataset, format_points, parse_row
-from media import load_frames, load_image, video_duration
+from lib import toy
+from data import Dataset, format_points
+from lib.media import load_frames, load_image, video_duration
+from lib.records import parse_record
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_every_line_is_a_row_with_its_picture(folder):
         d = Dataset(name, [os.path.join(folder, name + ".jsonl")])
         for i in range(len(d)):
             line, where, _ = d.line(i)
-            row = parse_row(line)
+            row = parse_record(line)
             for image in row.get("images") or [row[k] for k in ("image",) if k in row]:
                 pixels = load_image(os.path.join(where, image))
                 assert pixels.shape == (row.get("height", len(pixels)), row.get("width", pixels.shape[1]), 3)

@@ -10,6 +10,7 @@ from conftest import V, random_batch, run_ranks, tiny_model
 import ulysses
 from model import IMAGE, attend
 
+
 def check_attention(rank, ranks):
     """(must show 1) to rounding, whatever the numbers of heads, of key/value heads and of tokens."""
     for seed in range(60):
@@ -82,7 +83,7 @@ def test_every_window_lies_with_its_crops():
     patches, sizes = 4, [9, 1, 1, 16, 1]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     pool = torch.tensor([[patches * s, patches * (s + n) - 1, -1] for s, n in zip(starts, sizes)])
-    bounds, encoder = ulysses.share_out(sum(sizes), pool, patches, 4)
+    bounds, encoder = ulysses.assign_crops(sum(sizes), pool, patches, 4)
     assert bounds == [0, 9, 11, 27, 28] and encoder.tolist() == [0, 1, 1, 2, 3]
     rng = torch.Generator().manual_seed(0)
     for _ in range(300):
@@ -90,7 +91,7 @@ def test_every_window_lies_with_its_crops():
         first = torch.randint(0, n, (7, 1), generator=rng)
         span = (first + torch.randint(0, 3, (7, 1), generator=rng)).clamp(max=n - 1)
         pool = torch.cat([first * patches, torch.full((7, 1), -1), span * patches + 1], 1)
-        bounds, encoder = ulysses.share_out(n, pool, patches, ranks)
+        bounds, encoder = ulysses.assign_crops(n, pool, patches, ranks)
         assert len(bounds) == ranks + 1 and bounds[0] == 0 and bounds[-1] == n and bounds == sorted(bounds)
         for (a, _, b), r in zip(pool.tolist(), encoder.tolist()):
             assert bounds[r] <= a // patches and b // patches < bounds[r + 1]
@@ -111,7 +112,7 @@ def check_published_case(rank, ranks):
         got, want = ulysses.shared_features(backbone.forward, crops, mine, None), backbone(crops, pool)
     want = want[rank * 10:rank * 10 + 10]
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-    bounds, _ = ulysses.share_out(28, pool, 25, ranks)
+    bounds, _ = ulysses.assign_crops(28, pool, 25, ranks)
     assert len({b - a for a, b in zip(bounds, bounds[1:])}) > 1  # shares differ, and that is where it went wrong
 
 

@@ -11,11 +11,11 @@ import torch
 from conftest import picture, tiny_model, write_lines
 
 import pretrain
-import weights
-from model import PRESETS, ModelConfig, Molmo2
-from points import SMALL_TOKENIZER
-from weights import (BadCheckpoint, hub_config, parse_config, processor_configs, read_safetensors,
-                     write_safetensors)
+from lib import weights
+from lib.text import SMALL_TOKENIZER
+from lib.weights import (BadCheckpoint, hub_config, parse_config, processor_configs, read_safetensors,
+                         write_safetensors)
+from model import ModelConfig, Molmo2, PRESETS
 
 
 @pytest.mark.parametrize("style", ["olmo", "qwen"])

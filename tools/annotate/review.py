@@ -24,9 +24,10 @@ import urllib.parse
 
 from PIL import Image
 
-from data import MEDIA, BadRow, check_annotation, parse_row
-from fetch import UserError
-from media import BadMedia, inside_folder, load_frames, load_image, sample_times, video_duration
+from lib.media import BadMedia, inside_folder, load_frames, load_image, sample_times, video_duration
+from lib.records import BadRecord, MEDIA, check_annotation, parse_record
+from tools.prepare.fetch import UserError
+
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OWN = ("key", "status", "left_out")  # what an annotation carries here and not in the file that trains
@@ -61,7 +62,7 @@ def kind_of(row):
     return next((k for k in MEDIA if k in row), None)
 
 
-def read_rows(path):
+def read_records(path):
     """[(line number from 1, row)] of a JSONL file; UserError names the line that cannot be used."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
@@ -69,8 +70,8 @@ def read_rows(path):
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
-                rows += [(n, parse_row(line))] if line.strip() else []
-            except BadRow as e:
+                rows += [(n, parse_record(line))] if line.strip() else []
+            except BadRecord as e:
                 raise UserError(f"{path}:{n}: {e}; put it right, or take the line out") from None
     return rows
 
@@ -89,7 +90,7 @@ class Work:
         """Every line as it was made, with a name of its own, its annotations with theirs. The lines of a file
         made elsewhere are copied first."""
         if not os.path.exists(self.made):
-            write_whole(self.made, "".join(json.dumps(row) + "\n" for _, row in read_rows(self.file)))
+            write_whole(self.made, "".join(json.dumps(row) + "\n" for _, row in read_records(self.file)))
             write_whole(self.mark, self.contents())
         with open(self.made, encoding="utf-8") as f:
             rows, names = [json.loads(line) for line in f], collections.Counter()
@@ -228,15 +229,15 @@ class Reviewer(http.server.ThreadingHTTPServer):
         """Append a decision, if training could read what comes of it. A new annotation comes with its key."""
         row, verdict, key = self.rows[int(d["i"])], d["verdict"], d["key"]
         if verdict not in ("accept", "edit", "reject", "undecided"):
-            raise BadRow("wrong field", f"verdict {verdict!r}")
+            raise BadRecord("wrong field", f"verdict {verdict!r}")
         with self.lock:
             when = datetime.datetime.now().astimezone().isoformat()
             now = next((a for a in self.settled(row) if a["key"] == key), None)
             if now is None and not (verdict == "edit" and re.fullmatch(r"new [\w-]{8,40}", key)):
-                raise BadRow("wrong field", f"no annotation {key!r} in row {row['name']}")
+                raise BadRecord("wrong field", f"no annotation {key!r} in row {row['name']}")
             a = d["annotation"] if verdict == "edit" else now
             if verdict in ("accept", "edit") and a.get("answer") == "":
-                raise BadRow("wrong field", "nothing is said in it yet")
+                raise BadRecord("wrong field", "nothing is said in it yet")
             decision = dict(row=row["name"], key=key, verdict=verdict, who=self.who, when=when)
             if verdict == "edit" or key.startswith("new "):
                 a = {k: v for k, v in a.items() if k not in OWN and (v != "" or k not in ("prompt", "label"))}
@@ -272,7 +273,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         try:
             work(url.path, dict(urllib.parse.parse_qsl(url.query)))
-        except (BadRow, BadMedia) as e:
+        except (BadRecord, BadMedia) as e:
             self.respond(422, dict(error=str(e)))
         except (LookupError, ValueError, TypeError, AttributeError) as e:
             self.respond(400, dict(error=f"{type(e).__name__}: {e}"))

@@ -15,7 +15,8 @@ import re
 
 import torch
 
-from model import EXTRA, IMAGE, READ_ONLY, Molmo2, ModelConfig
+from model import EXTRA, IMAGE, ModelConfig, Molmo2, READ_ONLY
+
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,

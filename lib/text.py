@@ -12,8 +12,10 @@ import re
 
 import tiktoken
 
+from data import format_points
+from lib.weights import BadCheckpoint, read_json, write_json
 from model import READ_ONLY
-from weights import BadCheckpoint, read_json, write_json
+
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The small tokenizer shipped with the project: 1,020 byte-level BPE ids, learned from the toy world's
@@ -299,37 +301,6 @@ def number(x, digits):
     return "0" if text == "-0" else text
 
 
-def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
-    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point:
-    "There are none."
-
-    kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id).
-    x, y in [0, 1] with at most 3 decimals, t with at most 2. mode: point, count (their number alone),
-    point_count or count_point (both). grammar "released" writes what the published checkpoints do; label and
-    tracks matter to it alone.
-    """
-    if not points:
-        return NOTHING
-    first = {"image": None, "images": "image", "video": "t"}[kind]
-    if grammar == "released":
-        groups = {}
-        for p in sorted(points, key=lambda p: p[first] if first else 0):
-            prefix = f"{p['t']:.1f}" if kind == "video" else str(p["image"] + 1) if kind == "images" else "1"
-            groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
-        if tracks:
-            return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()],
-                                   label)
-        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label,
-                               mode)
-    out = []
-    for p in sorted(points, key=lambda p: (p[first] if first else 0, p["id"])):
-        where = [number(p["t"], 2)] if kind == "video" else [str(p["image"])] if kind == "images" else []
-        out.append("<point " + ", ".join([*where, number(p["x"], 3), number(p["y"], 3), str(p["id"])]) + ">")
-    text, n = " ".join(out), len(points)
-    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.",
-            "count_point": f"There are {n}: {text}"}[mode]
-
-
 # The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
 # Groups, one per picture (from 1) or frame (seconds), are parted by ";"; an item is an id and thousandths of
 # the sides.
@@ -405,33 +376,3 @@ def parse_released(text):
     return found
 
 
-def parse_points(text, kind="video"):
-    """The points written in `text`, in either grammar: [{x, y, id}], with `t` (or, of kind "images", `image`)
-    where one is given; kind "image" ignores it.
-
-    Never raises: what is malformed is dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
-    """
-    points = []
-    for body in re.findall(r"<point ([^<>]{1,80})>", text):
-        fields = body.split(", ")
-        if len(fields) not in (3, 4) or not all(re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", f) for f in fields):
-            continue
-        *first, x, y, i = fields
-        if "." in i or i.startswith("-") or first and (first[0].startswith("-") or kind == "images"
-                                                       and "." in first[0]):
-            continue
-        points.append((float(first[0]) if first else None, float(x), float(y), int(i)))
-    for prefix, i, x, y in parse_released(text):
-        points.append((prefix - (kind == "images"), x / 1000, y / 1000, max(i - 1, 0)))
-    out = []
-    for first, x, y, i in points:
-        p = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
-        if first is not None and kind != "image":
-            p |= {"image": int(first)} if kind == "images" else {"t": first}
-        out.append(p)
-    return out
-
-
-def is_unit(value):
-    """Whether a JSON value is a finite number in [0, 1]."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1

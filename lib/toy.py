@@ -34,8 +34,10 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import answers
-from points import NOTHING, parse_points
+from data import parse_points
+from lib.text import NOTHING
+from sample import answers
+
 
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}

@@ -32,10 +32,11 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.packages import urllib3  # what requests is made of
+from requests.packages import urllib3
 from tqdm import tqdm
 
-from media import BadMedia, image_size, inside_folder, open_video
+from lib.media import BadMedia, image_size, inside_folder, open_video
+
 
 TRIES, PAUSE = 5, 1.0      # of a request; seconds before the second try
 PER_HOST, WORKERS = 4, 16  # requests at a time

@@ -16,9 +16,11 @@ Every rank divides its loss by the same number, the step's weight over all ranks
 one process with all rows. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
 """
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -35,6 +37,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.utils.checkpoint import checkpoint
+
+from lib import distributed
+from lib import weights
 
 
 class UserError(Exception):
@@ -125,11 +130,11 @@ def start(device, cp=1):
     cp_mesh = dist.init_device_mesh(device, (size // cp, cp), mesh_dim_names=("dp", "cp"))
     world = World(device, rank, size, cp, mesh if size > node else mesh["shards"], cp_mesh["cp"].get_group(),
                   *(dist.new_group(backend="gloo") for _ in range(2)))
-    world.pulse = Pulse(world, store)
+    world.pulse = Heartbeat(world, store)
     return world
 
 
-def share_work(model, world, compile_blocks, recompute, bf16):
+def shard_model(model, world, compile_blocks, recompute, bf16):
     """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and
     FSDP2, block by block and in this order, so that what is computed again is compiled too. Only the first
     rank's model needs to hold numbers; on its device no rank ever has more than its part and one block."""
@@ -151,14 +156,14 @@ def share_work(model, world, compile_blocks, recompute, bf16):
         torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 16, True
     for block in model.blocks():
         if recompute:
-            block.forward = computed_again(block.forward)
+            block.forward = checkpointed(block.forward)
         if compile_blocks:
             block.compile()
         shard(block)
     shard(model)
 
 
-def computed_again(forward):
+def checkpointed(forward):
     """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, since the
     compiler does not look into what checkpoint() itself is called with."""
     def run(*args, **kw):
@@ -331,7 +336,7 @@ def damage(folder, leave_out=()):
     return None if sums else f"{os.path.join(folder, 'COMPLETE')}: not a list of sums"
 
 
-def last_whole(run):
+def last_complete(run):
     """(The last checkpoint of a run that is as it was written, or None; [what is wrong with later ones])."""
     latest, wrong = os.path.join(run, "latest"), []
     names = [n for n in os.listdir(run) if re.fullmatch(r"step_\d+", n)] if os.path.isdir(run) else []
@@ -395,10 +400,10 @@ def end_if_a_rank_is_lost(error):
     """Say so and end this process where an error is a collective's, because another rank is gone. Which one
     is named by torchrun on its machine, and by its pulse."""
     if dist.is_initialized() and re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
-        Pulse.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
+        Heartbeat.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
 
 
-class Pulse:
+class Heartbeat:
     """Each rank says every few seconds that it lives and listens to the next one. A rank that died, or whose
     machine did, would otherwise leave the others waiting in a collective for half an hour."""
 
@@ -406,7 +411,7 @@ class Pulse:
 
     def __init__(self, world, store):
         self.rank, self.next, self.store, self.step = world.rank, (world.rank + 1) % world.size, store, 0
-        self.over, Pulse.ours = threading.Event(), self
+        self.over, Heartbeat.ours = threading.Event(), self
         self.thread = threading.Thread(target=self.beat, daemon=True)
         self.thread.start()
 
@@ -432,3 +437,90 @@ class Pulse:
         print(f"error: step {self.step}, rank {self.rank}: {what}. --resume goes on from the last checkpoint",
               file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def die_with_parent():
+    """Ask Linux to end this worker when its training process ends, however that ends: a worker that waits for a lock
+    the dead process held would stay for ever."""
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere the loader's own watchdog has to do
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def obey_the_parent_alone():
+    """Ctrl-C, torchrun and job queues signal all processes of a run, but the training process wants to finish its
+    step and needs this worker for it: only a signal that it sends itself ends the worker."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+
+    def listen():
+        while signal.sigwaitinfo(signals).si_pid != parent:
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        parent = os.getppid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=listen, daemon=True).start()
+
+
+class Log:
+    """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears
+    twice. Ranks other than the first write into the void."""
+
+    def __init__(self, path, keep, first=True):
+        self.path, self.kept, self.file = path, [], open(os.devnull, "w")
+        if not first:
+            return
+        kept = self.kept
+        if keep and os.path.exists(path):
+            with open(path) as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+                        kept += [line] if json.loads(line)["step"] <= keep else []
+        with open(path + ".tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a")
+
+    def write(self, **row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips",
+              "eval_first", "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
+
+
+def check_resume(run, cfg):
+    """(folder of the run's last checkpoint, what it says: step, config, stream, fingerprint, failed)."""
+    folder, wrong = distributed.last_complete(run)
+    if not folder:
+        raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start" if not wrong else
+                        f"--resume: no checkpoint under {run} is whole: {'; '.join(wrong)}")
+    for what in wrong:
+        print(f"not resuming from a damaged checkpoint: {what}")
+    saved = weights.read_json(os.path.join(folder, "train_state", "state.json"))
+    for key, was in saved["config"].items():
+        now = getattr(cfg, key, None)
+        now = list(now) if isinstance(now, tuple) else now
+        if now != was and key not in MAY_CHANGE:
+            raise UserError(f"--resume: --{key} is {now} now, but the run was started with {was}")
+    return folder, saved
+
+
+def check_same_data(was, now):
+    """A resumed run must read what it read before, in the same order."""
+    was = {"version of the order": 1} | was  # checkpoints from before it had a number do not say
+    for key in [*was, *now]:
+        if was.get(key) != now.get(key):
+            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but was "
+                            f"{was.get(key, 'not there')} when the run was started")
+
+
+def start_over(run):
+    """An empty folder for a new run; an earlier one is kept under another name."""
+    if os.path.exists(os.path.join(run, "log.jsonl")):
+        k = 1
+        while os.path.exists(f"{run}.old{k}"):
+            k += 1
+        os.rename(run, f"{run}.old{k}")
+        print(f"an earlier run was moved to {run}.old{k} (--resume would have continued it)")
+    os.makedirs(run, exist_ok=True)

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import model as network
-from model import ChunkedNLL, allowed_pairs, flops, is_vision
+from model import ChunkedNLL, is_vision
+
 
 # ---- bytes that live at once -------------------------------------------------------------------------------
 
@@ -207,3 +208,31 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+
+def allowed_pairs(example, branch, vision):
+    """How many (query, key) pairs the rule allows in rows (B, T), counted from the lengths of trunks and branches."""
+    rows = torch.arange(len(example), device=example.device)[:, None].expand_as(example)
+    here = example > 0
+    ids = torch.stack([rows[here], example[here], branch[here]], 1)
+    pieces, length = ids.unique(dim=0, return_counts=True)  # a trunk or a branch each
+    trees, tree = pieces[:, :2].unique(dim=0, return_inverse=True)
+    trunk = length.new_zeros(len(trees)).index_add(0, tree, length * (pieces[:, 2] == 0))
+    seen = rows[vision & here] * (1 << 32) + example[vision & here]
+    v = seen.unique(return_counts=True)[1]
+    behind = length * (length + 1) // 2 + length * trunk[tree] * (pieces[:, 2] > 0)
+    return int(behind.sum() + (v * (v - 1) // 2).sum())
+
+
+def flops(cfg, crops, windows, tokens, pairs, learned):
+    """Floating-point operations of one forward pass, {part: n}; a training step takes three times as many.
+    windows: (M, K); pairs: what the mask allows; learned: positions where the head runs."""
+    p, d, a = cfg.patches, cfg.vit_width, cfg.vit_heads * cfg.vit_head_dim
+    blocks = max(cfg.vit_features) + 1
+    vit = 2 * p * cfg.patch ** 2 * 3 * d + blocks * (8 * p * d * a + 4 * p * d * cfg.vit_mlp + 4 * p * p * a)
+    f, (m, k) = len(cfg.vit_features) * d, windows
+    pooling, inner = 2 * f * a + k * (4 * f * a + 4 * a) + 2 * a * a, cfg.projector_mlp
+    window = pooling + 4 * a * inner + 2 * inner * cfg.width
+    heads, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    linears = cfg.layers * 2 * cfg.width * (2 * heads + 2 * kv + 3 * cfg.mlp)
+    return dict(vit=crops * vit, connector=m * window, decoder=tokens * linears,
+                attention=cfg.layers * 4 * heads * pairs, head=2 * cfg.width * cfg.vocab * learned)

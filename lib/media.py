@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+
 MAX_PIXELS = 64_000_000  # larger pictures are refused before anything of them is decoded
 POOL_IMAGE, POOL_VIDEO = 2, 3  # patches pooled on a side
 # A video's container is told by its first bytes, never by its name: a playlist would name other files.
@@ -375,7 +376,7 @@ def load_crops(path, layout, n, patch):
     return image_crops(load_image(path), n, patch, layout.tiling)
 
 
-class Kept:
+class CropCache:
     """load_crops that keeps what it loaded, up to a number of bytes; what has gone unused the longest goes first. Worth
     it where all media together are small and come often."""
 

@@ -50,13 +50,15 @@ import requests
 from PIL import Image
 from tqdm import tqdm
 
-import toy
-from data import MEDIA, STYLE
-from fetch import NetError, UserError, is_loopback, patiently
-from media import BadMedia, inside_folder, load_frames, open_video, sample_times, video_duration
-from review import HERE, Reviewer, Work, digest, jpeg, read_rows, settled, write_whole
+from lib import toy
+from lib.media import BadMedia, inside_folder, load_frames, open_video, sample_times, video_duration
+from lib.records import MEDIA
+from lib.weights import BadCheckpoint
 from sample import Chat, load
-from weights import BadCheckpoint
+from tools.annotate.review import HERE, Reviewer, Work, digest, jpeg, read_records, settled, write_whole
+from tools.prepare.fetch import NetError, UserError, is_loopback, patiently
+from tools.show import STYLE
+
 
 STAND_IN = "rule-based stand-in, no language model"
 # Who sells answers of models whose weights are not published, and what such models are called elsewhere.
@@ -711,7 +713,7 @@ def run_qa(args):
     if folder(args.file) != folder(args.out) or os.path.abspath(args.file) == os.path.abspath(args.out):
         raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where the "
                         "media are")
-    rows = [dict(id=str(n)) | row for n, row in read_rows(args.file)]
+    rows = [dict(id=str(n)) | row for n, row in read_records(args.file)]
     make_lm = language_model(args)
     Work(args.out).check()
     write_rows(args, side_by_side(args, "lines", rows, lambda row: question_row(row, args, make_lm())))

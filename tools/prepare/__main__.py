@@ -41,13 +41,14 @@ from concurrent.futures import ThreadPoolExecutor
 import av
 from tqdm import tqdm
 
-import convert
-from convert import EVALS, RECIPES, Skip
-from data import BadRow, find_datasets, line_index, parse_row, read_registry
-from fetch import (PICTURE_BYTES, Manifest, Net, NetError, UserError, fetch_all, fetch_files, file_digest,
-                   hub_files, hub_rows, is_picture, is_video, origin, room_for)
-from fetch import patiently  # noqa: F401  public under this name too
-from media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
+from tools.prepare import convert
+from data import find_datasets, line_index, read_registry
+from lib.media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
+from lib.records import BadRecord, parse_record
+from tools.prepare.convert import EVALS, RECIPES, Skip
+from tools.prepare.fetch import (Manifest, Net, NetError, PICTURE_BYTES, UserError, fetch_all, fetch_files,
+                                 file_digest, hub_files, hub_rows, is_picture, is_video, origin, room_for)
+
 
 BUCKETS = 64       # files a spool has
 AT_ONCE = 1 << 20  # bytes of them that are looked at together; in memory ten times as much
@@ -72,7 +73,7 @@ class JsonReader:
         new = self.f.read(max(self.chunk, len(self.text) - self.at))
         self.text, self.at = self.text[self.at:] + new, 0
         if not new:
-            raise BadRow("malformed JSON", f"{self.path} ends early, or near {self.text[:60]!r}")
+            raise BadRecord("malformed JSON", f"{self.path} ends early, or near {self.text[:60]!r}")
 
     def peek(self, between=" \r\n\t,:"):
         """The next character that is none of those between values."""
@@ -101,7 +102,7 @@ def json_items(path, chunk=1 << 20):
         reader = JsonReader(f, path, chunk)
         opening = reader.peek()
         if opening not in "[{":
-            raise BadRow("malformed JSON", f"{path} is neither a list nor an object")
+            raise BadRecord("malformed JSON", f"{path} is neither a list nor an object")
         reader.at += 1
         while reader.peek() not in "]}":
             name = {} if opening == "[" else {"_key": reader.value()}
@@ -131,7 +132,7 @@ def file_rows(path):
         else:
             yield from json_items(path)
     except (ValueError, csv.Error, RecursionError) as e:
-        raise BadRow("unreadable", f"{path}: {e}") from None
+        raise BadRecord("unreadable", f"{path}: {e}") from None
 
 
 def unpack(path, folder, room=None):
@@ -488,8 +489,8 @@ class Maker:
                 for item in items:
                     try:
                         line = json.dumps(self.line(item), ensure_ascii=False).encode() + b"\n"
-                        parse_row(line)
-                    except (BadMedia, BadRow, OSError) as e:
+                        parse_record(line)
+                    except (BadMedia, BadRecord, OSError) as e:
                         counts[f"left out: {reason_of(e)}"] += 1
                     else:
                         f.write(line)
@@ -630,7 +631,7 @@ class Maker:
 
 def reason_of(e):
     """What a failure is counted under: without the names in it."""
-    if isinstance(e, BadRow):
+    if isinstance(e, BadRecord):
         return e.reason
     text = re.sub(r"[('].*", "", str(e), flags=re.S).strip()
     return text.split(": ", 1)[-1] if text.startswith(("/", "http")) else text
@@ -677,7 +678,7 @@ def data(args):
         except ByHand as e:
             print(e)
             continue
-        except (NetError, BadMedia, BadRow, UserError) as e:
+        except (NetError, BadMedia, BadRecord, UserError) as e:
             print(f"{name}: {e}", file=sys.stderr)
             code = max(code, 2 if isinstance(e, UserError) else 1)
             continue
@@ -762,8 +763,8 @@ def parsed(dataset):
     for i in range(len(dataset)):
         line, folder, where = dataset.line(i)
         try:
-            yield where, parse_row(line), folder, ""
-        except BadRow as e:
+            yield where, parse_record(line), folder, ""
+        except BadRecord as e:
             yield where, None, folder, e.reason
 
 

@@ -1,0 +1,1 @@
+"""What the chapters lean on, one subject a file."""

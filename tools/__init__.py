@@ -1,0 +1,1 @@
+"""Commands off the main path: python -m tools.NAME."""
