@@ -37,11 +37,11 @@ from lib.media import (BadMedia, CropCache, Layout, frame_layout, image_layout, 
                        sample_times, video_duration)
 from lib.records import BadRecord, CLOSED, MAX_LINE, MEDIA, NOT_BAD, NO_VIDEO, TASKS, parse_record
 from lib.text import (CHAT, NOTHING, WRITABLE, chat_pieces, multiple_choice, number, parse_released, released_points,
-                      released_tracks, styled, write_points, write_prompt)
+                      released_tracks, points_of_answer, styled, write_prompt)
 from lib.weights import BadCheckpoint
 
 
-REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "datasets.tsv")
+REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "prepare", "datasets.tsv")
 
 
 # ---- rows: one JSONL line, checked -------------------------------------------------------------------------
@@ -58,9 +58,22 @@ def to_messages(a, kind, rng, point_format="spec"):
     if "options" in a:
         prompt, answer = multiple_choice(a["question"], a["options"], a["correct"], rng)
     else:
-        prompt = a.get("prompt") or write_prompt(a, kind, rng, point_format)
-        answer = a["answer"] if "answer" in a else write_points(a, kind, point_format)
+        prompt = a.get("prompt") or prompt_of(a, kind, rng, point_format)
+        answer = a["answer"] if "answer" in a else answer_of(a, kind, point_format)
     return [dict(role="user", content=styled(prompt, style)), dict(role="assistant", content=answer)]
+
+
+def prompt_of(a, kind, rng, point_format="spec"):
+    """The prompt of an annotation that has none."""
+    points = format_points(a.get("input_points", []), kind, point_format, a.get("label", "objects"))
+    return write_prompt(a, rng, point_format, points)
+
+
+def answer_of(a, kind, point_format="spec"):
+    """The answer of an annotation that has points."""
+    points, mode = points_of_answer(a, kind)
+    text = format_points(points, kind, point_format, a.get("label", ""), a["task"] == "video_tracking", mode)
+    return "0" if mode == "count" and not points else text
 
 
 def in_clip(a, row):

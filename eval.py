@@ -37,10 +37,10 @@ from PIL import Image, ImageDraw
 
 import sample
 from lib import toy
-from data import find_datasets, in_clip, parse_points
+from data import find_datasets, in_clip, parse_points, prompt_of
 from lib.media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
 from lib.records import BadRecord, MEDIA, parse_record
-from lib.text import NOTHING, multiple_choice, write_prompt
+from lib.text import NOTHING, multiple_choice
 from lib.weights import BadCheckpoint
 from sample import answers
 
@@ -297,7 +297,7 @@ class Question:
         elif "options" in a:
             self.prompt, self.truth = multiple_choice(a["question"], a["options"], a["correct"])
         else:
-            self.prompt = a.get("prompt") or write_prompt(a, self.kind, random.Random(where))
+            self.prompt = a.get("prompt") or prompt_of(a, self.kind, random.Random(where))
             self.truth = a.get("answer", "")
         self.points, masks = a.get("points", []), in_clip(dict(points=a.get("masks", [])), row)["points"]
         self.masks = {key(m): m for m in masks}
@@ -487,6 +487,89 @@ def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, ma
         records.append(dict(where=q.where, task=q.task, prompt=q.prompt, answer=text,
                             truth=q.truth or q.points, scores={k: round(v, 4) for k, v in scores.items()}))
     return {name: sum(v) / len(v) for name, v in sorted(sums.items())}, records
+
+
+def evaluate_scenes(model, planner, folder, n, sheet=None, world=None):
+    """Scores of generated answers about the first n held-out scenes, {name: share}; a contact sheet goes to
+    `sheet`.
+
+    point_hit: asked-for objects with a predicted point inside (each point used once); point_precision: points
+    that hit; count_accuracy; none_accuracy: "There are none." where it is true; caption_recall: objects named
+    by colour and shape.
+    """
+    with open(os.path.join(folder, "geometry.json")) as f:
+        geometry = json.load(f)
+    with open(os.path.join(folder, "scenes.jsonl")) as f:
+        scenes = [json.loads(line) for line in f][:n]
+    asked = [(s, a) for s in scenes for a in s["annotations"]]
+    texts = answers(model, planner, [(a["task"], s["id"], s, folder, a["prompt"]) for s, a in asked],
+                    lambda task: 96, 64, world)
+    answered = [(s, a, text) for (s, a), text in zip(asked, texts)]
+    hits, truths, predicted, tally = 0, 0, 0, {"count": [], "none": [], "caption": []}
+    for s, a, text in answered:
+        if a["task"] == "counting":
+            tally["count"].append(text == a["answer"])
+        elif a["task"] == "image_caption":
+            tally["caption"] += named(text, geometry[s["id"]])
+        elif not a["points"]:
+            tally["none"].append(text == NOTHING)
+        else:
+            targets = [o["polygon"] for p in a["points"]
+                       for o in geometry[s["id"]] if (o["x"], o["y"]) == (p["x"], p["y"])]
+            points = parse_points(text)
+            for p in points:  # shapes do not overlap, so a point can only hit one: no matching is needed
+                hit = [t for t in targets if toy.inside(t, p["x"], p["y"])][:1]
+                targets = [t for t in targets if t not in hit]
+                hits += len(hit)
+            truths, predicted = truths + len(a["points"]), predicted + len(points)
+    if sheet:
+        contact_sheet(folder, [x for x in answered if x[1]["task"] != "counting"], geometry, sheet)
+    mean = lambda xs: sum(xs) / max(len(xs), 1)
+    return dict(point_hit=hits / max(truths, 1), point_precision=hits / max(predicted, 1),
+                count_accuracy=mean(tally["count"]), none_accuracy=mean(tally["none"]),
+                caption_recall=mean(tally["caption"]), scenes=len(scenes))
+
+
+def named(text, objects):
+    """For each object, whether the text names its colour and shape; a phrase counts for one object."""
+    phrases = [" ".join(m) for m in re.findall(rf"({'|'.join(toy.COLOURS)}) ({'|'.join(toy.SHAPES)})", text)]
+    found = []
+    for o in objects:
+        phrase = f"{o['colour']} {o['shape']}"
+        found.append(phrase in phrases)
+        if found[-1]:
+            phrases.remove(phrase)
+    return found
+
+
+def contact_sheet(folder, answers, geometry, path, columns=6, cells=24, side=150, text_height=46):
+    """A page of held-out scenes: true centres as circles, predicted points as crosses, question and answer
+    below."""
+    by_kind = [[x for x in answers if x[1]["task"] == t] for t in ("image_pointing", "image_caption")]
+    chosen = by_kind[0][::max(len(by_kind[0]) * 4 // (3 * cells), 1)][:cells * 3 // 4]
+    chosen += by_kind[1][::max(len(by_kind[1]) * 4 // cells, 1)][:cells - len(chosen)]
+    page = Image.new("RGB", (columns * (side + 10), -(-len(chosen) // columns) * (side + text_height)),
+                     "white")
+    pen = ImageDraw.Draw(page)
+    for k, (s, a, text) in enumerate(chosen):
+        left, top = k % columns * (side + 10) + 5, k // columns * (side + text_height) + 3
+        with Image.open(os.path.join(folder, s["image"])) as image:
+            page.paste(image.convert("RGB").resize((side, side)), (left, top))
+        at = lambda p: (left + p["x"] * side, top + p["y"] * side)
+        for p in a.get("points", []):
+            x, y = at(p)
+            pen.ellipse([x - 7, y - 7, x + 7, y + 7], outline="black", width=3)
+            pen.ellipse([x - 6, y - 6, x + 6, y + 6], outline="white", width=1)
+        for p in parse_points(text) if "points" in a else []:
+            x, y = at(p)
+            for colour, w in (("black", 4), ("white", 2)):
+                pen.line([x - 5, y, x + 5, y], colour, w)
+                pen.line([x, y - 5, x, y + 5], colour, w)
+        said = f"{len(parse_points(text))} points" if parse_points(text) else text
+        for line, words in enumerate([a["prompt"]] + [said[i:i + 27] for i in range(0, 54, 27)]):
+            pen.text((left, top + side + 1 + 13 * line), words[:27], fill="black" if line else (0, 80, 160))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    page.save(path)
 
 
 def load_function(name):

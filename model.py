@@ -24,7 +24,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.flex import block_mask, example_masks, flex
 
 
 EXTRA = 128  # input-only embedding rows after the base vocabulary: what the model reads but never writes
@@ -178,22 +177,7 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S),
-    `example_masks`, a `block_mask`, or None."""
-    if isinstance(mask, list):
-        def one(m, q, k, v):
-            if m is not None:
-                return attend(q, k, v, m)
-            # Nothing, and yet q, k and v have a gradient: under FSDP a weight has one on all ranks or on none.
-            return 0 * (q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1))
-        rows = []
-        for parts, *qkv in zip(mask, *(x.split(1) for x in (q, k, v))):
-            lengths, masks = zip(*parts)
-            # split, not sliced: the gradient of a slice is as large as the whole it was cut from
-            rows.append(torch.cat([one(*each) for each in zip(masks, *(x.split(lengths, 2) for x in qkv))], 2))
-        return torch.cat(rows)
-    if hasattr(mask, "kv_indices"):
-        return flex(q, k, v, mask)
+    """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S)."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -561,11 +545,9 @@ class Molmo2(nn.Module):
         return x.view(*tokens.shape, -1)
 
     def mask(self, tokens, example, branch):
-        """Who may attend to whom in these rows, as `attend` takes it: in blocks on CUDA; where FlexAttention cannot
-        train, example by example if rows are long. In short ones many small calls would cost more than they save."""
-        long = example_masks if example.shape[1] > 256 else dense_mask
-        kind = dense_mask if self.cfg.window else block_mask if tokens.is_cuda else long
-        return kind(example, branch, is_vision(tokens, self.cfg.vocab))
+        """Who may attend to whom, as `attend` takes it. Training puts a mask in blocks here (lib/flex.py), and context
+        parallelism one of all ranks' tokens (ulysses.py)."""
+        return dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))
 
     def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None,
                 weights=None, z_loss=0.0):

@@ -27,6 +27,7 @@ import torch
 
 from lib import budget
 from lib import distributed
+from lib import flex
 import eval as evaluation
 from lib import toy
 import ulysses
@@ -37,7 +38,6 @@ from lib.distributed import Log, UserError, check_resume, check_same_data, start
 from lib.records import BadRecord, BadRecords
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import Molmo2, PRESETS as MODELS
-from sft import cache_features
 
 
 # ---- configuration: one flat dataclass, from which the flags are made --------------------------------------
@@ -352,7 +352,7 @@ def evaluate(cfg, model, planner, rows, step, run, losses, world):
         # answers grow by a token at a time: nothing to compile for
         with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
             sheet = world.rank == 0 and os.path.join(run, "samples", f"step_{step:07d}.png")
-            scores = toy.evaluate(plain, planner, os.path.join(toy.FOLDER, "eval"), cfg.eval_scenes // part,
+            scores = evaluation.evaluate_scenes(plain, planner, os.path.join(toy.FOLDER, "eval"), cfg.eval_scenes // part,
                                   sheet, world)
             if cfg.eval_clips:
                 questions = evaluation.load_questions(
@@ -412,7 +412,7 @@ def dry_run(cfg):
     budget.show(cfg, model, make_optimizers(model, cfg)[0], batches, ranks, cuda, lambda: empty_step(cfg))
 
 
-def train(cfg, defaults, stop):
+def train(cfg, defaults, stop, cache_features=None):
     """Run one stage from the first step, or from the last checkpoint, to the end or until `stop` notes a signal.
     Returns the run's folder. Under torchrun every rank is here; what they do differently is what `world`
     says."""
@@ -450,11 +450,12 @@ def train(cfg, defaults, stop):
                           model.cfg.vocab)
     model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
     n_params = model.num_params()
+    flex.install(model)
     if world.cp > 1:
         ulysses.install(model, world.cp_group)
     distributed.shard_model(model, world, cfg.compile, cfg.recompute, bf16)
     optimizers, names = make_optimizers(model, cfg)
-    if cfg.cache and "vit" in cfg.freeze and world.size == 1:  # sharded, ranks must call it together
+    if cache_features and cfg.cache and "vit" in cfg.freeze and world.size == 1:  # sharded, ranks must call it together
         cache_features(model.vision_backbone.image_vit, model.cfg, cfg.cache)
     if cfg.resume:
         distributed.load_optimizers(folder, optimizers, names, world)
@@ -632,14 +633,14 @@ class Progress:
             self.bar.close()
 
 
-def main(defaults, presets, argv=None):
+def main(defaults, presets, argv=None, cache_features=None):
     try:
         cfg = parse(defaults, presets, argv)
         if cfg.dry_run:
             dry_run(cfg)
             sys.exit(0)
         with distributed.stop_signals() as stop:
-            return cfg, train(cfg, defaults, stop)
+            return cfg, train(cfg, defaults, stop, cache_features)
     except (UserError, weights.BadCheckpoint) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -60,5 +60,5 @@ def cache_features(vit, cfg, gigabytes, group=32):
 
 
 if __name__ == "__main__":
-    cfg, run = pretrain.main(DEFAULTS, PRESETS)
+    cfg, run = pretrain.main(DEFAULTS, PRESETS, cache_features=cache_features)
     print(f'next: python sample.py {run}/latest data/toy/clips/eval/video/00024.mp4 "Track the red circle."')

@@ -38,8 +38,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.utils.checkpoint import checkpoint
 
-from lib import distributed
-from lib import weights
+from lib.weights import read_json
 
 
 class UserError(Exception):
@@ -491,13 +490,13 @@ MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scen
 
 def check_resume(run, cfg):
     """(folder of the run's last checkpoint, what it says: step, config, stream, fingerprint, failed)."""
-    folder, wrong = distributed.last_complete(run)
+    folder, wrong = last_complete(run)
     if not folder:
         raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start" if not wrong else
                         f"--resume: no checkpoint under {run} is whole: {'; '.join(wrong)}")
     for what in wrong:
         print(f"not resuming from a damaged checkpoint: {what}")
-    saved = weights.read_json(os.path.join(folder, "train_state", "state.json"))
+    saved = read_json(os.path.join(folder, "train_state", "state.json"))
     for key, was in saved["config"].items():
         now = getattr(cfg, key, None)
         now = list(now) if isinstance(now, tuple) else now

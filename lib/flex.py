@@ -6,7 +6,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from model import may_attend
+import model
+from model import dense_mask, is_vision, may_attend
 
 
 def example_masks(example, branch, vision):
@@ -78,3 +79,44 @@ def flex(q, k, v, mask):
     # PyTorch 2.13 compiles it wrongly for CPUs where q and k are made in the same graph and are not dense in memory.
     q, k, v = (x.contiguous() for x in (q, k, v))
     return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend(q, k, v, mask=None):
+    """`model.attend` that also takes `example_masks` and a `block_mask`."""
+    if isinstance(mask, list):
+        return attend_examples(q, k, v, mask)
+    if hasattr(mask, "kv_indices"):
+        return flex(q, k, v, mask)
+    return model.attend(q, k, v, mask)
+
+
+def attend_examples(q, k, v, masks):
+    """Attention example by example. masks: `example_masks`."""
+    def one(mask, q, k, v):
+        if mask is not None:
+            return model.attend(q, k, v, mask)
+        # Nothing, and yet q, k and v have a gradient: under FSDP a weight has one on all ranks or on none.
+        return 0 * (q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1))
+    rows = []
+    for parts, *qkv in zip(masks, *(x.split(1) for x in (q, k, v))):
+        lengths, masks_of_row = zip(*parts)
+        # split, not sliced: the gradient of a slice is as large as the whole it was cut from
+        rows.append(torch.cat([one(*each) for each in zip(masks_of_row, *(x.split(lengths, 2) for x in qkv))], 2))
+    return torch.cat(rows)
+
+
+def install(network):
+    """Set the mask and the attention of a Molmo2 for training: in blocks on CUDA; where FlexAttention cannot train,
+    example by example. In short rows many small calls would cost more than they save."""
+    cfg = network.cfg
+    if cfg.window:  # windows are added to a dense mask
+        return
+
+    def mask(tokens, example, branch):
+        vision = is_vision(tokens, cfg.vocab)
+        if tokens.shape[1] <= 256:
+            return dense_mask(example, branch, vision)
+        return block_mask(example, branch, vision) if tokens.is_cuda else example_masks(example, branch, vision)
+    network.mask = mask
+    for block in network.transformer.blocks:
+        block.self_attn.attend = attend

@@ -12,7 +12,6 @@ import re
 
 import tiktoken
 
-from data import format_points
 from lib.weights import BadCheckpoint, read_json, write_json
 from model import READ_ONLY
 
@@ -238,9 +237,9 @@ def multiple_choice(question, options, correct, rng=None):
     return template.format(question=question, options="\n".join(lines)), lines[order.index(correct)]
 
 
-def write_prompt(a, kind, rng, grammar="spec"):
+def write_prompt(a, rng, grammar="spec", input_points=""):
     """The prompt of an annotation that has none: a wording of its style or task, its placeholders filled from
-    its fields."""
+    its fields. input_points: those of the annotation, as text."""
     def clock(seconds):  # half of the times people would type a clock
         if rng.random() < 0.5:
             return f"{seconds:.1f}"
@@ -253,21 +252,19 @@ def write_prompt(a, kind, rng, grammar="spec"):
         label=label, fps=number(a.get("fps", 2), 2), question=a.get("question", ""), selected_images=images,
         selected_label=f"the {label} in {images}", start_time=clock(a.get("start_time", 0)),
         end_time=clock(a.get("end_time", 0)), timestamp=clock(a.get("timestamp", 0)),
-        input_points=format_points(a.get("input_points", []), kind, grammar, label))
+        input_points=input_points)
 
 
-def write_points(a, kind, grammar="spec"):
-    """The answer of an annotation that has points, as its style asks: all, the ends of each track, what
-    follows the given point, or their number."""
+def points_of_answer(a, kind):
+    """Which points the answer of an annotation has, as its style asks (all, the ends of each track, or what follows
+    the given point), and its mode: ([point], "point", "count", "point_count" or "count_point")."""
     points, style = a["points"], a.get("style") or a["task"]
     if kind == "video" and "ground_start_end" in style:
         times = lambda i: [p["t"] for p in points if p["id"] == i]
         points = [p for p in points if p["t"] in (min(times(p["id"])), max(times(p["id"])))]
     if kind == "video" and a.get("input_points"):
         points = [p for p in points if p["t"] > max(q["t"] for q in a["input_points"])]
-    mode = ANSWER_MODES.get(style) or ANSWER_MODES.get(a["task"], "point")
-    text = format_points(points, kind, grammar, a.get("label", ""), a["task"] == "video_tracking", mode)
-    return "0" if mode == "count" and not points else text
+    return points, ANSWER_MODES.get(style) or ANSWER_MODES.get(a["task"], "point")
 
 
 # The released models were told the set an academic question came from ("vqa2: What is ..."), which steers

@@ -32,8 +32,8 @@ from tools.annotate.review import Reviewer, Work
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "chromium-headless-shell"
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-ENV = dict(os.environ, OMP_NUM_THREADS="1")
-ANNOTATE = [sys.executable, os.path.join(ROOT, "annotate.py")]
+ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=ROOT)
+ANNOTATE = [sys.executable, "-m", "tools.annotate"]
 
 
 # ---- the page, in a browser --------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 
-from data import format_points, parse_points
-from lib.text import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, Tokenizer, WRITABLE, chat_pieces, multiple_choice,
-                      write_points, write_prompt)
+from data import answer_of, format_points, parse_points, prompt_of
+from lib.text import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, Tokenizer, WRITABLE, chat_pieces, multiple_choice)
 
 
 def test_digits_are_never_merged(tokenizer):
@@ -120,10 +119,10 @@ def test_every_wording_fills_from_the_fields():
              timestamp=1, images=[0, 2],
              input_points=[dict(t=0.5, x=0.25, y=0.5, id=0)])
     for style in PROMPTS:
-        seen = {write_prompt(dict(a, style=style), "video", random.Random(i)) for i in range(40)}
+        seen = {prompt_of(dict(a, style=style), "video", random.Random(i)) for i in range(40)}
         assert not any(re.search(r"[{}]", s) for s in seen)
     said = lambda style, grammar="spec": " ".join(
-        write_prompt(dict(a, style=style), "video", random.Random(i), grammar) for i in range(20))
+        prompt_of(dict(a, style=style), "video", random.Random(i), grammar) for i in range(20))
     assert "01:01:01.5" in said("video_clip_caption_start_end") and "3661.5" in said("video_clip_caption_start_end")
     assert "image 0 and image 2" in said("multi_image_pointing")
     assert "image_1 and image_3" in said("multi_image_pointing", "released")
@@ -135,15 +134,15 @@ def test_every_wording_fills_from_the_fields():
 def test_styles_ask_for_ends_continuations_and_numbers():
     track = [dict(t=t, x=0.1 * t, y=0.5, id=i) for t in (0, 1, 2) for i in (0, 1)]
     a = dict(task="video_tracking", label="ball", points=track)
-    ends = parse_points(write_points(dict(a, style="video_point_ground_start_end"), "video"))
+    ends = parse_points(answer_of(dict(a, style="video_point_ground_start_end"), "video"))
     assert [p["t"] for p in ends] == [0, 0, 2, 2]
-    assert [p["t"] for p in parse_points(write_points(dict(a, input_points=track[:1]), "video"))] == [1, 1, 2,
+    assert [p["t"] for p in parse_points(answer_of(dict(a, input_points=track[:1]), "video"))] == [1, 1, 2,
                                                                                                       2]
     b = dict(task="video_pointing", label="ball", points=track[:2])
-    assert write_points(dict(b, style="video_count"), "video") == "2"
-    assert write_points(dict(b, style="video_point_count"), "video", "released") == \
+    assert answer_of(dict(b, style="video_count"), "video") == "2"
+    assert answer_of(dict(b, style="video_point_count"), "video", "released") == \
         'Counting the <points coords="0.0 1 000 500 2 000 500">ball</points> shows a total of 2.'
-    assert write_points(dict(b, task="counting", points=[]), "image") == "0"
+    assert answer_of(dict(b, task="counting", points=[]), "image") == "0"
 
 
 def test_multiple_choice_never_leaves_the_right_option_in_place():

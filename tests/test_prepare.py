@@ -301,7 +301,7 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
         assert needle in text.out, needle
     questions = load_questions(data.find_datasets([str(out / "eval")])[0])
     assert len(questions) == 8 and all(q.masks and q.hits(p, p) for q in questions for p in q.points)
-    monkeypatch.setattr(sys, "argv", ["data.py", str(out), "--max_frames", "4"])
+    monkeypatch.setattr(sys, "argv", ["show", str(out), "--max_frames", "4"])
     data.main()
     told = capsys.readouterr().out.splitlines()
     assert len(told) == sum(not n.startswith("eval/") for n in names) and all("rows not used: none" in t
@@ -754,8 +754,8 @@ def test_killed_in_the_middle_the_next_run_fetches_the_rest(hub, tmp_path):
         return True
 
     hub.faults = [fault]
-    p = subprocess.Popen([sys.executable, os.path.join(ROOT, "prepare.py"), "weights", "Molmo2-8B", "--out",
-                          str(tmp_path)])
+    p = subprocess.Popen([sys.executable, "-m", "tools.prepare", "weights", "Molmo2-8B", "--out",
+                          str(tmp_path)], cwd=ROOT)
     part = tmp_path / "Molmo2-8B" / "model.safetensors.c0ffee00.part"
     until = time.monotonic() + 300
     while not (os.path.exists(part) and os.path.getsize(part) >= 3 << 20) and time.monotonic() < until:

@@ -11,6 +11,7 @@ import torch
 from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, run, start, tiny_model, write_lines
 
 import pretrain
+import sft
 from data import Dataset, Planner, Stream, collate, decode
 from lib.distributed import UserError
 from lib.records import parse_record
@@ -287,7 +288,7 @@ def test_what_a_frozen_encoder_said_is_kept(model):
         want = plain(crops).bfloat16().float()
         vit.forward = lambda x: encoded.append(len(x)) or plain(x)
         room = 5 * cfg.patches * len(cfg.vit_features) * cfg.vit_width * 2 / 2 ** 30  # five of seven
-        pretrain.cache_features(vit, cfg, room + 1e-9, group=4)
+        sft.cache_features(vit, cfg, room + 1e-9, group=4)
         for order, groups in (([0, 1, 2, 0], [4]), ([2, 1, 0], []), ([6, 5, 4, 3, 2], [4]), ([3, 4, 5, 6], [4]),
                               ([5], [])):
             encoded.clear()

@@ -55,10 +55,11 @@ from lib.media import BadMedia, inside_folder, load_frames, open_video, sample_t
 from lib.records import MEDIA
 from lib.weights import BadCheckpoint
 from sample import Chat, load
-from tools.annotate.review import HERE, Reviewer, Work, digest, jpeg, read_records, settled, write_whole
+from tools.annotate.review import Reviewer, Work, digest, jpeg, read_records, settled, write_whole
 from tools.prepare.fetch import NetError, UserError, is_loopback, patiently
 from tools.show import STYLE
 
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 STAND_IN = "rule-based stand-in, no language model"
 # Who sells answers of models whose weights are not published, and what such models are called elsewhere.
@@ -850,7 +851,7 @@ def run_demo(args):
     train = ["pretrain.py", "--config", "small", "--steps", "2", "--global_batch", "4", "--micro_batch", "2",
              "--seq_len", "512", "--data", captions, qa, "--out", os.path.join(args.out, "run")]
     print("\n$ python", shlex.join(train), flush=True)
-    failed = subprocess.run([sys.executable, os.path.join(HERE, train[0]), *train[1:]]).returncode
+    failed = subprocess.run([sys.executable, os.path.join(ROOT, train[0]), *train[1:]]).returncode
     if failed:
         sys.exit(failed)
     if args.review:
