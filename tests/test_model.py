@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import budget
 import model as M
+from lib import budget, flex
 from data import Dataset, collate, decode
 from lib.budget import allowed_pairs, flops
 from lib.flex import block_mask, example_masks
@@ -278,7 +278,7 @@ def test_attention_example_by_example_is_attention():
         q, k, v = (torch.randn(2, n, 90, 8, generator=rng, requires_grad=True) for n in (4, 2, 2))
         here = (rows[0] > 0)[:, None, :, None]
         want = torch.autograd.grad((attend(q, k, v, dense_mask(*rows)) * here).square().sum(), (q, k, v))
-        out = attend(q, k, v, example_masks(*rows))
+        out = flex.attend(q, k, v, example_masks(*rows))
         assert not out.masked_select(~here).any()
         for a, b in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), want):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

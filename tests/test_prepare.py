@@ -30,8 +30,9 @@ from published import CASES
 
 from tools.prepare import convert
 import data
-from tools.prepare import fetch
+from tools import show
 from tools.prepare import __main__ as prepare
+from tools.prepare import fetch
 from data import read_registry
 from eval import load_questions
 from lib.records import parse_record
@@ -302,7 +303,7 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
     questions = load_questions(data.find_datasets([str(out / "eval")])[0])
     assert len(questions) == 8 and all(q.masks and q.hits(p, p) for q in questions for p in q.points)
     monkeypatch.setattr(sys, "argv", ["show", str(out), "--max_frames", "4"])
-    data.main()
+    show.main()
     told = capsys.readouterr().out.splitlines()
     assert len(told) == sum(not n.startswith("eval/") for n in names) and all("rows not used: none" in t
                                                                               for t in told), told
@@ -397,7 +398,7 @@ def test_retry_after_is_honoured(hub, monkeypatch):
     hub.faults = [lambda r, n: r.reply(**next(answers)) or True]
     waited = []
     monkeypatch.setattr(fetch, "time", SimpleNamespace(sleep=waited.append, time=time.time))
-    assert prepare.patiently(lambda: requests.get(hub.url), "a page", pause=0.01).status_code == 200
+    assert fetch.patiently(lambda: requests.get(hub.url), "a page", pause=0.01).status_code == 200
     assert waited == [7]
     answer = lambda **headers: fetch.retry_after(SimpleNamespace(headers=headers))
     assert answer(RateLimit='"api";r=0;t=55') == 55 and answer(**{"Retry-After": "9999"}) == 300
@@ -405,7 +406,7 @@ def test_retry_after_is_honoured(hub, monkeypatch):
     hub.faults = [lambda r, n: r.reply(status=503) or True]
     with pytest.raises(prepare.NetError,
                        match="a page: gave up after 3 tries, the last: status 503 Service Unavailable"):
-        prepare.patiently(lambda: requests.get(hub.url), "a page", tries=3, pause=4)
+        fetch.patiently(lambda: requests.get(hub.url), "a page", tries=3, pause=4)
     assert len(waited) == 3 and 2 <= waited[1] <= 4 <= waited[2] <= 8  # without a word from the server
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import eval as evaluation
 from lib import toy
 from data import Dataset, format_points
 from lib.media import load_frames, load_image, video_duration
@@ -122,8 +123,8 @@ class Oracle:
     (lambda a, text: "", dict(point_hit=0, point_precision=0, count_accuracy=0, none_accuracy=0, caption_recall=0))])
 def test_wrong_answers_lower_the_toy_scores_and_right_ones_do_not(folder, monkeypatch, spoil, expected):
     oracle = Oracle(folder, spoil)
-    monkeypatch.setattr(toy, "answers", oracle.answers)
-    scores = toy.evaluate(None, oracle, os.path.join(folder, "eval"), 20)
+    monkeypatch.setattr(evaluation, "answers", oracle.answers)
+    scores = evaluation.evaluate_scenes(None, oracle, os.path.join(folder, "eval"), 20)
     for name, value in expected.items():
         assert scores[name] == value, name
     doubled = spoil(dict(points=[1], task=""), "<point 0.5, 0.5, 0>") != "<point 0.5, 0.5, 0>"
@@ -132,7 +133,7 @@ def test_wrong_answers_lower_the_toy_scores_and_right_ones_do_not(folder, monkey
 
 def test_a_phrase_names_one_object():
     two = [dict(colour="red", shape="star")] * 2
-    assert toy.named("a red star", two) == [True, False] and toy.named("a red star and a red star", two) == [True, True]
+    assert evaluation.named("a red star", two) == [True, False] and evaluation.named("a red star and a red star", two) == [True, True]
 
 
 # ---- the whole world, as every run trains on it ------------------------------------------------------------
@@ -500,18 +501,18 @@ def test_every_share_of_the_scores_has_its_own_denominator(tmp_path, monkeypatch
     (tmp_path / "scenes.jsonl").write_text("".join(json.dumps(dict(id=s, image=f"{s}.png", annotations=a)) + "\n"
                                                    for s, a in asked.items()))
     known = {(scene, prompt): answer for scene, prompt, answer in said}
-    monkeypatch.setattr(toy, "answers", lambda model, planner, asked, *_: [known[s, p] for _, s, _, _, p in asked])
-    assert toy.evaluate(None, None, str(tmp_path), 9) == pytest.approx(dict(
+    monkeypatch.setattr(evaluation, "answers", lambda model, planner, asked, *_: [known[s, p] for _, s, _, _, p in asked])
+    assert evaluation.evaluate_scenes(None, None, str(tmp_path), 9) == pytest.approx(dict(
         point_hit=2 / 4, point_precision=2 / 5, count_accuracy=1 / 5, none_accuracy=3 / 4, caption_recall=1 / 3,
         scenes=2))
-    first = toy.evaluate(None, None, str(tmp_path), 1)  # the first scene alone
+    first = evaluation.evaluate_scenes(None, None, str(tmp_path), 1)  # the first scene alone
     assert first["scenes"] == 1 and first["point_hit"] == 1 / 3 and first["caption_recall"] == 1 / 2
 
 
 def test_a_contact_sheet_marks_what_is_true_and_what_was_said(tmp_path):
     Image.new("RGB", (100, 80), (90, 90, 90)).save(tmp_path / "a.png")
     ask = dict(task="image_pointing", prompt="Where?", points=[dict(x=0.2, y=0.3, id=0)])
-    toy.contact_sheet(str(tmp_path), [(dict(id="a", image="a.png"), ask, "<point 0.7, 0.6, 0>")], {},
+    evaluation.contact_sheet(str(tmp_path), [(dict(id="a", image="a.png"), ask, "<point 0.7, 0.6, 0>")], {},
                       str(tmp_path / "sub" / "sheet.png"))
     page = np.asarray(Image.open(tmp_path / "sub" / "sheet.png"))[3:153, 5:155].astype(int)
     marked = np.abs(page - 90).sum(-1) > 60
