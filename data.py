@@ -14,7 +14,7 @@ cost one picture.
 Everything up to the pixels is a function of (files, mixture, seed): the stream is the same for any number of
 workers and ranks, and where it stands is a small JSON that travels with each row.
 
-    python data.py data/my.jsonl --show 8     # check every line; a page with what the model will see of the first eight
+    python -m tools.show data/my.jsonl --show 8     # check every line; a page with what the model will see of the first eight
 
 Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """
@@ -581,7 +581,7 @@ class Stream:
     after them).
 
     mixture: [(Dataset, rate)]. The state is JSON; `rows(state)` continues right after the row it came with.
-    allow_closed: whether rows whose provenance names a closed model are used (annotate.py marks them).
+    allow_closed: whether rows whose provenance names a closed model are used (tools.annotate marks them).
     """
 
     def __init__(self, mixture, planner, seed, allow_closed=False):

@@ -10,7 +10,7 @@ Molmo2, the whole network, in one file that needs torch alone.
 Three published decoders are covered by one `Block` and two switches: `norm_after` (OLMo normalises what a
 sub-layer puts out, Qwen3 what it takes in) and `qk_norm` (OLMo over the whole projection, Qwen3 per head).
 Module names are those of the released checkpoints, so that loading one is a dictionary look-up and no
-translation (weights.py).
+translation (lib/weights.py).
 
     python model.py              # parameters of every preset, counted without allocating them
 
@@ -68,7 +68,7 @@ class ModelConfig:
     vit_eps: float = 1e-6
     # block outputs handed on, in this order; blocks after the last one do not exist
     vit_features: tuple = (24, 18)
-    # how the model was taught to write points and times: "spec" or "released" (points.py)
+    # how the model was taught to write points and times: "spec" or "released" (data.py)
     point_format: str = "spec"
     # video frames stand between <frame_start> and <frame_end>, else the tokens of a picture
     frame_tokens: bool = True
@@ -617,7 +617,7 @@ class Molmo2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, vision=None):
-        """A model from a checkpoint folder in any published layout (weights.py does the reading), or from a
+        """A model from a checkpoint folder in any published layout (lib/weights.py does the reading), or from a
         plain language model and the folder of a SigLIP, `vision`."""
         from lib import weights
         return weights.load(folder, vision)

@@ -118,7 +118,7 @@ class Config:
     world: int = flag(0, "with --dry_run: ranks to reckon with, eight a node; 0 = as many as run")
     gpu_memory: float = flag(80.0, "with --dry_run: gigabytes of a card")
     max_bad: float = flag(0.05, "share of unusable rows above which the run stops")
-    allow_closed: bool = flag(False, "train on rows marked as made by a closed model too (annotate.py), else "
+    allow_closed: bool = flag(False, "train on rows marked as made by a closed model too (tools.annotate), else "
                                      "left out")
 
 

@@ -5,7 +5,7 @@ points.
     tokenizer.json (any byte-level BPE) ─► Tokenizer ─► ids;   messages ─► pieces, each to be learned or only read
     points ─► "<point 0.31, 0.62, 0>" ─► points, and the same in the grammar of the released checkpoints
 
-`data.py` re-exports the two public functions, `format_points` and `parse_points`.
+The project's own grammar of points is in data.py: `format_points` and `parse_points`.
 """
 import os
 import re

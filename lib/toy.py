@@ -7,7 +7,7 @@ downloaded.
     data/toy/captions.jsonl  points.jsonl  text.jsonl     what stage 1 trains on
     data/toy/eval/scenes.jsonl  geometry.json             held-out scenes, and the exact outline of every shape in them
 
-    python toy.py data/toy       # write it (pretrain.py does so by itself on first use)
+    python -m lib.toy data/toy       # write it (pretrain.py does so by itself on first use)
 
 Nothing can be answered without looking: colour, shape, size, angle, place, number, background and wording are
 all drawn at random, and queries for what is not there name a colour or a shape that is. What makes it

@@ -6,12 +6,12 @@ Making data: people say what they see, open language models help, filters check,
     review    a page on this machine: accept, edit, reject; place points, track frame by frame (review.py)
     report    what each step let through, and what not and why
 
-    python annotate.py demo                                        # all of it on toy videos, without a server
-    python annotate.py caption clips/*.mp4 --out clips/captions.jsonl \\
+    python -m tools.annotate demo                                        # all of it on toy videos, without a server
+    python -m tools.annotate caption clips/*.mp4 --out clips/captions.jsonl \\
         --url http://localhost:8000/v1 --model Qwen3-VL-8B-Instruct --licence Apache-2.0
-    python annotate.py qa clips/captions.jsonl --out clips/qa.jsonl --url ... --model ... --licence ...
-    python annotate.py review clips/qa.jsonl --who ann
-    python annotate.py report clips/qa.jsonl
+    python -m tools.annotate qa clips/captions.jsonl --out clips/qa.jsonl --url ... --model ... --licence ...
+    python -m tools.annotate review clips/qa.jsonl --who ann
+    python -m tools.annotate report clips/qa.jsonl
 
 FILE.jsonl trains as it is: the lines that passed, with the decisions of people applied. FILE.work/ beside it
 has rows.jsonl, every line and why it was left out; decisions.jsonl, to which people only append; and
@@ -846,7 +846,7 @@ def run_demo(args):
     for command in (["caption", *videos, "--out", captions, *by, "--narrator", STAND_IN],
                     ["qa", captions, "--out", qa, *by], ["report", captions], ["report", qa]):
         shown = shlex.join(command).replace(shlex.join(videos), f"{videos[0]} ...")
-        print(f"\n$ python annotate.py {shown}", flush=True)
+        print(f"\n$ python -m tools.annotate {shown}", flush=True)
         main(command)
     train = ["pretrain.py", "--config", "small", "--steps", "2", "--global_batch", "4", "--micro_batch", "2",
              "--seq_len", "512", "--data", captions, qa, "--out", os.path.join(args.out, "run")]
@@ -855,7 +855,7 @@ def run_demo(args):
     if failed:
         sys.exit(failed)
     if args.review:
-        print("\n$ python annotate.py review", qa, flush=True)
+        print("\n$ python -m tools.annotate review", qa, flush=True)
         main(["review", qa])
 
 

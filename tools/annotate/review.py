@@ -1,5 +1,5 @@
 """
-A page on which people look at the lines of a JSONL file and decide: `python annotate.py review FILE`.
+A page on which people look at the lines of a JSONL file and decide: `python -m tools.annotate review FILE`.
 
     FILE.work/rows.jsonl        every line as it was made, also what was left out, and why
     FILE.work/decisions.jsonl   what people said of it, who and when; only ever appended to

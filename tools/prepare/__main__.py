@@ -1,11 +1,11 @@
 """
 Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and weights/NAME with one command.
 
-    python prepare.py list                             # every set: what it is, where from, what is here
-    python prepare.py data pixmo-points --limit 1000   # the first 1,000 rows of a set, with their pictures
-    python prepare.py data pretrain                    # all of stage 1; a group of `list`, or `eval`, too
-    python prepare.py weights stage1                   # OLMo-2 1B and SigLIP 2; or Molmo2-8B, Qwen3-8B, ...
-    python prepare.py check data/                      # every line, every picture, every video
+    python -m tools.prepare list                             # every set: what it is, where from, what is here
+    python -m tools.prepare data pixmo-points --limit 1000   # the first 1,000 rows of a set, with their pictures
+    python -m tools.prepare data pretrain                    # all of stage 1; a group of `list`, or `eval`, too
+    python -m tools.prepare weights stage1                   # OLMo-2 1B and SigLIP 2; or Molmo2-8B, Qwen3-8B, ...
+    python -m tools.prepare check data/                      # every line, every picture, every video
 
     rows of the hub, files ─► convert.py ─► items ─► spool, sorted by media ─► one item per picture, video
                                                                                  │ or text, with all that is
@@ -660,13 +660,13 @@ def select(names, registry):
                  if name in (n, e["group"], e["sft_group"]) or name in e["stage"].split(",")]
         found = [(n, True) for n in EVALS if name in ("eval", f"eval/{n}")] or found
         if not found:
-            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `prepare.py list` shows them")
+            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `python -m tools.prepare list` shows them")
         chosen += [c for c in found if c not in chosen]
     return chosen
 
 
 def data(args):
-    """`prepare.py data`: set after set; 2 after a user's mistake, 1 if nothing came of one, 0 otherwise."""
+    """`python -m tools.prepare data`: set after set; 2 after a user's mistake, 1 if nothing came of one, 0 otherwise."""
     registry, net, code, total = read_registry(), Net(), 0, 0
     for name, evaluation in select(args.names, registry):
         root = os.path.join(args.out, "eval") if evaluation else args.out
@@ -702,7 +702,7 @@ MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "
 
 
 def show_list(args):
-    """`prepare.py list`: a line for each set."""
+    """`python -m tools.prepare list`: a line for each set."""
     registry, root = read_registry(), {True: os.path.join(args.out, "eval"), False: args.out}
     chosen = select([args.group] if args.group else [*registry, "eval"], registry)
     print(f"{'name':35}{'stage':14}{'task':22}{'rows':>10}  {'media':23}{'licence':18}here")
@@ -726,7 +726,7 @@ WEIGHTS = {os.path.basename(repo): repo for repo in (
 
 
 def get_weights(args):
-    """`prepare.py weights`: folders for --init_from, which is printed."""
+    """`python -m tools.prepare weights`: folders for --init_from, which is printed."""
     net = Net()
     names = ["OLMo-2-0425-1B", "siglip2-so400m-patch14-384"] if args.names == ["stage1"] else args.names
     for name in names:
@@ -823,7 +823,7 @@ def problems(dataset, checked):
 
 
 def check(args):
-    """`prepare.py check`: 1 if a line cannot be used. Each is counted by its first problem."""
+    """`python -m tools.prepare check`: 1 if a line cannot be used. Each is counted by its first problem."""
     held_out = os.path.join(args.path, "eval")
     paths = [args.path] + [held_out] * bool(glob.glob(os.path.join(glob.escape(held_out), "*.jsonl")))
     try:

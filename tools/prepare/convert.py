@@ -4,7 +4,7 @@ Upstream rows -> the project's rows: what each published data set looks like, an
     a row as published ─► converter ─► items: {image | images | video, start, end, subtitles, annotations}
                                        media: a URL, or a name under the set's own folder
 
-This is the leaf of `prepare.py` that holds knowledge and no machinery: no file is opened here and nothing is
+This is the leaf of `tools.prepare` that holds knowledge and no machinery: no file is opened here and nothing is
 fetched. Sets of one shape share a converter; RECIPES at the end has one line for each set of datasets.tsv.
 
 Points become shares of the sides. Times count from the start of the file, as everywhere in a line; `start`
@@ -27,7 +27,7 @@ outside = Counter()  # coordinates seen, and those that are not shares of a side
 
 def share(value, side):
     """A coordinate as a share of its side, in [0, 1]. Slips of the annotators' mouse are clipped, and
-    counted: `prepare.py` stops a set whose coordinates are in another unit than this file thinks."""
+    counted: `tools.prepare` stops a set whose coordinates are in another unit than this file thinks."""
     value = float(value) / side
     outside["seen"] += 1
     outside["outside"] += not -0.01 <= value <= 1.01
@@ -739,7 +739,7 @@ RECIPES = {
     "uw-cot220": tracking("UW-COT220, at a drive"),
 }
 
-# Held out: what `prepare.py data eval` makes. No training set may have a picture of the first two.
+# Held out: what `python -m tools.prepare data eval` makes. No training set may have a picture of the first two.
 EVALS = {
     "pixmo-points-eval": Recipe(eval_points, "url", hub("allenai/pixmo-points-eval", "default", "test", 2)),
     "pixmo-count": Recipe(eval_count, "url", hub("allenai/pixmo-count", "default", "validation")

@@ -8,7 +8,7 @@ Getting files and rows over a connection that breaks, from hosts that are busy, 
     hub_files   what a repository has, at one revision
     hub_rows    the rows of a set, 100 to a page, or as parquet
 
-A leaf of `prepare.py`: it knows nothing of any data set.
+A leaf of `tools.prepare`: it knows nothing of any data set.
 """
 import contextlib
 import email.utils
