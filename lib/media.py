@@ -1,13 +1,12 @@
 """
-Media: a picture or a video becomes crops of patches, and a list of windows that says which patches make up
-each visual token.
+Media: an image or a video becomes crops of patches, and pooling windows: which patches make up each visual token.
 
-    planning    size, duration, from the header alone ─► layout: tokens, pooling windows, how many crops
-    decoding    file ─► pixels ─► resize ─► crops ─► patches, in the workers
+    planning    file header ─► size, duration ─► layout: tokens, pooling windows, number of crops
+    decoding    file ─► pixels ─► resize ─► crops ─► patches, in the DataLoader's workers
 
-As the released Molmo2 code does it: one low-resolution crop shows the whole picture; up to `max_crops` more
-tile an enlarged copy of it, overlapping by a margin so that no object is cut by every crop. A video is frames
-at 2 per second, each one crop.
+As in the released Molmo2 code, one low-resolution crop shows the whole image, and up to `max_crops` more tile an
+enlarged copy of it. They overlap by a margin, so that no object is cut by every crop. A video is frames at 2 per
+second, each one crop.
 
 Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled into one
 """
@@ -16,6 +15,7 @@ import os
 import struct
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -24,70 +24,67 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 
-MAX_PIXELS = 64_000_000  # larger pictures are refused before anything of them is decoded
-POOL_IMAGE, POOL_VIDEO = 2, 3  # patches pooled on a side
-# A video's container is told by its first bytes, never by its name: a playlist would name other files.
-# (offset, bytes) -> format
-MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"free"): "mov",
-         (4, b"skip"): "mov",
+MAX_PIXELS = 64_000_000  # larger images and frames are refused before they are decoded
+POOL_IMAGE = 2           # patches on a side of a pooling window
+POOL_VIDEO = 3
+# The container is recognised by the file's first bytes, never by its name: a playlist named .mp4 would make FFmpeg
+# open the files that it lists.   (offset, bytes) -> format
+MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"free"): "mov", (4, b"skip"): "mov",
          (4, b"wide"): "mov", (0, b"\x1aE\xdf\xa3"): "matroska", (8, b"AVI "): "avi", (188, b"G"): "mpegts",
          (0, b"\x00\x00\x01\xba"): "mpeg", (0, b"FLV"): "flv", (0, b"OggS"): "ogg", (0, b"GIF8"): "gif",
          (0, b"\x30\x26\xb2\x75"): "asf"}
-
-
-# What PIL raises on files that are not what they say.
-PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError,
-              ArithmeticError, struct.error,
-              NotImplementedError, Image.DecompressionBombError)
+# What PIL raises on damaged or hostile files; each was seen.
+PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+              struct.error, NotImplementedError, Image.DecompressionBombError)
 
 
 class BadMedia(Exception):
-    """A picture or video that cannot be used; the message says why."""
+    """An image or video that cannot be used; the message gives the reason."""
 
 
 @dataclass
 class Layout:
-    """What one picture takes up in a row."""
-    tokens: list        # names of special tokens, in order
-    pool: np.ndarray    # (M, K) indices into this picture's own patches, -1 = none
+    """What one image or video takes up in a sequence."""
+    tokens: list            # names of special tokens, in order
+    pool: np.ndarray        # (M, K) indices into this image's own patches, -1 = none
     n_crops: int
     tiling: tuple = (0, 0)  # (rows, columns) of high-resolution crops; (0, 0) = the low-resolution one alone
-    times: tuple = ()   # of a video: seconds at which its frames are taken, from the start of the file
+    times: tuple = ()       # of a video: seconds at which its frames are taken, from the start of the file
 
 
 # ---- planning ----------------------------------------------------------------------------------------------
 
 def inside_folder(folder, name):
-    """The path of media `name`, which a data file in `folder` mentions, or BadMedia if it would lead
-    elsewhere."""
+    """The path of media `name` that a data file in `folder` mentions. BadMedia if it leads out of the folder."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise BadMedia(f"media path {name!r} is not a file name")
     if os.path.isabs(name) or "://" in name or ".." in name.replace("\\", "/").split("/"):
         raise BadMedia(f"media path {name!r} must be relative and stay under the folder of its JSONL file")
     path = os.path.join(folder, name)
+    # with the separator: /data/set is not a parent of /data/setB
     if not os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep):
         raise BadMedia(f"media path {name!r} is a link out of the folder of its JSONL file")
     return path
 
 
 def open_image(path):
-    """A PIL image whose header has been read and found sane, pixels not yet."""
-    if not os.path.isfile(path):  # also not a pipe, which would wait for ever
+    """A PIL image: its header is read and checked, its pixels are not decoded yet."""
+    if not os.path.isfile(path):  # a pipe would block for ever
         raise BadMedia(f"{path}: no such file")
     try:
+        # no other format: PIL would hand an EPS to Ghostscript, for one
         image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
     except PIL_ERRORS as e:
-        raise BadMedia(f"{path}: not a readable picture ({e})") from None
+        raise BadMedia(f"{path}: not a readable image ({e})") from None
     if image.width * image.height > MAX_PIXELS:
         raise BadMedia(f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
     return image
 
 
 def orientation(image, path):
-    """The EXIF orientation in an opened picture's header: a camera held upright writes a turned picture and a
-    tag, 5 to 8."""
+    """The EXIF orientation, 1 to 8. A camera held upright writes the image lying, with a tag of 5 to 8."""
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # PIL would look for it behind the pixels, and decode them
+        return 1  # PIL would search behind the pixels, and decode them for that
     try:
         return image.getexif().get(0x0112, 1)
     except PIL_ERRORS as e:
@@ -95,23 +92,22 @@ def orientation(image, path):
 
 
 def image_size(path):
-    """(width, height) as the picture is meant to be seen."""
+    """(width, height) of the upright image."""
     with open_image(path) as image:
-        # of a TIFF, PIL tells the upright size already
+        # for a TIFF, PIL gives the upright size already
         lying = image.format != "TIFF" and orientation(image, path) in (5, 6, 7, 8)
         return (image.height, image.width) if lying else (image.width, image.height)
 
 
 def pick_tiling(height, width, window, max_crops):
-    """Rows and columns of crops: the grid that enlarges the picture least, or, if all shrink it, shrinks it
-    least.
+    """(rows, columns) of crops: the grid that enlarges the image least, or if all shrink it, shrinks it least.
 
-    height, width: pixels net of the margins; window: pixels of a crop net of them. Ties go to fewer crops,
-    then rows.
+    height, width: pixels without the margins; window: pixels of a crop without them. Ties go to fewer crops, then to
+    fewer rows.
     """
-    grids = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops + 1) if i * j <= max_crops]
+    grids = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)]
     grids.sort(key=lambda g: (g[0] * g[1], g[0]))
-    sides = np.array(grids, np.float32) * np.float32(window)
+    sides = np.array(grids, np.float32) * np.float32(window)  # fp32 as published: it decides ties
     scale = (sides / np.array([height, width], np.float32)).min(1)
     best = scale.argmax() if (scale < 1).all() else np.where(scale < 1, np.inf, scale).argmin()
     return grids[best]
@@ -120,17 +116,18 @@ def pick_tiling(height, width, window, max_crops):
 def windows(grid, size):
     """Group a (rows, columns) grid of patch indices into size x size windows: (rows', columns', size²).
 
-    A side that does not divide is padded with -1, the odd one at the end.
+    A side that `size` does not divide is padded with -1 at both ends, an odd one at the end.
     """
-    pad = [(-s % size) for s in grid.shape]
-    grid = np.pad(grid, [(p // 2, p - p // 2) for p in pad], constant_values=-1)
-    r, c = grid.shape[0] // size, grid.shape[1] // size
-    return grid.reshape(r, size, c, size).transpose(0, 2, 1, 3).reshape(r, c, size * size)
+    missing = [-side % size for side in grid.shape]
+    grid = np.pad(grid, [(m // 2, m - m // 2) for m in missing], constant_values=-1)
+    rows, cols = grid.shape[0] // size, grid.shape[1] // size
+    grid = grid.reshape(rows, size, cols, size).transpose(0, 2, 1, 3)  # (rows', columns', size, size)
+    return grid.reshape(rows, cols, size * size)
 
 
 def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
-    """Tokens and windows of a width x height picture. n: patches on a side of a crop; max_crops 0: low-res
-    alone.
+    """Tokens and windows of an image. width, height: pixels; n: patches on a side of a crop; patch: pixels on a side
+    of a patch; max_crops: high-resolution ones, 0 = the low-resolution crop alone.
 
         <low_res_image_start> <image>... <image_end>   <image_start> (<image>... <image_col>) per row <image_end>
     """
@@ -144,46 +141,47 @@ def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
     bands = []
     for i in range(rows):
         band = []
-        # each patch of the enlarged picture is taken from the crop in which it is less marginal
         for j in range(cols):
-            own = np.arange(n * n).reshape(n, n) + (1 + i * cols + j) * n * n
-            own = own[margin * (i > 0):n - margin * (i < rows - 1),
-                      margin * (j > 0):n - margin * (j < cols - 1)]
-            band.append(own)
+            crop = np.arange(n * n).reshape(n, n) + (1 + i * cols + j) * n * n  # crop 0 is the low-resolution one
+            # A patch that two crops show is taken from the one in which it lies further inside.
+            top = margin if i > 0 else 0
+            left = margin if j > 0 else 0
+            bottom = n - margin if i < rows - 1 else n
+            right = n - margin if j < cols - 1 else n
+            band.append(crop[top:bottom, left:right])
         bands.append(np.concatenate(band, 1))
     high = windows(np.concatenate(bands), pool)
-    tokens += ["<image_start>"] + (["<image>"] * high.shape[1] + ["<image_col>"]) * high.shape[0] + ["<image_end>"]
+    row_of_tokens = ["<image>"] * high.shape[1] + ["<image_col>"]
+    tokens += ["<image_start>"] + row_of_tokens * high.shape[0] + ["<image_end>"]
     both = np.concatenate([low.reshape(-1, pool * pool), high.reshape(-1, pool * pool)])
     return Layout(tokens, both, 1 + rows * cols, (rows, cols))
 
 
 def frame_layout(n, pool=POOL_VIDEO):
-    """Windows of one video frame of n x n patches: (M, K). 27 x 27 patches give 9 x 9 tokens; no column
-    tokens."""
+    """Windows of one video frame of n x n patches: (M, K). 27 x 27 patches give 9 x 9 tokens, no column tokens."""
     return windows(np.arange(n * n).reshape(n, n), pool).reshape(-1, pool * pool)
 
 
 def sample_times(duration, max_frames, max_fps=2.0):
-    """Seconds at which frames are taken: `max_fps` a second and the very last one; evenly spread ones if
-    those are too many."""
+    """Seconds at which frames are taken: `max_fps` per second and the last one. Where those are more than
+    `max_frames`, so many evenly spaced ones, the first and the last among them."""
     if duration > (max_frames - 1) / max_fps:
         return np.linspace(0, duration, max_frames)
     return np.append(np.arange(0, duration, 1 / max_fps), duration)
 
 
 def open_video(path):
-    """An open container and its first video stream. A file cannot make the decoder open other files or
-    URLs."""
+    """(open container, its first video stream). The file cannot make the decoder open other files or URLs."""
     if not os.path.isfile(path):
         raise BadMedia(f"{path}: no such file")
     try:
         with open(path, "rb") as f:
-            head = f.read(189)
-        kind = next((kind for (at, magic), kind in MAGIC.items() if head[at:at + len(magic)] == magic), None)
-        if kind is None:
+            head = f.read(189)  # the furthest magic byte is at 188
+        kinds = [kind for (offset, magic), kind in MAGIC.items() if head[offset:].startswith(magic)]
+        if not kinds:
             raise BadMedia(f"{path}: not a video in a known container ({', '.join(sorted(set(MAGIC.values())))})")
-        container = av.open(path, format=kind,
-                            options={"protocol_whitelist": "file", "format_whitelist": kind})
+        whitelist = {"protocol_whitelist": "file", "format_whitelist": kinds[0]}
+        container = av.open(path, format=kinds[0], options=whitelist)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: not a readable video ({e})") from None
     if not container.streams.video:
@@ -192,15 +190,16 @@ def open_video(path):
     stream = container.streams.video[0]
     if not 0 < stream.width * stream.height <= MAX_PIXELS:
         container.close()
-        raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}, not within {MAX_PIXELS // 10**6} megapixels")
-    # one thread: the workers are the parallelism, and a packet's skip_frame stays its own
+        raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}; they may have 1 pixel to "
+                       f"{MAX_PIXELS // 10**6} megapixels")
+    # One thread: the DataLoader's workers are the parallelism, and skip_frame is set packet by packet.
     stream.thread_type = "NONE"
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than the header says
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than the header claims
     return container, stream
 
 
 def video_duration(path):
-    """Seconds of a video, from its header; where that does not say, from its packets. Nothing is decoded."""
+    """Seconds of a video, from its header; where that has none, from its packets. Nothing is decoded."""
     container, stream = open_video(path)
     with container:
         if stream.duration:
@@ -208,8 +207,8 @@ def video_duration(path):
         if container.duration:
             return container.duration / av.time_base
         try:
-            ends = [float((p.pts + (p.duration or 0)) * stream.time_base)
-                    for p in container.demux(stream) if p.pts is not None]
+            packets = [p for p in container.demux(stream) if p.pts is not None]
+            ends = [float((p.pts + (p.duration or 0)) * stream.time_base) for p in packets]
         except av.FFmpegError as e:
             raise BadMedia(f"{path}: broken video ({e})") from None
         if not ends:
@@ -220,18 +219,18 @@ def video_duration(path):
 # ---- decoding ----------------------------------------------------------------------------------------------
 
 def load_image(path):
-    """The pixels of a picture, upright: (H, W, 3) uint8."""
+    """The pixels of an image, upright: (H, W, 3) uint8."""
     with open_image(path) as image:
-        turned = orientation(image, path) != 1
+        lying = orientation(image, path) != 1
         try:
-            return np.array((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image) if lying else image
+            return np.array(upright.convert("RGB"))
         except PIL_ERRORS as e:
-            raise BadMedia(f"{path}: truncated or corrupt picture ({e})") from None
+            raise BadMedia(f"{path}: truncated or corrupt image ({e})") from None
 
 
 def resize(pixels, height, width):
-    """Bilinear without antialiasing, as the released models were trained: (H, W, 3) uint8 -> (height, width,
-    3) uint8."""
+    """(H, W, 3) uint8 -> (height, width, 3) uint8: bilinear, without antialiasing, as the released models do it."""
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
     x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=False)
     return x[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
@@ -240,127 +239,160 @@ def resize(pixels, height, width):
 def to_patches(crop, patch):
     """(n·patch, n·patch, 3) -> (P, patch·patch·3), a patch being (row, column, channel)."""
     n = crop.shape[0] // patch
-    return crop.reshape(n, patch, n, patch, 3).transpose(0, 2, 1, 3, 4).reshape(n * n, -1)
+    grid = crop.reshape(n, patch, n, patch, 3).transpose(0, 2, 1, 3, 4)  # (row, column, patch, patch, 3)
+    return grid.reshape(n * n, -1)
 
 
 def image_crops(pixels, n, patch, tiling):
-    """The crops of a picture, the low-resolution one first: (H, W, 3) uint8 -> (N, P, patch·patch·3)
-    uint8."""
-    side, (rows, cols) = n * patch, tiling
-    # aspect ratio is not kept: the model sees the whole picture as a square
+    """The crops of an image, the low-resolution one first: (H, W, 3) uint8 -> (N, P, patch·patch·3) uint8."""
+    side = n * patch
+    # The aspect ratio is not kept: the model sees the whole image as a square.
     crops = [resize(pixels, side, side)]
+    rows, cols = tiling
     if rows:
         margin = round(n * 4 / 27) * patch
         step = side - 2 * margin
-        canvas = resize(pixels, rows * step + 2 * margin, cols * step + 2 * margin)
-        crops += [canvas[i * step:i * step + side, j * step:j * step + side] for i in range(rows)
-                  for j in range(cols)]
-    return np.stack([to_patches(c, patch) for c in crops])
+        enlarged = resize(pixels, rows * step + 2 * margin, cols * step + 2 * margin)
+        for i in range(rows):
+            for j in range(cols):
+                crops.append(enlarged[i * step:i * step + side, j * step:j * step + side])
+    return np.stack([to_patches(crop, patch) for crop in crops])
 
 
-# Frames of a video cost most when they are decoded and not wanted. So: read the packets without decoding
-# them, find which frames are shown at the wanted times, and decode only from the key frame before each to the
-# frame itself, skipping frames that no other refers to. Only wanted frames are ever converted to RGB and
-# kept.
+# Decoding frames that nobody wants is what a video costs most. So: read the packets without decoding them, find the
+# frames that are shown at the wanted times, and decode from the key frame before each to the frame itself, without
+# those that no other frame refers to. Only wanted frames are converted to RGB and kept.
 #
 #     times      0          5                    10      at 0.2 a second
 #     packets    K p b p b  K p b p b  K p b p b  K      K key frame, p refers back, b is referred to by none
 #     decoded    K          K p b                 K
 
+class Packet(NamedTuple):
+    """What a container tells of one frame without decoding it."""
+    pts: int           # when it is shown, in ticks
+    is_key: bool       # refers to no other frame
+    is_discard: bool   # decoded because others refer to it, but not shown
+
+
 def packets_of(container, stream, times):
-    """The packets that hold what is shown from times[0] to times[-1], and some around: from the key frame
-    before."""
-    begin, tick, past = stream.start_time or 0, float(stream.time_base), 0
+    """Packets in file order, from the key frame before times[0] to the second key frame after times[-1].
+
+    A frame may stand in the file behind a key frame that is shown after it, but never behind two.
+    """
+    origin, tick = stream.start_time or 0, float(stream.time_base)
     if times[0] > 0:
-        container.seek(begin + int(times[0] / tick), stream=stream)
+        container.seek(origin + int(times[0] / tick), stream=stream)
+    keys_past_end = 0
     for packet in container.demux(stream):
-        # What follows a key frame in the file may be shown before it, but not what follows the second one.
-        timed = packet.is_keyframe and packet.pts is not None
-        past += timed and (packet.pts - begin) * tick > times[-1] + 1e-6
-        if past == 2:
+        if packet.is_keyframe and packet.pts is not None and (packet.pts - origin) * tick > times[-1] + 1e-6:
+            keys_past_end += 1
+        if keys_past_end == 2:
             return
         if packet.size:
             yield packet
 
 
 def frame_plan(container, stream, times):
-    """(pts of the frame shown at each of `times`, whether to decode each packet in file order), or None where
-    the packets do not tell."""
-    packets = [(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream, times)]
-    if not packets or not packets[0][1] or any(pts is None for pts, *_ in packets):
+    """What to decode for the frames shown at `times`: (pts of each, bool per packet in file order), or None where
+    the packets do not tell.
+
+        file order   K  p  b  p  b  K  b  p       b is shown before the p or K that it follows
+        pts          0  2  1  4  3  6  5  7
+        decode       x  x  x                      for t = 1.5, which shows pts 1: from the key frame to the frame
+        decode       x  x  x  x  x  x  x          for t = 5.5, which shows pts 5: it follows key 6 but may refer to
+                                                  what stands before it, so from the key frame before that
+    """
+    packets = [Packet(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream, times)]
+    if not packets or not packets[0].is_key or any(p.pts is None for p in packets):
         return None
-    shown = sorted(pts for pts, _, discard in packets if not discard)
-    begin, tick = stream.start_time or 0, float(stream.time_base)
-    at = [bisect.bisect_right(shown, begin + (t + 1e-6) / tick) - 1 for t in times]
-    if times[0] > 0 and at[0] < 0:
+    origin, tick = stream.start_time or 0, float(stream.time_base)
+    shown = sorted(p.pts for p in packets if not p.is_discard)
+    # a frame is shown until the next one begins
+    frames = [bisect.bisect_right(shown, origin + (t + 1e-6) / tick) - 1 for t in times]
+    if times[0] > 0 and frames[0] < 0:
         return None  # the seek went too far
-    end = (shown[-1] - begin) * tick
+    end = (shown[-1] - origin) * tick
     if times[-1] > end + max(1, 0.1 * times[-1]):
         raise BadMedia(f"{container.name}: ends at {end:.1f} s, and {times[-1]:.1f} s were asked for: truncated?")
-    wanted, order = [shown[max(i, 0)] for i in at], {pts: i for i, (pts, *_) in enumerate(packets)}
-    keys, decode = [i for i, (_, key, _) in enumerate(packets) if key], np.zeros(len(packets), bool)
-    for pts in dict.fromkeys(wanted):
-        i = order[pts]
-        k = bisect.bisect_right(keys, i) - 1
-        # shown before the key frame it follows in the file: it may refer further back
-        if pts < packets[keys[k]][0] and k:
-            k -= 1
-        decode[keys[k]:i + 1] = True
+    wanted = [shown[max(i, 0)] for i in frames]
+
+    keys = [i for i, p in enumerate(packets) if p.is_key]
+    place = {p.pts: i for i, p in enumerate(packets)}
+    decode = np.zeros(len(packets), bool)
+    for pts in set(wanted):
+        key = bisect.bisect_right(keys, place[pts]) - 1
+        if pts < packets[keys[key]].pts and key > 0:
+            key -= 1
+        decode[keys[key]:place[pts] + 1] = True
     return wanted, decode
 
 
 def frames_of(stream, packets, decode, wanted):
-    """Yields the decoded frames of those packets that `decode` marks, and with them some more around."""
+    """Yields the decoded frames of the packets that `decode` marks, and some frames around them."""
     context = stream.codec_context
     for i, packet in enumerate(packets):
-        if decode[i]:
-            context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            yield from context.decode(packet)
-            if i + 1 == len(decode) or not decode[i + 1]:
-                yield from context.decode(None)  # what the decoder still holds back
-                context.flush_buffers()
+        if not decode[i]:
+            continue
+        context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        yield from context.decode(packet)
+        last_of_run = i + 1 == len(decode) or not decode[i + 1]
+        if last_of_run:
+            yield from context.decode(None)  # frames that the decoder still holds back
+            context.flush_buffers()
 
 
 def load_frames(path, times, keep=lambda rgb: rgb):
-    """keep(frame) of the frames shown at `times` (seconds from the start, ascending), each (H, W, 3) uint8
-    and upright.
+    """The frames shown at `times` (seconds from the start, ascending): [keep(frame)], each (H, W, 3) uint8, upright.
 
-    A frame is shown until the next begins, the last one to the end. Exactly the frames that decoding
-    everything gives.
+    A frame is shown until the next begins, the last one to the end. These are exactly the frames that decoding the
+    whole file gives.
     """
     def upright(frame):
         if frame.is_corrupt:
             raise BadMedia(f"{path}: broken video")
         turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-        return keep(np.ascontiguousarray(turned))  # torch reads no array backwards
+        return keep(np.ascontiguousarray(turned))  # torch takes no negative strides
 
     try:
         container, stream = open_video(path)
         with container:
             plan = frame_plan(container, stream, times)
         if plan:
-            wanted, decode = plan
-            container, stream = open_video(path)
-            with container:
-                want, packets = set(wanted), packets_of(container, stream, times)
-                kept = {f.pts: upright(f) for f in frames_of(stream, packets, decode, want) if f.pts in want}
-            if want <= kept.keys():
-                return [kept[pts] for pts in wanted]
+            frames = decode_wanted(path, times, *plan, upright)
+            if frames:
+                return frames
         return load_frames_in_turn(path, times, upright)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: broken video ({e})") from None
 
 
-def load_frames_in_turn(path, times, keep):
-    """The same by decoding every frame up to the last one wanted, for files whose packets do not tell
-    enough."""
+def decode_wanted(path, times, wanted, decode, keep):
+    """[keep(frame)] for the pts in `wanted`, decoding as `frame_plan` says; None if one of them did not come."""
     container, stream = open_video(path)
-    kept, shown, rate = [], None, float(stream.average_rate or 25)
+    distinct, kept = set(wanted), {}
+    with container:
+        for frame in frames_of(stream, packets_of(container, stream, times), decode, distinct):
+            if frame.pts in distinct:
+                kept[frame.pts] = keep(frame)
+    if kept.keys() != distinct:
+        return None
+    return [kept[pts] for pts in wanted]
+
+
+def load_frames_in_turn(path, times, keep):
+    """`load_frames` by decoding every frame up to the last one wanted, for files whose packets lack their times."""
+    container, stream = open_video(path)
+    rate = float(stream.average_rate or 25)
+    kept, shown = [], None
     with container:
         for n, frame in enumerate(container.decode(stream)):
-            at = n / rate if frame.pts is None else float((frame.pts - (stream.start_time or 0)) * stream.time_base)
-            late = sum(at > t + 1e-6 for t in times[len(kept):]) if shown is not None else 0
-            kept += [keep(shown)] * late if late else []
+            if frame.pts is None:
+                begins = n / rate
+            else:
+                begins = float((frame.pts - (stream.start_time or 0)) * stream.time_base)
+            if shown is not None:  # wanted before this frame begins: the one before it is shown
+                missed = sum(begins > t + 1e-6 for t in times[len(kept):])
+                kept += [keep(shown)] * missed if missed else []
             if len(kept) == len(times):
                 return kept
             shown = frame
@@ -370,18 +402,19 @@ def load_frames_in_turn(path, times, keep):
 
 
 def load_crops(path, layout, n, patch):
-    """The crops of a picture or video as its layout asks for them: (N, P, patch·patch·3) uint8."""
-    if layout.times:
+    """The crops of an image or video as its layout asks for them: (N, P, patch·patch·3) uint8."""
+    if layout.times:  # frames become crops one by one: a minute of raw frames would fill gigabytes
         return np.concatenate(load_frames(path, layout.times, lambda rgb: image_crops(rgb, n, patch, (0, 0))))
     return image_crops(load_image(path), n, patch, layout.tiling)
 
 
 class CropCache:
-    """load_crops that keeps what it loaded, up to a number of bytes; what has gone unused the longest goes first. Worth
-    it where all media together are small and come often."""
+    """`load_crops` that keeps what it loaded, up to `room` bytes, and drops what has gone unused the longest.
+    Worth it where all media together are small and come often."""
 
     def __init__(self, room):
-        self.room, self.crops = room, OrderedDict()
+        self.room = room
+        self.crops = OrderedDict()  # the one used last is at the end
 
     def __call__(self, path, layout, n, patch):
         key = path, layout.tiling, tuple(layout.times), n, patch
@@ -391,5 +424,6 @@ class CropCache:
         self.crops.move_to_end(key)
         crops = self.crops[key]
         while self.room < 0:
-            self.room += self.crops.popitem(last=False)[1].nbytes
+            _, oldest = self.crops.popitem(last=False)
+            self.room += oldest.nbytes
         return crops

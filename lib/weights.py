@@ -1,11 +1,13 @@
 """
-Checkpoints in the published Molmo2 layout: safetensors and JSON, read and written by our own few lines.
+Checkpoints in the published Molmo2 layout: safetensors and JSON, read and written without another library.
 
-A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the
-tensors' bytes. It is memory-mapped, so loading holds the model and one tensor at a time, and nothing in it
-can run code.
+    folder/config.json        ─► parse_config ─► ModelConfig ─► an empty Molmo2 ─┐
+    folder/*.safetensors      ─► our_name     ─► {our name: tensor} ─────────────┴─► fill ─► the model
 
-Module names in model.py are those of the released files less a leading "model."; the other schemes in use are
+A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors'
+bytes. It is memory-mapped, so loading holds the model and one tensor at a time, and nothing in it can run code.
+
+Module names in model.py are those of the released files without the leading "model."; names in other schemes are
 mapped to them.
 """
 import json
@@ -59,8 +61,8 @@ def write_json(path, value):
 
 
 def read_safetensors(path):
-    """{name: tensor} of one file, memory-mapped: a tensor's bytes are read when it is copied from.
-    BadCheckpoint otherwise."""
+    """{name: tensor} of one file, memory-mapped: a tensor's bytes are read when it is copied. BadCheckpoint where the
+    header and the bytes do not fit together."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
@@ -72,15 +74,18 @@ def read_safetensors(path):
             raise ValueError("header is not an object")
         header.pop("__metadata__", None)
         data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8) if header else torch.empty(0)
-        end, tensors = 0, {}
-        for name, spec in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
-            dtype, shape, (a, b) = DTYPES[spec["dtype"]], spec["shape"], spec["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in [*shape, a, b]):
+        tensors = {}
+        end = 0  # of the tensor before: together they must fill the file, without a gap or an overlap
+        for name, spec in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[spec["dtype"]], spec["shape"]
+            first, last = spec["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in [*shape, first, last]):
                 raise ValueError(f"{name}: negative or fractional shape or offset")
-            if a != end or b - a != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name}: bytes {a} to {b} overlap, leave a gap or do not match shape {shape}")
-            end, part = b, data[8 + length + a:8 + length + b]
-            aligned = (8 + length + a) % dtype.itemsize == 0
+            if first != end or last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name}: bytes {first} to {last} overlap, leave a gap or do not fit shape {shape}")
+            end = last
+            part = data[8 + length + first:8 + length + last]
+            aligned = (8 + length + first) % dtype.itemsize == 0  # or view() refuses it
             tensors[name] = (part if aligned else part.clone()).view(dtype).view(shape)
         if 8 + length + end != size:
             raise ValueError(f"{size} bytes, but the header accounts for {8 + length + end}: truncated or padded")
@@ -93,13 +98,14 @@ def read_safetensors(path):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} and sync it to disk. Tensors are written one at a time."""
-    names, header, at = {v: k for k, v in DTYPES.items()}, {}, 0
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, offset = {}, 0
     for name, t in tensors.items():
-        n = t.numel() * t.element_size()
-        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[at, at + n])
-        at += n
+        end = offset + t.numel() * t.element_size()
+        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[offset, end])
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
@@ -152,7 +158,7 @@ def hub_config(cfg):
 
 
 def processor_configs(cfg, frames=384, tiles=8):
-    """{file name: contents}: what other readers need to cut pictures and videos as this model was shown them, at most
+    """{file name: contents}: what other readers need to cut images and videos into crops as in training, at most
     `frames` of a video."""
     margin = round(cfg.crop / cfg.patch * 4 / 27)
     pixels = dict(size=dict(height=cfg.crop, width=cfg.crop), patch_size=cfg.patch, do_resize=True,
@@ -170,7 +176,7 @@ def processor_configs(cfg, frames=384, tiles=8):
                                           use_frame_special_tokens=cfg.frame_tokens)}
 
 
-# What a config may say only in this way: these computations exist here in one form.
+# Keys that may have this value alone: model.py computes these things in one way.
 FIXED = {"text": dict(hidden_act="silu", attention_bias=False, qkv_bias=False, mlp_bias=False,
                       additional_vocab_size=EXTRA, clip_qkv=None, scale_logits=False,
                       normalize_input_embeds=False, use_sliding_window=False),
@@ -200,25 +206,29 @@ def parse_yarn(rope, path):
 
 
 def parse_text(text, path):
-    """The language half of ModelConfig: the text_config of a Molmo2, or the config of a plain OLMo-2, OLMo-3
-    or Qwen3."""
+    """The language half of ModelConfig, from the text_config of a Molmo2 or the config of a plain OLMo-2, OLMo-3 or
+    Qwen3."""
     check_fixed("text", text, path)
-    kind, n = text.get("model_type"), text["num_hidden_layers"]
+    kind = text.get("model_type")
+    n = text["num_hidden_layers"]
     types = text.get("layer_types") or ["full_attention"] * n
     full = tuple(i for i, t in enumerate(types) if t == "full_attention")
-    # every fourth layer of OLMo-3 sees everything
+    # YaRN belongs to the layers that see everything: in OLMo-3 every fourth one
     stretched = full if text.get("layer_types") else range(3, n, 4)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     theta = text.get("rope_theta") or rope.get("rope_theta")
-    if "full_attention" in rope:  # OLMo-3 names the two kinds of layer apart
-        theta, rope = rope["full_attention"]["rope_theta"], rope["full_attention"]
+    if "full_attention" in rope:  # transformers 5 lists OLMo-3's two kinds of layer separately
+        rope = rope["full_attention"]
+        theta = rope["rope_theta"]
     yarn = parse_yarn(rope, path)
     if kind in LANGUAGE_MODELS:
-        norm_after, qk_norm = kind != "qwen3", "head" if kind == "qwen3" else "full"
+        norm_after = kind != "qwen3"
+        qk_norm = "head" if kind == "qwen3" else "full"
     else:
         norm_after = bool(text["norm_after"])
         qk_norm = {"olmo": "full", "qwen3": "head"}[text["qk_norm_type"]] if text.get("use_qk_norm", True) else "none"
-    heads, window = text["num_attention_heads"], text.get("sliding_window") if len(full) < n else None
+    heads = text["num_attention_heads"]
+    window = text.get("sliding_window") if len(full) < n else None
     return dict(layers=n, width=text["hidden_size"], heads=heads,
                 kv_heads=text.get("num_key_value_heads") or heads,
                 head_dim=text.get("head_dim") or text["hidden_size"] // heads, mlp=text["intermediate_size"],
@@ -231,23 +241,25 @@ def parse_text(text, path):
 
 
 def parse_vision(vit, path):
-    """The vision half of ModelConfig but for the blocks that are handed on."""
+    """The vision half of ModelConfig, without `vit_features`."""
     check_fixed("vision", vit, path)
     side = vit.get("image_default_input_size") or vit["image_size"]
-    side, patch = side if isinstance(side, int) else side[0], vit.get("image_patch_size") or vit["patch_size"]
+    side = side if isinstance(side, int) else side[0]
+    patch = vit.get("image_patch_size") or vit["patch_size"]
     return dict(crop=side // patch * patch, patch=patch, vit_width=vit["hidden_size"],
                 vit_mlp=vit["intermediate_size"], vit_heads=vit["num_attention_heads"],
-                vit_eps=vit.get("layer_norm_eps", 1e-6),  # left out of published files where it is the class's own
+                vit_eps=vit.get("layer_norm_eps", 1e-6),  # published files leave out what equals the default
                 vit_head_dim=vit.get("head_dim") or vit["hidden_size"] // vit["num_attention_heads"])
 
 
 def check_sizes(fields, path):
-    """The fields of a ModelConfig are numbers that some machine could hold, and fit each other."""
+    """Refuse fields of a ModelConfig that no machine could hold or that do not fit each other."""
     for key, value in fields.items():
         kind = ModelConfig.__dataclass_fields__[key].type
         fine = True
         if kind is int:
-            least, top = 0 if key == "window" else 1, 1000 if key == "layers" else 2 ** 26
+            least = 0 if key == "window" else 1
+            top = 1000 if key == "layers" else 2 ** 26
             fine = type(value) is int and least <= value < top
         elif kind is float:
             fine = isinstance(value, (int, float)) and 0 < value < 1e12
@@ -265,8 +277,8 @@ def check_sizes(fields, path):
 
 
 def parse_config(config, path, vision=None):
-    """config.json -> ModelConfig. Of a Molmo2 (old keys: vit_config, rope_theta; new ones: vision_config,
-    rope_parameters); or of a plain language model, with `vision`, the config of a SigLIP."""
+    """config.json -> ModelConfig: of a Molmo2 (with vit_config, rope_theta or, newer, vision_config, rope_parameters),
+    or of a plain language model together with `vision`, the config of a SigLIP."""
     try:
         if config.get("model_type") in LANGUAGE_MODELS:
             vision = vision.get("vision_config", vision)
@@ -282,13 +294,13 @@ def parse_config(config, path, vision=None):
             fields = dict(parse_text(text, path), **parse_vision(vit, path))
             fields.update(projector_mlp=adapter["intermediate_size"],
                           vit_features=tuple(i % vit["num_hidden_layers"] for i in layers),
-                          # a file that does not say is not ours
+                          # only files written here have this key
                           point_format=config.get("point_format", "released"),
                           frame_tokens=bool(config.get("use_frame_special_tokens", True)))
-            want = fields["vocab"] + IMAGE
-            for key, value, right in (("adapter_config.text_hidden_size", adapter["text_hidden_size"],
-                                       fields["width"]),
-                                      ("image_patch_id", config.get("image_patch_id", want), want)):
+            image_token = fields["vocab"] + IMAGE
+            expected = (("adapter_config.text_hidden_size", adapter["text_hidden_size"], fields["width"]),
+                        ("image_patch_id", config.get("image_patch_id", image_token), image_token))
+            for key, value, right in expected:
                 if value != right:
                     raise BadCheckpoint(f"{path}: {key} is {value}, expected {right}")
         check_sizes(fields, path)
@@ -299,7 +311,7 @@ def parse_config(config, path, vision=None):
         raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
 
 
-# ---- names: four schemes, one of them ours -----------------------------------------------------------------
+# ---- names of tensors in five schemes ----------------------------------------------------------------------
 #
 #   released (hub)        model.transformer.blocks.0.self_attn.att_proj.weight    ours, with "model." in front
 #   official training     transformer.blocks.0.att_proj.weight                    no level self_attn or mlp
@@ -334,14 +346,13 @@ SINGLE = {"embed_tokens.weight": "transformer.wte.embedding", "norm.weight": "tr
           "embeddings.patch_embedding.weight": "vision_backbone.image_vit.patch_embedding.weight",
           "embeddings.patch_embedding.bias": "vision_backbone.image_vit.patch_embedding.bias",
           "embeddings.position_embedding.weight": "vision_backbone.image_vit.positional_embedding"}
-# What a SigLIP checkpoint also holds and Molmo2 does not use: its text tower, its last norm and its pooling
-# head.
+# A SigLIP checkpoint also holds a text tower, a last norm and a pooling head, which Molmo2 does not use.
 UNUSED = re.compile(r"text_model\..*|logit_(scale|bias)|(vision_model\.)?(post_layernorm|head)\..*")
 
 
 def our_name(name, olmo):
-    """A tensor's name in any scheme -> (ours, which part of a fused matrix). olmo: its two norms follow the
-    sub-layers."""
+    """A tensor's name in any scheme -> (our name, which part of a fused matrix). olmo: norms follow the sub-layers,
+    and post_attention_layernorm means another norm than in Qwen3."""
     name = re.sub(r"^(model\.)?(language_model\.|vision_model\.)?", "", name)
     if m := re.fullmatch(r"transformer\.blocks\.(\d+)\.(att_proj|attn_out|q_norm|k_norm|ff_proj|ff_out)\.weight", name):
         level = "mlp" if m[2].startswith("ff") else "self_attn"
@@ -361,101 +372,131 @@ def their_name(name):
 
 
 def read_shards(folder):
-    """{our name: {part: tensor}} of a folder, one file or several with an index, each mapped and not yet
-    read."""
+    """{our name: {part: tensor}} of a folder with one file, or several and an index. Memory-mapped, not read yet."""
     index = os.path.join(folder, "model.safetensors.index.json")
     files = ["model.safetensors"]
     if os.path.exists(index):
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(f, str) and os.path.basename(f) == f
-                                                   for f in listed.values()):
+        is_name = lambda file: isinstance(file, str) and os.path.basename(file) == file
+        if not isinstance(listed, dict) or not all(map(is_name, listed.values())):
             raise BadCheckpoint(f"{index}: weight_map must map tensors to file names in this folder")
         files = sorted(set(listed.values()))
-    tensors, found = [(f, n, t) for f in files for n, t in read_safetensors(os.path.join(folder, f)).items()], {}
-    olmo = any(name.endswith("post_feedforward_layernorm.weight") for _, name, _ in tensors)
-    for f, name, t in tensors:
-        if UNUSED.fullmatch(name):
-            continue
-        ours, slot = our_name(name, olmo)
-        if slot in found.setdefault(ours, {}):
-            raise BadCheckpoint(f"{os.path.join(folder, f)}: tensor {name} appears twice")
-        # A convolution over patches is a matrix on flattened ones: (D, channel, row, column) -> (D, row ·
-        # column · channel).
-        found[ours][slot] = t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t
+    shards = {file: read_safetensors(os.path.join(folder, file)) for file in files}
+    names = [name for shard in shards.values() for name in shard]
+    olmo = any(name.endswith("post_feedforward_layernorm.weight") for name in names)
+    found = {}
+    for file, shard in shards.items():
+        for name, t in shard.items():
+            if UNUSED.fullmatch(name):
+                continue
+            ours, part = our_name(name, olmo)
+            if part in found.setdefault(ours, {}):
+                raise BadCheckpoint(f"{os.path.join(folder, file)}: tensor {name} appears twice")
+            if t.ndim == 4:  # SigLIP's convolution over patches; here it is a matrix on flattened ones
+                t = t.permute(0, 2, 3, 1).flatten(1)  # (D, channel, row, column) -> (D, row · column · channel)
+            found[ours][part] = t
     return found
 
 
 # ---- models ------------------------------------------------------------------------------------------------
 
 def load(folder, vision=None):
-    """The model of a checkpoint folder, in fp32 on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs a SigLIP
-    folder beside it, `vision`; the connector and the new embedding rows are then random."""
+    """The model of a checkpoint folder, in fp32 on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs `vision`, a SigLIP
+    folder, beside it; the connector and the new embedding rows are then random."""
     path = os.path.join(folder, "config.json")
-    config, plain = read_json(path), False
-    if config.get("model_type") in LANGUAGE_MODELS:
-        if not vision:
-            raise BadCheckpoint(f"{path}: a plain language model sees nothing; name a SigLIP folder after it")
-        plain, vision_config = True, read_json(os.path.join(vision, "config.json"))
-    elif vision:
-        raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only before "
-                            f"{', '.join(LANGUAGE_MODELS)} "
+    config = read_json(path)
+    is_plain = config.get("model_type") in LANGUAGE_MODELS
+    if is_plain and not vision:
+        raise BadCheckpoint(f"{path}: a plain language model sees nothing; name a SigLIP folder after it")
+    if vision and not is_plain:
+        raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only after {', '.join(LANGUAGE_MODELS)} "
                             "does a second folder make sense")
-    cfg = parse_config(config, path, vision_config if plain else None)
+    cfg = parse_config(config, path, read_json(os.path.join(vision, "config.json")) if is_plain else None)
     found = read_shards(folder)
-    if plain:
-        blocks = max(cfg.vit_features) + 1
-        for name, parts in read_shards(vision).items():
-            m = re.match(r"vision_backbone\.image_vit\.transformer\.resblocks\.(\d+)\.", name)
-            if not m or int(m[1]) < blocks:
-                found[name] = parts
+    if is_plain:
+        found |= vision_tensors(vision, max(cfg.vit_features) + 1)
     with torch.device("meta"):
         model = Molmo2(cfg)
-    new = [n for n, _ in model.named_parameters()
-           if plain and (n.endswith("new_embedding") or "image_pooling" in n or "projector" in n)]
+    is_new = lambda name: name.endswith("new_embedding") or "image_pooling" in name or "projector" in name
+    new = [name for name, _ in model.named_parameters() if is_plain and is_new(name)]
     fill(model, found, folder, new)
     return model.eval()
 
 
+def vision_tensors(folder, n_blocks):
+    """`read_shards` of a SigLIP folder without the blocks that Molmo2 leaves out: the last two of so400m's 27."""
+    found = {}
+    for name, parts in read_shards(folder).items():
+        block = re.match(r"vision_backbone\.image_vit\.transformer\.resblocks\.(\d+)\.", name)
+        if not block or int(block[1]) < n_blocks:
+            found[name] = parts
+    return found
+
+
 def fill(model, found, folder, new=()):
-    """Give every parameter its tensor, and those in `new` random values; missing, unknown and misshapen ones
-    are an error before anything is changed."""
-    wanted, cfg = dict(model.named_parameters(remove_duplicate=False)), model.cfg
-    tables = [found.pop(f"transformer.wte.{n}", {}).get(0) for n in ("embedding", "new_embedding")]
-    tables = [t for t in tables if t is not None]
-    for t in tables:
-        if t.ndim != 2 or t.shape[1] != cfg.width:
-            raise BadCheckpoint(f"{folder}: transformer.wte.embedding is {tuple(t.shape)}, the model needs rows of "
-                                f"{cfg.width}")
-    # one table or two, and some writers part them in the middle: only the sum of their rows can be trusted
-    if tables:
-        both = tables[0] if len(tables) == 1 else torch.cat(tables) if len(tables[0]) != cfg.vocab else None
-        base, extra = tables if both is None else (both[:cfg.vocab], both[cfg.vocab:])
-        found["transformer.wte.embedding"] = {0: base}
-        if "transformer.wte.new_embedding" not in new:
-            found["transformer.wte.new_embedding"] = {0: extra}
+    """Give every parameter of a model on the meta device its tensor, and those named in `new` random values. Missing,
+    unknown and misshapen tensors are an error before anything is changed."""
+    cfg = model.cfg
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    split_embedding(found, cfg, folder, new)
     if cfg.tie:
         found.pop("lm_head.weight", None)
         wanted.pop("lm_head.weight")
-    missing, unknown = sorted(wanted.keys() - found.keys() - set(new)), sorted(found.keys() - wanted.keys())
-    if missing or unknown:
-        some = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        told = (missing and f"no tensor for {some(missing)}", unknown and f"unknown tensor {some(unknown)}")
-        raise BadCheckpoint(f"{folder}: " + "; ".join(text for text in told if text))
-    for name, parts in found.items():
-        shapes = [tuple(t.shape) for _, t in sorted(parts.items())]
-        got = (sum(s[0] for s in shapes), *shapes[0][1:]) if all(shapes) else ()
-        if got != wanted[name].shape or any(s[1:] != got[1:] for s in shapes):
-            raise BadCheckpoint(f"{folder}: {name} is {got}, the model needs {tuple(wanted[name].shape)}")
+    check_names(wanted, found, folder, new)
     state = {}
     for name, parts in found.items():
-        t = torch.cat([p for _, p in sorted(parts.items())]) if len(parts) > 1 else parts[0]
-        state[name] = t.to(torch.float32, copy=True)
+        tensors = [t for _, t in sorted(parts.items())]
+        shapes = [tuple(t.shape) for t in tensors]
+        fused = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
+        if fused != wanted[name].shape or any(shape[1:] != fused[1:] for shape in shapes):
+            raise BadCheckpoint(f"{folder}: {name} is {fused}, the model needs {tuple(wanted[name].shape)}")
+    for name, parts in found.items():
+        tensors = [t for _, t in sorted(parts.items())]
+        fused = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        state[name] = fused.to(torch.float32, copy=True)
     state |= {name: torch.empty(wanted[name].shape) for name in new}
     model.load_state_dict(state, strict=False, assign=True)
     if cfg.tie:
         model.lm_head.weight = model.transformer.wte.embedding
     if new:
         model.reset_parameters(new)
+
+
+def split_embedding(found, cfg, folder, new):
+    """Make of one or two token tables the two that the model has, in place. Some writers split them elsewhere, so
+    only the order of their rows counts."""
+    names = "transformer.wte.embedding", "transformer.wte.new_embedding"
+    tables = [found.pop(name)[0] for name in names if 0 in found.get(name, {})]
+    for t in tables:
+        if t.ndim != 2 or t.shape[1] != cfg.width:
+            raise BadCheckpoint(f"{folder}: {names[0]} is {tuple(t.shape)}, the model needs rows of {cfg.width}")
+    if not tables:
+        return
+    if len(tables) == 2 and len(tables[0]) == cfg.vocab:  # no copy of the large one
+        base, extra = tables
+    else:
+        both = torch.cat(tables) if len(tables) == 2 else tables[0]
+        base, extra = both[:cfg.vocab], both[cfg.vocab:]
+    found[names[0]] = {0: base}
+    if names[1] not in new:
+        found[names[1]] = {0: extra}
+
+
+def check_names(wanted, found, folder, new):
+    """BadCheckpoint naming the tensors that are missing or that no parameter is called like."""
+    def listed(names):
+        names = sorted(names)
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    missing = wanted.keys() - found.keys() - set(new)
+    unknown = found.keys() - wanted.keys()
+    faults = []
+    if missing:
+        faults.append(f"no tensor for {listed(missing)}")
+    if unknown:
+        faults.append(f"unknown tensor {listed(unknown)}")
+    if faults:
+        raise BadCheckpoint(f"{folder}: " + "; ".join(faults))
 
 
 def save(model, folder, frames=384):

@@ -433,7 +433,7 @@ def test_what_cannot_be_had_is_counted_by_name_and_not_asked_for_again(hub, tmp_
     text = capsys.readouterr().out
     assert "15 rows read, 1 lines written" in text
     for reason in ("1 left out: is no URL", "1 left out: no such host", "1 left out: more than 4000 bytes",
-                   "1 left out: status 404", "1 left out: not a readable picture",
+                   "1 left out: status 404", "1 left out: not a readable image",
                    "10.0.0.1 is a private address", "169.254.169.254 is a private address",
                    "4 left out: only https is read", "1 left out: more than 5 redirects",
                    "1 left out: gave up after 3 tries, the last: status 503",
