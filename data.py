@@ -1,33 +1,41 @@
 """
-Data: JSONL lines in, packed batches out.
+Data: lines of JSONL in, packed batches out.
 
-    mixture ─► draw (dataset, row) ─► plan ─► pack ─► decode ─► collate ─► batch ─► Molmo2
-               integers only          │       │       │         crops of all rows side by side
-                                      │       │       pixels, in the DataLoader's workers
-                                      │       plans that fill a row of T tokens; lengths are all it looks at
-                                      tokens, targets, weights, branches, and which crops will be needed: headers only
+    record     one line: an image, some images, a video or a text, with its annotations: a message tree
+      │ plan      media become the trunk, annotations the branches; only the headers of media files are read
+    plan       tokens, targets and loss weights of one example, and the crops it will need
+      │ pack      lengths are all that matters here
+    sequence   several plans side by side: T tokens, the rest is padding
+      │ decode    images and video frames become crops of patches, in the DataLoader's workers
+    batch      what Molmo2.forward takes
 
-One line is one picture, set of pictures, video or text with all its annotations: a message tree. The media
-are the trunk, each annotation is a branch that sees the trunk and itself, so five questions about a picture
-cost one picture.
+One record with two annotations, as `--config small` sees it. The trunk costs 19 tokens once, however many questions are
+asked about the image. Each branch continues from the position where the trunk ends, and sees the trunk and itself:
+model.may_attend has the rule. Only answers are trained on, here with weight 1 for a caption, 2 for points:
 
-Everything up to the pixels is a function of (files, mixture, seed): the stream is the same for any number of
-workers and ranks, and where it stands is a small JSON that travels with each row.
+              trunk                                               caption                             points
+    tokens    bos <low_res_image_start> <image>x16 <image_end> | .. assistant\\n A   red    circle . | .. assistant\\n <point  0. ..
+    pos       0   1                     2..17      18          | 19..29         30  31     32     33 | 19..29         30      31
+    branch    0   0                     0          0           | 1              1   1      1      1  | 2              2       2
+    target                                                     |    A           red circle .     eos |    <point      0.      5
+    weight    0   0                     0          0           | 0..1           1   1      1      1  | 0..2           2       2
 
-    python -m tools.show data/my.jsonl --show 8     # check every line; a page with what the model will see of the first eight
+The order of the data depends on (files, mixture, seed) and on nothing else: not on ranks, not on workers. The stream's
+state is a small JSON object that travels with each sequence; `Stream.sequences(state)` continues after it.
 
-Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
+In this file:   points as text  format_points, parse_points      packing   Packer
+                planning        to_messages, Planner, Plan       decoding  decode, collate
+                mixtures        Dataset, find_datasets, mix      stream    Stream, Batches
+
+Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """
-import csv
-import glob
-import hashlib
-import itertools
-import json
+import copy
 import math
 import os
 import random
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,76 +43,121 @@ import torch
 from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.media import (BadMedia, CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
-from lib.records import BadRecord, CLOSED, MAX_LINE, MEDIA, NOT_BAD, NO_VIDEO, TASKS, parse_record
-from lib.text import (CHAT, NOTHING, WRITABLE, chat_pieces, multiple_choice, number, parse_released, released_points,
-                      released_tracks, points_of_answer, styled, write_prompt)
+from lib.records import (BadRecord, CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, count, find_files, in_clip, media_kind,
+                         parse_record, shuffled)
+from lib.text import (CHAT, FIRST_FIELD, NOTHING, WRITABLE, chat_pieces, format_released, multiple_choice, number,
+                      parse_released, points_of_answer, styled, write_prompt)
 from lib.weights import BadCheckpoint
 
 
-REGISTRY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "prepare", "datasets.tsv")
+# ---- points as text ----------------------------------------------------------------------------------------
+
+def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
+    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id).
+
+    kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id). x and y are
+    in [0, 1] with at most 3 decimals, t has at most 2. mode: point, count (their number alone), point_count or
+    count_point (both). grammar "released" is that of the published checkpoints; only it uses label and tracks.
+    """
+    if not points:
+        return NOTHING
+    if grammar == "released":
+        return format_released(points, kind, label, tracks, mode)
+    order = FIRST_FIELD[kind]  # the name of the first field, "t" or "image"; None for an image
+    written = []
+    for p in sorted(points, key=lambda p: (p[order] if order else 0, p["id"])):
+        fields = [number(p["x"], 3), number(p["y"], 3), str(p["id"])]
+        if kind == "video":
+            fields.insert(0, number(p["t"], 2))
+        elif kind == "images":
+            fields.insert(0, str(p["image"]))
+        written.append(f"<point {', '.join(fields)}>")
+    text = " ".join(written)
+    n = len(points)
+    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.",
+            "count_point": f"There are {n}: {text}"}[mode]
 
 
-# ---- rows: one JSONL line, checked -------------------------------------------------------------------------
+NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+POINT = re.compile(rf"<point (?:({NUMBER}), )?(-?{NUMBER}), (-?{NUMBER}), (\d{{1,9}})>")  # t or image, x, y, id
 
 
-def to_messages(a, kind, rng, point_format="spec"):
-    """An annotation as a chat. What it does not word itself, prompt or answer, is written from its fields by
-    its task, or by its "style": the finer kind of task, in the released models' names. To them alone a style
-    is also told (see `styled`)."""
-    style = a.get("style") if point_format == "released" else None
-    if "messages" in a:
-        return [dict(m, content=styled(m["content"], style)) if m["role"] == "user" else m
-                for m in a["messages"]]
-    if "options" in a:
-        prompt, answer = multiple_choice(a["question"], a["options"], a["correct"], rng)
+def parse_points(text, kind="video"):
+    """The points in `text`, in either grammar: [{x, y, id}], with `t` or, of kind "images", `image` where one is
+    given. Kind "image" ignores it.
+
+    Never raises: malformed points are dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
+    """
+    found = []  # (t or image or None, x, y, id)
+    for prefix, x, y, i in POINT.findall(text):
+        if kind == "images" and "." in prefix:
+            continue  # there is no image 0.5
+        found.append((float(prefix) if prefix else None, float(x), float(y), int(i)))
+    for prefix, i, x, y in parse_released(text):  # thousandths; ids and images count from 1
+        image_or_time = prefix - 1 if kind == "images" else prefix
+        found.append((image_or_time, x / 1000, y / 1000, max(i - 1, 0)))
+    points = []
+    for prefix, x, y, i in found:
+        point = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
+        if prefix is not None and kind == "images":
+            point["image"] = int(prefix)
+        elif prefix is not None and kind == "video":
+            point["t"] = prefix
+        points.append(point)
+    return points
+
+
+# ---- planning: a record becomes tokens, before any pixel is decoded ----------------------------------------
+
+def prompt_of(annotation, kind, rng, grammar="spec"):
+    """The prompt of an annotation, or one that `rng` draws from the templates of its style or task."""
+    if annotation.get("prompt"):
+        return annotation["prompt"]
+    given = format_points(annotation.get("input_points", []), kind, grammar, annotation.get("label", "objects"))
+    return write_prompt(annotation, rng, grammar, given)
+
+
+def answer_of(annotation, kind, grammar="spec"):
+    """The answer of an annotation, or its points as text."""
+    if "answer" in annotation:
+        return annotation["answer"]
+    points, mode = points_of_answer(annotation, kind)
+    if mode == "count" and not points:
+        return "0"
+    is_track = annotation["task"] == "video_tracking"
+    return format_points(points, kind, grammar, annotation.get("label", ""), is_track, mode)
+
+
+def to_messages(annotation, kind, rng, grammar="spec"):
+    """An annotation as a chat, [{role, content}]: its own, a multiple choice, or a prompt and an answer.
+
+    The released models also read the annotation's style, the finer kind of its task, before a prompt (see `styled`).
+    """
+    if "messages" in annotation:
+        messages = annotation["messages"]
     else:
-        prompt = a.get("prompt") or prompt_of(a, kind, rng, point_format)
-        answer = a["answer"] if "answer" in a else answer_of(a, kind, point_format)
-    return [dict(role="user", content=styled(prompt, style)), dict(role="assistant", content=answer)]
+        if "options" in annotation:
+            prompt, answer = multiple_choice(annotation["question"], annotation["options"], annotation["correct"], rng)
+        else:
+            prompt = prompt_of(annotation, kind, rng, grammar)
+            answer = answer_of(annotation, kind, grammar)
+        messages = [dict(role="user", content=prompt), dict(role="assistant", content=answer)]
+    style = annotation.get("style") if grammar == "released" else None
+    return [dict(m, content=styled(m["content"], style)) if m["role"] == "user" else m for m in messages]
 
-
-def prompt_of(a, kind, rng, point_format="spec"):
-    """The prompt of an annotation that has none."""
-    points = format_points(a.get("input_points", []), kind, point_format, a.get("label", "objects"))
-    return write_prompt(a, rng, point_format, points)
-
-
-def answer_of(a, kind, point_format="spec"):
-    """The answer of an annotation that has points."""
-    points, mode = points_of_answer(a, kind)
-    text = format_points(points, kind, point_format, a.get("label", ""), a["task"] == "video_tracking", mode)
-    return "0" if mode == "count" and not points else text
-
-
-def in_clip(a, row):
-    """An annotation of a row whose times count from the start of its clip, as the model counts; points outside
-    the clip are left out."""
-    if "video" not in row or "start" not in row and "end" not in row:
-        return a
-    a, start, end = dict(a), row.get("start", 0), row.get("end", math.inf)
-    for key in ("points", "input_points"):
-        if key in a:
-            a[key] = [dict(p, t=max(p["t"] - start, 0))
-                      for p in a[key] if start - 0.01 <= p["t"] <= end + 0.01]
-    for key in ("start_time", "end_time", "timestamp"):
-        if key in a:
-            a[key] = max(a[key] - start, 0)
-    return a
-
-
-# ---- plan: a row as tokens, before any pixel is decoded ----------------------------------------------------
 
 @dataclass
 class Plan:
-    """One example: a trunk of media and some branches, and where its pixels will come from."""
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    pos: np.ndarray
-    branch: np.ndarray
-    media: list = field(default_factory=list)   # [(path, Layout)]
-    ref: tuple = ()                             # (dataset, draw, part): enough to plan it again
-    where: str = ""                             # file:line
+    """One example: a trunk of media, its branches, and where its pixels will come from. The arrays are of one length,
+    at most T."""
+    tokens: np.ndarray   # input ids
+    targets: np.ndarray  # the id each position must predict: the shift by one happens here, so any cut is fine later
+    weights: np.ndarray  # loss weight of the target, 0 = not trained on
+    pos: np.ndarray      # position for RoPE
+    branch: np.ndarray   # 0 = trunk, 1, 2, ... = one annotation each
+    media: list = field(default_factory=list)  # [(path, Layout)]
+    ref: tuple = ()      # (dataset, draw, part): enough to make this plan again
+    where: str = ""      # file:line, for messages
 
     @property
     def n_tokens(self):
@@ -115,419 +168,230 @@ class Plan:
         return sum(layout.n_crops for _, layout in self.media)
 
 
-class Planner:
-    """Turns rows into plans for one model and sequence length."""
+class Branch(NamedTuple):
+    """An annotation as tokens."""
+    task: str
+    ids: list
+    has_loss: list  # whether each id is trained on
 
-    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0,
-                 max_crops=10**9):
-        self.tokenizer, self.cfg, self.seq_len = tokenizer, model_cfg, seq_len
-        self.tiles = tiles  # high-resolution crops a picture may get; 0 = the low-resolution one alone
-        self.max_frames = max_frames  # of a video; 0 = videos are not read
-        self.max_crops = max_crops  # of a row
+
+class Planner:
+    """Turns records into plans, for one model and one sequence length."""
+
+    def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0, max_crops=10**9):
+        self.tokenizer = tokenizer
+        self.cfg = model_cfg
+        self.seq_len = seq_len
+        self.tiles = tiles            # high-resolution crops an image may get; 0 = the low-resolution one alone
+        self.max_frames = max_frames  # of a video; 0 = videos are left out
+        self.max_crops = max_crops    # of a sequence
         self.token_weights = token_weights
         self.released = model_cfg.point_format == "released"
-        if not self.released and any(name not in tokenizer.ids for name in WRITABLE):
-            raise BadCheckpoint(f"{tokenizer.path}: no unused id below {tokenizer.vocab} for {' and '.join(WRITABLE)}; "
-                                "--point_format released needs none")
-        self.n = model_cfg.crop // model_cfg.patch
+        self.n = model_cfg.crop // model_cfg.patch  # patches on a side of a crop
+        if not self.released and not tokenizer.ids.keys() >= set(WRITABLE):
+            raise BadCheckpoint(f"{tokenizer.path}: no unused id below {tokenizer.vocab} for "
+                                f"{' and '.join(WRITABLE)}; --point_format released needs none")
 
-    def trunk(self, row, folder, room=None):
-        """BOS and the media, as fine as `room` tokens allow: (ids, [(path, Layout)])."""
-        tok, room = self.tokenizer, room or self.seq_len
-        if "video" in row:
-            return self.video_trunk(row, folder, room)
-        names = row.get("images") or ([row["image"]] if "image" in row else [])
-        paths, known = [inside_folder(folder, name) for name in names], "width" in row and len(names) == 1
-        sizes = [(row["width"], row["height"])] if known else [image_size(path) for path in paths]
+    def trunk(self, record, folder, room=None):
+        """BOS and the media of a record, as fine as `room` tokens allow: (ids, [(path, Layout)])."""
+        room = room or self.seq_len
+        if "video" in record:
+            return self.video_trunk(record, folder, room)
+        names = [record["image"]] if "image" in record else record.get("images", [])
+        paths = [inside_folder(folder, name) for name in names]
+        is_known = "width" in record and len(names) == 1
+        sizes = [(record["width"], record["height"])] if is_known else list(map(image_size, paths))
+        return self.image_trunk(paths, sizes, room)
+
+    def image_trunk(self, paths, sizes, room):
+        tok = self.tokenizer
         tiles = self.tiles
         while True:
-            ids, media = [tok.bos], []
-            for i, (path, (w, h)) in enumerate(zip(paths, sizes)):
-                layout = image_layout(w, h, self.n, self.cfg.patch, tiles)
-                if len(paths) > 1:  # introduced by its index, by which points name it
-                    ids += tok.encode(f"Image {i + self.released}")
-                ids += [tok.ids[t] for t in layout.tokens]
+            ids = [tok.bos]
+            media = []
+            n_crops = 0
+            for i, (path, (width, height)) in enumerate(zip(paths, sizes)):
+                layout = image_layout(width, height, self.n, self.cfg.patch, tiles)
+                if len(paths) > 1:  # points refer to an image by its index, which the released models count from 1
+                    ids += tok.encode(f"Image {i + 1 if self.released else i}")
+                ids += [tok.ids[name] for name in layout.tokens]
                 media.append((path, layout))
-            if not tiles or len(ids) <= room and sum(layout.n_crops for _, layout in media) <= self.max_crops:
+                n_crops += layout.n_crops
+            if tiles == 0 or len(ids) <= room and n_crops <= self.max_crops:
                 return ids, media
-            tiles //= 2  # coarser pictures rather than no pictures
+            tiles //= 2  # coarser images rather than none
 
-    def video_trunk(self, row, folder, room):
-        """BOS and the frames of a clip, each after its time in seconds; then the subtitles of moments that
-        are shown.
+    def video_trunk(self, record, folder, room):
+        """BOS and the frames of a clip, each after its time in seconds; then subtitles.
 
-            <timestamp> 0.5 <frame_start> <image>... <frame_end>        released:  " 0.5 " in plain text
+            <timestamp> 0.5 <frame_start> <image>... <frame_end>        released: " 0.5 " in plain text
 
-        Two frames a second and the last one; of a longer clip as many evenly spread ones as fit.
+        Two frames a second and the last one; of a longer clip as many as fit, evenly spread.
         """
         if not self.max_frames:
             raise BadRecord(NO_VIDEO, "--max_frames above 0 reads it")
-        tok, path = self.tokenizer, inside_folder(folder, row["video"])
-        length, start = row.get("duration") or video_duration(path), row.get("start", 0.0)
-        end = min(row.get("end", length), length)
+        path = inside_folder(folder, record["video"])
+        length = record.get("duration") or video_duration(path)
+        start = record.get("start", 0.0)
+        end = min(record.get("end", length), length)
         if not start <= end:  # a clip of no length is one frame
             raise BadRecord("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
-        pool = frame_layout(self.n)
+        tok = self.tokenizer
+        pool = frame_layout(self.n)  # (m, K) of one frame
         around = "frame" if self.cfg.frame_tokens else "image"
-        opening, closing = tok.ids[f"<{around}_start>"], tok.ids[f"<{around}_end>"]
-        most = min(self.max_frames, self.max_crops)
+        frame = [tok.ids[f"<{around}_start>"], *[tok.ids["<image>"]] * len(pool), tok.ids[f"<{around}_end>"]]
+        n_frames = min(self.max_frames, self.max_crops)
         while True:
-            times, ids = sample_times(end - start, most), [tok.bos]
+            times = sample_times(end - start, n_frames)  # seconds from the start of the clip
+            ids = [tok.bos]
             for i, t in enumerate(times):
-                ids += tok.encode(" " * (i > 0) + f"{t:.1f} ") if self.released else \
-                    [tok.ids["<timestamp>"]] + tok.encode(number(t, 2))
-                ids += [opening] + [tok.ids["<image>"]] * len(pool) + [closing]
-            lines = [s for s in row.get("subtitles", ())
-                     if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times)]
-            if lines:
-                ids += tok.encode("subtitle\n" + "".join(
-                    f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n" for s in lines))
+                if self.released:
+                    ids += tok.encode(f" {t:.1f} " if i else f"{t:.1f} ")
+                else:
+                    ids += [tok.ids["<timestamp>"], *tok.encode(number(t, 2))]
+                ids += frame
+            ids += self.subtitles(record, start, times)
             if len(ids) <= room or len(times) == 1:
                 break
-            most = max(len(times) - max((len(ids) - room) // (len(pool) + 3), 1), 1)
-        windows = np.concatenate([np.where(pool >= 0, pool + i * self.n ** 2, -1) for i in range(len(times))])
-        return ids, [(path, Layout([], windows, len(times), times=tuple(float(t + start) for t in times)))]
+            # Leave out the frames that are too many, by their smallest cost: a time takes one token or more.
+            excess = (len(ids) - room) // (len(frame) + 1)
+            n_frames = max(len(times) - max(excess, 1), 1)
+        offsets = np.arange(len(times)).reshape(-1, 1, 1) * self.n ** 2  # patches in the frames before
+        pools = (pool + offsets).reshape(-1, pool.shape[1])  # (frames * m, K)
+        return ids, [(path, Layout([], pools, len(times), times=tuple((times + start).tolist())))]
 
-    def branch(self, messages):
-        """A chat as (ids, which of them are learned); every answer ends with a learned EOS."""
-        ids, learn, ours = [], [], () if self.released else WRITABLE
-        for text, learned in chat_pieces(messages):
-            piece = self.tokenizer.encode(text, special=ours if learned else ours + CHAT)
-            piece += [self.tokenizer.eos] if learned else []
+    def subtitles(self, record, start, times):
+        """Tokens of the subtitles that are at most a second from a frame. `start` is the clip's, in the video."""
+        lines = []
+        for s in record.get("subtitles", ()):
+            if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times):
+                lines.append(f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n")
+        return self.tokenizer.encode("subtitle\n" + "".join(lines)) if lines else []
+
+    def encode_chat(self, messages):
+        """A chat as (ids, which of them are trained on). Every answer ends with EOS, which is trained on too."""
+        ids = []
+        has_loss = []
+        writable = () if self.released else WRITABLE
+        for text, is_answer in chat_pieces(messages):
+            # A user's text may hold the tokens of a turn because `chat_pieces` wrote them; an answer may not.
+            piece = self.tokenizer.encode(text, special=writable if is_answer else writable + CHAT)
+            if is_answer:
+                piece.append(self.tokenizer.eos)
             ids += piece
-            learn += [learned] * len(piece)
-        return ids, learn
+            has_loss += [is_answer] * len(piece)
+        return ids, has_loss
 
-    def plan(self, row, folder, rng):
-        """A checked row -> ([plans], [reasons of annotations left out]).
+    def plan(self, record, folder, rng):
+        """A checked record -> ([plans], [reasons of annotations left out]).
 
-        A tree too long for a row becomes several, each with the whole trunk and some of the branches; an
+        A tree too long for a sequence becomes several plans, each with the whole trunk and some of the branches. An
         annotation too long by itself is left out. Pixels are never cut.
         """
-        kind = next((k for k in MEDIA if k in row), None)
-        annotations = [in_clip(a, row) for a in row["annotations"]]
-        branches = [(a["task"], *self.branch(to_messages(a, kind, rng, self.cfg.point_format)))
-                    for a in annotations]
-        # The media leave room for the longest annotation, and for all of them if that takes no more than an
-        # eighth of the row.
-        lengths = [len(ids) for _, ids, _ in branches]
-        need = max(min(sum(lengths), self.seq_len // 8),
-                   max([n for n in lengths if n <= self.seq_len * 7 // 8], default=0))
-        trunk, media = self.trunk(row, folder, self.seq_len - need)
-        groups, left_out, room = [], [], 0
-        for task, ids, learn in branches:
-            if len(trunk) + len(ids) - 1 > self.seq_len:
+        kind = media_kind(record)
+        branches = []
+        for annotation in record["annotations"]:
+            annotation = in_clip(annotation, record)
+            messages = to_messages(annotation, kind, rng, self.cfg.point_format)
+            branches.append(Branch(annotation["task"], *self.encode_chat(messages)))
+
+        # Media and annotations share the sequence. The annotations get an eighth of it, or less if they need less; or
+        # more, if the longest one needs more, but never more than seven eighths.
+        lengths = [len(branch.ids) for branch in branches]
+        eighth = min(sum(lengths), self.seq_len // 8)
+        longest = max([n for n in lengths if n <= self.seq_len * 7 // 8], default=0)
+        trunk, media = self.trunk(record, folder, self.seq_len - max(eighth, longest))
+
+        groups = []  # of branches, one for each plan
+        left_out = []
+        free_tokens = 0  # in the last group
+        for branch in branches:
+            length = len(branch.ids) - 1  # the last token of a branch is only predicted: it takes no position
+            if len(trunk) + length > self.seq_len:
                 left_out.append("annotation too long")
                 continue
-            if not groups or room < len(ids) - 1:
+            if not groups or length > free_tokens:
                 groups.append([])
-                room = self.seq_len - len(trunk)
-            groups[-1].append((task, ids, learn))
-            room -= len(ids) - 1
-        return [self.assemble(trunk, media, g) for g in groups], left_out
+                free_tokens = self.seq_len - len(trunk)
+            groups[-1].append(branch)
+            free_tokens -= length
+        return [self.assemble(trunk, media, group) for group in groups], left_out
 
     def assemble(self, trunk, media, branches):
-        """Trunk and branches side by side, targets already shifted by one: the row can be cut anywhere
-        afterwards."""
+        """The plan of a trunk and its branches, side by side."""
         n = len(trunk)
-        tokens, targets, weights = [trunk], [trunk[1:] + branches[0][1][:1]], [[0.0] * n]
-        pos, branch = [np.arange(n)], [np.zeros(n)]
-        # The released models saw trees of text alone restart at 0: there the trunk, which is BOS, was not
-        # counted.
+        # Every branch starts where the trunk ends. The released models saw those of a tree of text alone start at 0:
+        # there the trunk, which is BOS, was not counted.
         start = 0 if self.released and not media and len(branches) > 1 else n
-        for b, (task, ids, learn) in enumerate(branches, 1):
-            w = self.weight(task, sum(learn), len(branches))
-            tokens.append(ids[:-1])
-            targets.append(ids[1:])
-            weights.append([w * l for l in learn[1:]])
-            pos.append(start + np.arange(len(ids) - 1))  # every branch restarts where the trunk ends
-            branch.append(np.full(len(ids) - 1, b))
-        cat = lambda parts, dtype: np.concatenate([np.asarray(p, dtype) for p in parts])
-        return Plan(cat(tokens, np.int64), cat(targets, np.int64), cat(weights, np.float32),
-                    cat(pos, np.int64),
-                    cat(branch, np.int64), media)
+        tokens, targets = [trunk], [trunk[1:] + branches[0].ids[:1]]
+        weights, pos, branch_ids = [np.zeros(n)], [np.arange(n)], [np.zeros(n)]
+        for b, branch in enumerate(branches, 1):
+            length = len(branch.ids) - 1
+            weight = self.weight(branch.task, sum(branch.has_loss), len(branches))
+            tokens.append(branch.ids[:-1])
+            targets.append(branch.ids[1:])
+            weights.append(weight * np.array(branch.has_loss[1:]))
+            pos.append(start + np.arange(length))
+            branch_ids.append(np.full(length, b))
+        join = lambda parts, dtype: np.concatenate(parts).astype(dtype)
+        return Plan(join(tokens, np.int64), join(targets, np.int64), join(weights, np.float32), join(pos, np.int64),
+                    join(branch_ids, np.int64), media)
 
-    def weight(self, task, n_learned, n_branches):
-        """Loss weight of each answer token. "spec": by task. "released": long answers and full trees count
-        less each."""
+    def weight(self, task, n_trained, n_branches):
+        """Loss weight of each answer token. "spec": by task. "released": less in a long answer and in a full tree."""
         if self.token_weights == "spec":
             return TASKS[task][1]
         if "pointing" in task or "tracking" in task:
             return 0.2
         if task == "video_caption":
             return 0.1
-        # As published: the answer's length counts its EOS in a single chat, but not in a tree.
-        n = max(n_learned - (n_branches > 1), 1)
-        return 2 / math.sqrt(n) / math.sqrt(n_branches)
+        if n_branches > 1:
+            n_trained -= 1  # as published: the length of an answer counts its EOS in a single chat, but not in a tree
+        return 2 / math.sqrt(max(n_trained, 1)) / math.sqrt(n_branches)
 
-    def question(self, row, folder, messages):
-        """A plan that ends where the model's answer begins. messages: [{role, content}], ending with the
-        user's."""
-        ids, _ = self.branch(messages)
-        trunk, media = self.trunk(row, folder, self.seq_len - len(ids) - min(512, self.seq_len // 8))
-        return self.assemble(trunk, media, [("text", ids + [self.tokenizer.eos], [False] * (len(ids) + 1))])
-
-
-# ---- pack: plans into rows of T tokens ---------------------------------------------------------------------
-
-class Packer:
-    """Fills rows of `seq_len` tokens and `max_crops` crops from a buffer of waiting items (n_tokens,
-    n_crops).
-
-    Whenever the buffer is full one row leaves: the item that has waited longest, so that none starves, and
-    those of the others that fill the rest best. A beam search finds them: of all ways to add one more item to
-    the 64 best sets so far, the 64 fullest are kept, tokens and crops counting as shares of their limits.
-    Nothing is ever cut.
-    """
-
-    def __init__(self, seq_len, max_crops, buffer=48):
-        self.seq_len, self.max_crops, self.size = seq_len, max_crops, buffer
-        self.waiting = []
-        self.refused = 0
-
-    def add(self, item):
-        """Take an item in; returns the rows (lists of items) that leave: none or one. What fits no row is
-        refused and counted."""
-        if item.n_tokens > self.seq_len or item.n_crops > self.max_crops:
-            self.refused += 1
-            return []
-        self.waiting.append(item)
-        return [self.emit()] if len(self.waiting) >= self.size else []
-
-    def flush(self):
-        """The rows that are left at the end of a stream."""
-        rows = []
-        while self.waiting:
-            rows.append(self.emit())
-        return rows
-
-    def emit(self, beam=64):
-        first, others = self.waiting[0], self.waiting[1:]
-        tokens, crops = (np.array([getattr(i, key) for i in others], np.int64)
-                         for key in ("n_tokens", "n_crops"))
-        share = tokens / self.seq_len + crops / max(self.max_crops, 1)
-        # a set is built from its largest item down, so in one way only
-        order = np.argsort(-share, kind="stable")
-        tokens, crops, share = tokens[order], crops[order], share[order]
-        room, free = np.array([self.seq_len - first.n_tokens]), np.array([self.max_crops - first.n_crops])
-        last, full, added, best = np.array([-1]), np.zeros(1), [], (0.0, -1, -1)
-        while True:  # level by level: sets of one more item. s: the set it extends, k: the item
-            s, k = np.nonzero((tokens <= room[:, None]) & (crops <= free[:, None])
-                              & (np.arange(len(order)) > last[:, None]))
-            if not len(s):
-                break
-            fuller = full[s] + share[k]
-            if len(s) > beam:
-                top = np.argsort(fuller, kind="stable")[-beam:]  # a partition leaves ties to the processor
-                s, k, fuller = s[top], k[top], fuller[top]
-            added.append((s, k))
-            if fuller.max() > best[0]:
-                best = (fuller.max(), len(added) - 1, int(fuller.argmax()))
-            room, free, last, full = room[s] - tokens[k], free[s] - crops[k], k, fuller
-        chosen, (_, level, i) = set(), best
-        while level >= 0:
-            s, k = added[level]
-            chosen.add(int(order[k[i]]))
-            level, i = level - 1, int(s[i])
-        self.waiting = [item for i, item in enumerate(others) if i not in chosen]
-        return [first] + [others[i] for i in sorted(chosen)]
+    def question(self, record, folder, messages):
+        """A plan that ends where the model's answer begins. messages: [{role, content}], the last one the user's."""
+        ids, _ = self.encode_chat(messages)
+        room_for_answer = min(512, self.seq_len // 8)
+        trunk, media = self.trunk(record, folder, self.seq_len - len(ids) - room_for_answer)
+        ids.append(self.tokenizer.eos)  # the last token of a branch is only predicted
+        return self.assemble(trunk, media, [Branch("text", ids, [False] * len(ids))])
 
 
-# ---- decode and collate ------------------------------------------------------------------------------------
-
-def decode(plans, cfg, seq_len, load=load_crops):
-    """One packed row with its pixels: (arrays of T, crops, pools, events). Events: [dataset, file:line,
-    reason, detail].
-
-    When a picture cannot be decoded its tokens stay, its pixels are zeros and its example is not trained on:
-    the other examples of the row, and the order of the stream, are as they would have been.
-    """
-    row = {k: np.zeros(seq_len, np.int64) for k in ("tokens", "targets", "pos", "example", "branch")}
-    row["weights"] = np.zeros(seq_len, np.float32)
-    n, crops, pool, failed, start, offset = cfg.crop // cfg.patch, [], [], [], 0, 0
-    for e, plan in enumerate(plans, 1):
-        part = slice(start, start + plan.n_tokens)
-        for k in ("tokens", "targets", "pos", "branch", "weights"):
-            row[k][part] = getattr(plan, k)
-        row["example"][part] = e
-        start += plan.n_tokens
-        for path, layout in plan.media:
-            try:
-                pixels = load(path, layout, n, cfg.patch)
-            except (BadMedia, OSError, MemoryError) as error:
-                failed.append([plan.ref[0] if plan.ref else "", plan.where, "failed to decode", str(error)])
-                row["weights"][part] = 0
-                pixels = np.zeros((layout.n_crops, n * n, cfg.patch ** 2 * 3), np.uint8)
-            crops.append(pixels)
-            pool.append(np.where(layout.pool >= 0, layout.pool + offset, -1))
-            offset += pixels.shape[0] * pixels.shape[1]
-    return row, crops, pool, failed
-
-
-def collate(rows):
-    """Decoded rows -> one batch: (B, T) ids and weights, crops (N, P, ·) uint8, pool (M, K); None without
-    pictures."""
-    batch = {k: torch.from_numpy(np.stack([row[k] for row, *_ in rows])) for k in rows[0][0]}
-    crops, pools, offset = [], [], 0
-    for _, row_crops, row_pool, *_ in rows:
-        pools += [np.where(p >= 0, p + offset, -1) for p in row_pool]
-        offset += sum(c.shape[0] * c.shape[1] for c in row_crops)
-        crops += row_crops
-    if crops:
-        k = max(p.shape[1] for p in pools)  # pictures pool 4 patches, video frames 9: fill up with "none"
-        batch["pool"] = torch.from_numpy(np.concatenate(
-            [np.pad(p, ((0, 0), (0, k - p.shape[1])), constant_values=-1) for p in pools]))
-        batch["crops"] = torch.from_numpy(np.concatenate(crops))
-    else:
-        batch["crops"] = batch["pool"] = None
-    return batch
-
-
-def to_device(batch, device):
-    """The batch on a device; crops and pool of a batch without pictures stay None."""
-    return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-# ---- datasets and mixtures ---------------------------------------------------------------------------------
-
-def line_index(path):
-    """Where the lines of a file start that are not blank, and their numbers: (2 + n, 2) int64, memory-mapped.
-    The first two rows are (size, time of change) of the file and (hash of its contents, n).
-
-    Built once and kept beside the file as .NAME.index.npy, so that ten million lines cost no time and no
-    memory at start.
-    """
-    stat, (folder, name) = os.stat(path), os.path.split(os.path.abspath(path))
-    kept, key = os.path.join(folder, f".{name}.index.npy"), (stat.st_size, stat.st_mtime_ns)
-    try:
-        table = np.load(kept, mmap_mode="r", allow_pickle=False)
-        if table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == 2 and tuple(table[0]) == key:
-            return table
-    except (OSError, ValueError, EOFError):
-        pass  # none yet, or not one
-    digest, ends, at = hashlib.blake2b(digest_size=8), [], 0
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 24):
-            digest.update(chunk)
-            ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at)
-            at += len(chunk)
-    ends = np.concatenate(ends + [np.empty(0, np.int64)])
-    starts, stops = np.append(0, ends + 1), np.append(ends, at)
-    lone = np.flatnonzero(stops - starts == 1)  # one byte: the first half of a Windows line end?
-    blank = stops <= starts
-    if len(lone):
-        blank[lone] = np.memmap(path, np.uint8, "r")[starts[lone]] == 13
-    rows = np.stack([starts, np.arange(1, len(starts) + 1)], 1)[~blank]
-    head = [key, (int.from_bytes(digest.digest(), "little", signed=True), len(rows))]
-    table = np.concatenate([np.array(head, np.int64), rows])
-    try:
-        with open(f"{kept}.{os.getpid()}", "wb") as f:
-            np.save(f, table)
-        os.replace(f"{kept}.{os.getpid()}", kept)
-    except OSError:
-        pass  # a folder one may not write to: built again next time
-    return table
-
+# ---- mixtures: which dataset a draw takes ------------------------------------------------------------------
 
 class Dataset:
-    """The lines of some JSONL files. name: what the mixture calls it; entry: its line of the registry, if it
-    has one."""
+    """The records of some JSONL files. name: what the mixture calls it; entry: its line of the registry, if any."""
 
     def __init__(self, name, files, entry=None):
-        self.name, self.files, self.entry, self.open = name, files, entry or {}, {}
-        self.factor = 1.0  # of this run's own rebalancing
-        heads = [line_index(path)[1].tolist() for path in files]
-        self.ends = np.cumsum([n for _, n in heads])
-        self.contents = hashlib.blake2b(repr(heads).encode(), digest_size=8).hexdigest()
+        self.name = name
+        self.entry = entry or {}
+        self.factor = 1.0  # multiplies its weight: this run's own rebalancing
+        self.lines = Lines(files)
 
     def __len__(self):
-        return int(self.ends[-1])
+        return len(self.lines)
 
     def line(self, i):
-        """The i-th row: (bytes, folder its media are under, "file:line")."""
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        path, key = self.files[shard], (os.getpid(), shard)  # a forked worker must not share a file position
-        if key not in self.open:
-            if len(self.open) >= 64:  # of thousands of shards, no more files than a process may open
-                self.open.clear()
-            self.open[key] = line_index(path), open(path, "rb")
-        index, f = self.open[key]
-        start, number = index[2 + i - (int(self.ends[shard - 1]) if shard else 0)].tolist()
-        f.seek(start)
-        return f.readline(MAX_LINE), os.path.dirname(os.path.abspath(path)), f"{path}:{number}"
+        """The i-th record, unchecked: (bytes, folder its media are under, "file:line")."""
+        return self.lines.read(i)
 
     def task(self):
-        """What it is about: as the registry says, else its first annotation's task."""
+        """What it is about: the registry's word for it, else the task of its first annotation."""
         try:
             return self.entry.get("task") or parse_record(self.line(0)[0])["annotations"][0]["task"]
         except BadRecord:
             return "image_qa"
 
     def weight(self):
-        """sqrt(rows), at most those of its cap, times its multiplier: large sets get more draws, but not in
-        proportion."""
-        rows = min(len(self), int(self.entry.get("size_cap") or len(self)))
-        return self.factor * float(self.entry.get("multiplier") or 1) * math.sqrt(rows)
+        """sqrt(records), at most those of its cap, times its multiplier: a large set is drawn from more often than a
+        small one, but each of its records less often."""
+        n = min(len(self), int(self.entry.get("size_cap") or len(self)))
+        return self.factor * float(self.entry.get("multiplier") or 1) * math.sqrt(n)
 
 
-def shuffled(i, n, key):
-    """Where the i-th of n lands in a pseudo-random order: a bijection that needs no memory, whatever n.
-
-    A Feistel network permutes the next power of four above n; what falls outside is permuted again.
-    """
-    half = max((n - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    while True:
-        a, b = i >> half, i & mask
-        for r in range(4):
-            digest = hashlib.blake2b(f"{key} {r} {b}".encode(), digest_size=8).digest()
-            a, b = b, a ^ (int.from_bytes(digest, "little") & mask)
-        i = a << half | b
-        if i < n:
-            return i
-
-
-def read_registry():
-    """{name: its line} of datasets.tsv."""
-    with open(REGISTRY, newline="", encoding="utf-8") as f:
-        return {entry["name"]: entry for entry in csv.DictReader(f, delimiter="\t")}
-
-
-def find_datasets(paths, stage=None):
-    """JSONL files, or folders of them -> ([Dataset], names of the registry's sets that are not there).
-
-    In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage; any other
-    *.jsonl is a set of its own.
-    """
-    registry, found = read_registry(), []
-    for path in paths:
-        before = len(found)
-        if os.path.isdir(path):
-            files = set(glob.glob(os.path.join(path, "*.jsonl")))
-            for name, entry in registry.items():
-                mine = sorted(f for pattern in (name + ".jsonl", os.path.join(name, "*.jsonl"))
-                              for f in glob.glob(os.path.join(path, pattern)))
-                files -= set(mine)
-                if mine and (stage is None or stage in entry["stage"].split(",")):
-                    found.append((name, mine, entry))
-        else:
-            files = {path} if os.path.isfile(path) else set()
-        found += [(os.path.basename(f).removesuffix(".jsonl"), [f], None) for f in sorted(files)]
-        if len(found) == before:
-            raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl of this stage in it")
-    names = [name for name, *_ in found]
-    datasets = [Dataset(name if names.count(name) == 1 else files[0], files, entry)
-                for name, files, entry in found]
-    for d in datasets:
-        if not len(d):
-            raise ValueError(f"--data {d.files[0]}: not a single line in it")
-    missing = [name for name, entry in registry.items() if name not in names
-               and (stage is None or stage in entry["stage"].split(","))]
-    return datasets, missing if any(entry for *_, entry in found) else []
-
-
-# Groups of datasets and their shares of the draws; inside a group sets share by `Dataset.weight`. pretrain:
-# the report's stage 1. sft: one group. released: the published recipe's groups (its numbers add up to 1.1).
+# Groups of datasets and their shares of the draws. Inside a group the sets share by weight, sqrt(records). pretrain:
+# the report's stage 1. sft: one group. released: the published recipe's groups, whose numbers add up to 1.1.
 MIXTURES = {
     "pretrain": {"captions": 0.6, "pointing": 0.3, "text": 0.1},
     "sft": {"all": 1.0},
@@ -539,37 +403,208 @@ MIXTURES = {
 def group_of(dataset, mixture):
     """Which group of a mixture a dataset belongs to."""
     task = dataset.task()
-    pointing = task == "counting" or "pointing" in task or task == "video_tracking"
+    is_pointing = task in ("counting", "video_tracking") or "pointing" in task
     if mixture == "pretrain":
-        return "text" if task == "text" else "pointing" if pointing else "captions"
+        if task == "text":
+            return "text"
+        return "pointing" if is_pointing else "captions"
     if mixture == "released":
-        return dataset.entry.get("sft_group") or {"text": "nlp", "video_tracking": "tracking",
-                                                  "video_pointing": "video_pointing"
-                                                  }.get(task, "image_pointing" if pointing else "demo")
+        groups = {"text": "nlp", "video_tracking": "tracking", "video_pointing": "video_pointing"}
+        return dataset.entry.get("sft_group") or groups.get(task, "image_pointing" if is_pointing else "demo")
     return "all"
 
 
 def mix(datasets, mixture):
-    """[(Dataset, rate)], rates adding up to 1. Groups of which nothing is there leave their share to the
-    others."""
-    groups = [group_of(d, mixture) for d in datasets]
-    weights = [1.0 if mixture == "equal" else d.weight() for d in datasets]
-    inside = {g: sum(w for w, other in zip(weights, groups) if other == g) for g in groups}
-    total = sum(MIXTURES[mixture][g] for g in inside)
-    return [(d, MIXTURES[mixture][g] / total * w / inside[g]) for d, w, g in zip(datasets, weights, groups)]
+    """[(Dataset, rate)], rates adding up to 1. A group without any dataset leaves its share to the others."""
+    groups = [group_of(dataset, mixture) for dataset in datasets]
+    weights = [1.0 if mixture == "equal" else dataset.weight() for dataset in datasets]
+    in_group = {}  # group -> weights of its datasets
+    for group, weight in zip(groups, weights):
+        in_group.setdefault(group, []).append(weight)
+    shares = MIXTURES[mixture]
+    total = sum(map(shares.get, in_group))  # of the groups that have a dataset
+    rates = [shares[group] / total * weight / sum(in_group[group]) for group, weight in zip(groups, weights)]
+    return list(zip(datasets, rates))
 
 
 def show_mixture(mixture, draws, missing=()):
-    """Print the table of a mixture. draws: rows that will be drawn in the whole run."""
-    width = max(len(d.name) for d, _ in mixture) + 2
-    print(f"{'dataset':{width}}{'rows':>11}{'weight':>10}{'rate':>9}{'epochs':>10}")
-    for d, rate in sorted(mixture, key=lambda m: -m[1]):
-        print(f"{d.name:{width}}{len(d):11,}{d.weight():10.1f}{rate:9.2%}{draws * rate / len(d):10.2f}")
+    """Print the table of a mixture. draws: records that will be drawn in the whole run."""
+    width = max(len(dataset.name) for dataset, _ in mixture) + 2
+    print(f"{'dataset':{width}}{'records':>11}{'weight':>10}{'rate':>9}{'epochs':>10}")
+    for dataset, rate in sorted(mixture, key=lambda pair: -pair[1]):
+        epochs = draws * rate / len(dataset)
+        print(f"{dataset.name:{width}}{len(dataset):11,}{dataset.weight():10.1f}{rate:9.2%}{epochs:10.2f}")
     if missing:
         print(f"not there, and left out: {', '.join(missing)}")
 
 
-# ---- the stream --------------------------------------------------------------------------------------------
+def find_datasets(paths, stage=None):
+    """JSONL files, or folders of them -> ([Dataset], names of the registry's sets of this stage that are not there)."""
+    found, missing = find_files(paths, stage)
+    names = [name for name, _, _ in found]
+    datasets = []
+    for name, files, entry in found:
+        dataset = Dataset(name if names.count(name) == 1 else files[0], files, entry)
+        if not len(dataset):
+            raise ValueError(f"--data {files[0]}: not a single line in it")
+        datasets.append(dataset)
+    return datasets, missing
+
+
+# ---- packing: plans side by side in sequences of T tokens --------------------------------------------------
+
+class Packer:
+    """Fills sequences of `seq_len` tokens and `max_crops` crops from a buffer of waiting items, which have n_tokens and
+    n_crops.
+
+    Whenever the buffer is full one sequence leaves: the item that has waited longest, so that none starves, and those
+    that fill the rest best. Nothing is ever cut.
+    """
+
+    def __init__(self, seq_len, max_crops, buffer=48):
+        assert buffer <= 64, f"a buffer of {buffer}: `emit` keeps one bit of an int64 per waiting item"
+        self.seq_len = seq_len
+        self.max_crops = max_crops
+        self.size = buffer
+        self.waiting = []
+        self.refused = 0  # items that fit no sequence
+
+    def add(self, item):
+        """Take an item in. Returns the sequences (lists of items) that leave: none or one."""
+        if item.n_tokens > self.seq_len or item.n_crops > self.max_crops:
+            self.refused += 1
+            return []
+        self.waiting.append(item)
+        return [self.emit()] if len(self.waiting) >= self.size else []
+
+    def flush(self):
+        """The sequences that are left at the end of a stream."""
+        sequences = []
+        while self.waiting:
+            sequences.append(self.emit())
+        return sequences
+
+    def emit(self, beam=64):
+        """One sequence: the oldest item, and the set of others that fills the rest best.
+
+        A beam search. Every round grows each set by one item and keeps the `beam` fullest sets. A set only grows by
+        items that come later in the order of size, so no set is built twice. In the arrays below one entry is one
+        set, and bit i of its `members` says whether it holds others[i].
+        """
+        oldest, *others = self.waiting
+        tokens = np.array([item.n_tokens for item in others], np.int64)
+        crops = np.array([item.n_crops for item in others], np.int64)
+        size = tokens / self.seq_len + crops / max(self.max_crops, 1)
+        order = np.argsort(-size, kind="stable")  # largest first
+        tokens, crops, size = tokens[order], crops[order], size[order]
+        bit = 1 << order
+
+        # One set at first, the empty one.
+        free_tokens = np.array([self.seq_len - oldest.n_tokens])
+        free_crops = np.array([self.max_crops - oldest.n_crops])
+        fill = np.zeros(1)
+        newest = np.array([-1])  # the item added last
+        members = np.array([0])
+        best_fill = 0.0
+        best_members = 0
+        while True:
+            smaller = np.arange(len(order)) > newest[:, None]  # (sets, items)
+            fits = (tokens <= free_tokens[:, None]) & (crops <= free_crops[:, None])
+            parent, newest = np.nonzero(smaller & fits)  # a new set is an old one and one item more
+            if not len(newest):
+                break
+            fill = fill[parent] + size[newest]
+            if len(fill) > beam:
+                fullest = np.argpartition(-fill, beam)[:beam]
+                parent, newest, fill = parent[fullest], newest[fullest], fill[fullest]
+            free_tokens = free_tokens[parent] - tokens[newest]
+            free_crops = free_crops[parent] - crops[newest]
+            members = members[parent] | bit[newest]
+            if fill.max() > best_fill:
+                best_fill = fill.max()
+                best_members = int(members[fill.argmax()])
+        sequence, self.waiting = [oldest], []
+        for i, item in enumerate(others):
+            leaves = best_members >> i & 1
+            (sequence if leaves else self.waiting).append(item)
+        return sequence
+
+
+# ---- decoding: the pixels of a sequence, and a batch of sequences ------------------------------------------
+
+def shift(pool, n_patches):
+    """Pooling windows (M, K) over patches that come after `n_patches` others; -1 still means none."""
+    return np.where(pool >= 0, pool + n_patches, -1)
+
+
+def decode(plans, cfg, seq_len, load=load_crops):
+    """One packed sequence with its pixels: ({name: array of T}, crops, pools, events). crops and pools have an array for
+    each image or video, (n, P, ·) uint8 and (m, K); events are [dataset, file:line, reason, detail].
+
+    If media cannot be decoded, their tokens stay, their pixels are zeros and their example is not trained on: the other
+    examples of the sequence, and the order of the stream, are as they would have been.
+    """
+    arrays = {name: np.zeros(seq_len, np.int64) for name in ("tokens", "targets", "pos", "example", "branch")}
+    arrays["weights"] = np.zeros(seq_len, np.float32)
+    n = cfg.crop // cfg.patch
+    crops = []
+    pools = []
+    events = []
+    begin = 0
+    n_patches = 0  # in the crops so far
+    for e, plan in enumerate(plans, 1):
+        span = slice(begin, begin + plan.n_tokens)
+        begin += plan.n_tokens
+        for name in ("tokens", "targets", "pos", "branch", "weights"):
+            arrays[name][span] = getattr(plan, name)
+        arrays["example"][span] = e
+        for path, layout in plan.media:
+            try:
+                pixels = load(path, layout, n, cfg.patch)
+            except (BadMedia, OSError, MemoryError) as error:
+                events.append([plan.ref[0] if plan.ref else "", plan.where, "failed to decode", str(error)])
+                arrays["weights"][span] = 0
+                pixels = np.zeros((layout.n_crops, n * n, cfg.patch ** 2 * 3), np.uint8)
+            crops.append(pixels)
+            pools.append(shift(layout.pool, n_patches))
+            n_patches += pixels.shape[0] * pixels.shape[1]
+    return arrays, crops, pools, events
+
+
+def collate(sequences):
+    """Decoded sequences -> one batch: (B, T) ids and weights, crops (N, P, ·) uint8 and pool (M, K). Both are None if
+    there are no images."""
+    batch = {name: torch.from_numpy(np.stack([arrays[name] for arrays, *_ in sequences])) for name in sequences[0][0]}
+    all_crops, all_pools = [], []
+    n_patches = 0
+    for _, crops, pools, *_ in sequences:
+        before = n_patches  # in the sequences before this one
+        for pixels, pool in zip(crops, pools):
+            all_crops.append(pixels)
+            all_pools.append(shift(pool, before))
+            n_patches += pixels.shape[0] * pixels.shape[1]
+    batch["crops"] = batch["pool"] = None
+    if all_crops:
+        K = max(pool.shape[1] for pool in all_pools)  # images pool 4 patches, video frames 9: fill up with "none"
+        padded = [np.pad(pool, ((0, 0), (0, K - pool.shape[1])), constant_values=-1) for pool in all_pools]
+        batch["pool"] = torch.from_numpy(np.concatenate(padded))
+        batch["crops"] = torch.from_numpy(np.concatenate(all_crops))
+    return batch
+
+
+def to_device(batch, device):
+    """The batch on a device; crops and pool stay None if there are no images."""
+    return {name: x if x is None else x.to(device, non_blocking=True) for name, x in batch.items()}
+
+
+# ---- the stream: all of it, in one order -------------------------------------------------------------------
+
+class Packed(NamedTuple):
+    """One packed sequence, and where the stream stands after it."""
+    plans: list   # [Plan]
+    state: dict   # JSON; Stream.sequences(state) yields the next one
+    events: list  # what could not be used on the way: [dataset, file:line, reason, detail]
+
 
 # Raise it with every change after which the same files and settings give other draws, plans or sequences: a run that
 # was started before is then refused at --resume, and does not go on with other data.
@@ -577,122 +612,163 @@ ORDER = 1
 
 
 class Stream:
-    """The one global sequence of packed rows: draws, plans and packs. `rows(state)` yields (plans, state
-    after them).
+    """The one global order of packed sequences: draws, plans and packs.
 
-    mixture: [(Dataset, rate)]. The state is JSON; `rows(state)` continues right after the row it came with.
-    allow_closed: whether rows whose provenance names a closed model are used (tools.annotate marks them).
+    mixture: [(Dataset, rate)]. allow_closed: whether records are used whose provenance names a closed model
+    (tools/annotate marks them).
     """
 
     def __init__(self, mixture, planner, seed, allow_closed=False):
+        self.planner = planner
+        self.seed = seed
+        self.allow_closed = allow_closed
+        self.sets = {dataset.name: dataset for dataset, _ in mixture}
+        self.names = list(self.sets)
+        assert len(self.names) == len(mixture), f"two datasets of one name: {self.names} are {len(mixture)}"
         total = sum(rate for _, rate in mixture)
-        self.sets = {d.name: d for d, _ in mixture}
-        assert len(self.sets) == len(mixture), f"two datasets of one name: {[d.name for d, _ in mixture]}"
-        self.rates = {d.name: rate / total for d, rate in mixture}
-        self.names, self.edges = list(self.sets), np.cumsum(list(self.rates.values()))
-        self.planner, self.seed, self.allow_closed = planner, seed, allow_closed
+        self.rates = {dataset.name: rate / total for dataset, rate in mixture}
+        self.edges = np.cumsum(list(self.rates.values()))
 
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
         p = self.planner
-        return {"version of the order": ORDER} | dict(
-            seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=p.max_crops,
-            point_format=p.cfg.point_format, token_weights=p.token_weights) | {
-            f"dataset {name}": f"{len(d)} rows at {self.rates[name]:.6%}, contents {d.contents}"
-            for name, d in self.sets.items()}
+        parts = dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=p.max_crops,
+                     point_format=p.cfg.point_format, token_weights=p.token_weights)
+        for name, dataset in self.sets.items():
+            parts[f"dataset {name}"] = (f"{len(dataset)} rows at {self.rates[name]:.6%}, "
+                                        f"contents {dataset.lines.contents}")
+        return parts
 
-    def draw(self, number):
-        """Which dataset the number-th draw takes: one random number, seeded by the draw."""
-        u = random.Random(f"{self.seed} draw {number}").random()
-        return self.names[min(int(np.searchsorted(self.edges, u, side="right")), len(self.names) - 1)]
+    def draw(self, k):
+        """Which dataset the k-th draw takes: one random number, seeded by the draw."""
+        u = random.Random(f"{self.seed} draw {k}").random()
+        place = int(np.searchsorted(self.edges, u, side="right"))
+        return self.names[min(place, len(self.names) - 1)]  # rates may add up to a little less than 1
 
     def plans(self, name, k):
-        """The k-th draw from dataset `name`: ([plans], [annotations left out]), or BadRecord, whose detail
-        starts with file:line."""
-        d = self.sets[name]
-        epoch, i = divmod(k, len(d))
-        i = shuffled(i, len(d), f"{self.seed} {name} {epoch}")
-        line, folder, where = d.line(i)
+        """The k-th draw from dataset `name`: ([plans], [reasons of annotations left out]), or BadRecord, whose detail
+        starts with file:line. A pure function: every epoch has its own order and draws its own prompts."""
+        dataset = self.sets[name]
+        epoch, i = divmod(k, len(dataset))
+        i = shuffled(i, len(dataset), f"{self.seed} {name} {epoch}")
+        line, folder, where = dataset.line(i)
         try:
-            row = parse_record(line)
-            if not self.allow_closed and any(p.get("closed") for p in row.get("provenance", ())):
+            record = parse_record(line)
+            if not self.allow_closed and any(source.get("closed") for source in record.get("provenance", ())):
                 raise BadRecord(CLOSED, "--allow_closed trains on it")
-            plans, left_out = self.planner.plan(row, folder, random.Random(f"{self.seed} {name} {i} {epoch}"))
+            plans, left_out = self.planner.plan(record, folder, random.Random(f"{self.seed} {name} {i} {epoch}"))
         except BadMedia as e:
             raise BadRecord("unreadable media", f"{where}: {e}") from None
         except BadRecord as e:
             raise BadRecord(e.reason, f"{where}: {e.detail}") from None
-        for part, p in enumerate(plans):
-            p.ref, p.where = (name, k, part), where
-        fits = [p for p in plans if p.n_crops <= self.planner.max_crops]
-        return fits, left_out + ["too many crops for a row"] * (len(plans) - len(fits))
+        fitting = []
+        for part, plan in enumerate(plans):
+            plan.ref = (name, k, part)
+            plan.where = where
+            if plan.n_crops <= self.planner.max_crops:
+                fitting.append(plan)
+            else:
+                left_out.append("too many crops for a row")
+        return fitting, left_out
 
     def start(self):
-        return dict(draw=0, part=0, taken={n: 0 for n in self.names}, waiting=[], seen=0, empty=0, rows=0,
-                    bad={}, skipped={})
+        """The state before the first sequence. Its names are in checkpoints, so they stay."""
+        return dict(draw=0,      # number of the current draw
+                    part=0,      # plans of it that went to the packer; a split message tree gives several
+                    taken=dict.fromkeys(self.names, 0),  # draws so far, by dataset
+                    waiting=[],  # refs of the plans in the packer's buffer
+                    rows=0,      # sequences so far
+                    row=[],      # file:line of the examples in the last of them
+                    seen=0,      # records drawn so far
+                    empty=0,     # how many of these could not be used
+                    bad={}, skipped={})  # {dataset: {reason: count}}
 
-    def rows(self, state=None):
-        s, events = json.loads(json.dumps(state or self.start())), []
+    def sequences(self, state=None):
+        """The packed sequences after `state`, as Packed. Each has a copy of the state after it."""
+        state = copy.deepcopy(state or self.start())
+        events = []
         packer = Packer(self.planner.seq_len, self.planner.max_crops)
-        for name, k, part in s["waiting"]:
-            packer.waiting += [p for p in self.plans(name, k)[0] if p.ref[2] == part]
+        for name, k, wanted in state["waiting"]:
+            plans, _ = self.plans(name, k)  # planned again: a checkpoint holds refs, not plans
+            packer.waiting += [plan for plan in plans if plan.ref[2] == wanted]
         while True:
-            name = self.draw(s["draw"])
-            plans = self.take(name, s, events)
-            for part in range(s["part"], len(plans)):
-                for row in packer.add(plans[part]):
-                    s.update(waiting=[p.ref for p in packer.waiting], rows=s["rows"] + 1, part=part + 1)
-                    yield row, json.loads(json.dumps(dict(s, events=events, row=[p.where for p in row])))
-                    events.clear()
-            s.update(draw=s["draw"] + 1, part=0)
-            s["taken"][name] += 1
+            name = self.draw(state["draw"])
+            plans = self.plans_of_draw(name, state, events)
+            while state["part"] < len(plans):
+                ready = packer.add(plans[state["part"]])
+                state["part"] += 1
+                for packed_plans in ready:
+                    state["rows"] += 1
+                    state["row"] = [plan.where for plan in packed_plans]
+                    state["waiting"] = [list(plan.ref) for plan in packer.waiting]
+                    yield Packed(packed_plans, copy.deepcopy(state), events)
+                    events = []
+            state["draw"] += 1
+            state["part"] = 0
+            state["taken"][name] += 1
 
-    def take(self, name, s, events):
-        """Plans of the current draw; a bad row is counted and gives none. What a resumed run repeats (`part`)
-        counts once."""
-        first = s["part"] == 0
-        def count(kind, reason):
-            mine = s[kind].setdefault(name, {})
-            mine[reason] = mine.get(reason, 0) + 1
-
-        s["seen"] += first
+    def plans_of_draw(self, name, state, events):
+        """The plans of the current draw. A record that cannot be used gives none; it is counted in `state` and added to
+        `events`."""
+        is_new = state["part"] == 0  # else a resumed stream repeats a draw that it has counted before
+        if is_new:
+            state["seen"] += 1
         try:
-            plans, left_out = self.plans(name, s["taken"][name])
-            why = ", ".join(left_out)
+            plans, left_out = self.plans(name, state["taken"][name])
         except BadRecord as e:
-            plans, left_out, why = [], [], e
-            count("skipped" if e.reason in NOT_BAD else "bad", e.reason)
+            state["empty"] += 1
+            count(state["skipped" if e.reason in NOT_BAD else "bad"], name, e.reason)
             where, _, detail = e.detail.partition(": ")
             events.append([name, where, e.reason, detail])
-        for reason in left_out * first:
-            count("skipped", reason)
-        s["empty"] += not plans
-        if s["empty"] == s["seen"] >= 200:
-            raise ValueError(f"none of the first {s['seen']} rows can be used, e.g. {why}")
+            if state["empty"] == state["seen"] >= 200:
+                raise ValueError(f"none of the first {state['seen']} records can be used, e.g. {e}") from None
+            return []
+        if is_new:
+            for reason in left_out:
+                count(state["skipped"], name, reason)
         return plans
 
     def sequences_per_draw(self, sample=64):
-        """How many packed rows a draw fills, judged by the first ones: for what a run will see of each
-        dataset."""
-        s, tokens, crops = self.start(), 0, 0
-        for number in range(sample):
-            name = self.draw(number)
-            plans = self.take(name, s, [])
-            s["taken"][name] += 1
-            tokens, crops = tokens + sum(p.n_tokens for p in plans), crops + sum(p.n_crops for p in plans)
+        """How many sequences a draw fills, judged by the first ones: for what a run will see of each dataset."""
+        state = self.start()
+        tokens = 0
+        crops = 0
+        for k in range(sample):
+            name = self.draw(k)
+            for plan in self.plans_of_draw(name, state, []):
+                tokens += plan.n_tokens
+                crops += plan.n_crops
+            state["taken"][name] += 1
         return max(tokens / self.planner.seq_len, crops / self.planner.max_crops, 1e-3) / sample
 
 
-class Batches(torch.utils.data.IterableDataset):
-    """Decoded rows for a DataLoader (batch_size=None): this rank's share, in order, each as (row, crops,
-    pools), the stream's state after it, and the events on the way: what could not be used.
+class Sample(NamedTuple):
+    """A decoded sequence as it comes out of the DataLoader, whose collate_fn must be the identity: `tuple` would make a
+    plain tuple of it, and the default a tensor in shared memory of every array."""
+    decoded: tuple  # arrays, crops, pools: what `collate` takes
+    state: dict     # of the stream after it; state["row"]: file:line of its examples
+    events: list    # what could not be used since this worker's last sequence
 
-    Every worker walks the whole stream of plans, which is cheap, and decodes every W-th row of its rank's.
+
+class Batches(torch.utils.data.IterableDataset):
+    """This rank's sequences, decoded, in order, as Sample: for a DataLoader with batch_size=None.
+
+    A step takes `global_batch` sequences. Of these, rank r of the `world` data-parallel ranks takes r, r + world, ...;
+    its DataLoader workers take turns. Every worker plans and packs the whole stream, which is cheap, and decodes only
+    its own sequences:
+
+        sequence   0 1 2 3 4 | 5 6 7 8 9 |      global_batch 5
+        rank       0 1 0 1 0 | 0 1 0 1 0 |      world 2
+        worker     0 0 1 1 0 | 1 0 0 1 1 |      2 workers a rank, each counting its rank's sequences alone
     """
 
-    def __init__(self, stream, state=None, rank=0, world=1, step=None, keep=0):
-        self.load = CropCache(keep) if keep else load_crops
-        self.stream, self.state, self.rank, self.world, self.step = stream, state, rank, world, step or world
+    def __init__(self, stream, state=None, rank=0, world=1, global_batch=None, cache_bytes=0):
+        self.stream = stream
+        self.state = state
+        self.rank = rank
+        self.world = world
+        self.global_batch = global_batch or world
+        self.load = CropCache(cache_bytes) if cache_bytes else load_crops
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
@@ -702,71 +778,16 @@ class Batches(torch.utils.data.IterableDataset):
             os.nice(10)  # where cores are few, training goes first
             die_with_parent()
             obey_the_parent_alone()
-        events, mine = [], itertools.count()
-        for i, (plans, state) in enumerate(self.stream.rows(self.state)):
-            events += state.pop("events")
-            if i % self.step % self.world == self.rank and next(mine) % workers == worker:
-                *row, failed = decode(plans, self.stream.planner.cfg, self.stream.planner.seq_len, self.load)
-                yield tuple(row), state, events + failed
+        planner = self.stream.planner
+        of_rank = 0  # sequences of this rank so far
+        events = []  # since this worker's last sequence
+        for i, packed in enumerate(self.stream.sequences(self.state)):
+            events += packed.events
+            if i % self.global_batch % self.world != self.rank:
+                continue
+            is_this_workers_turn = of_rank % workers == worker
+            of_rank += 1
+            if is_this_workers_turn:
+                *decoded, failed = decode(packed.plans, planner.cfg, planner.seq_len, self.load)
+                yield Sample(tuple(decoded), packed.state, events + failed)
                 events = []
-
-
-# ---- a page to look at -------------------------------------------------------------------------------------
-
-
-def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
-    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id); no point:
-    "There are none."
-
-    kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id).
-    x, y in [0, 1] with at most 3 decimals, t with at most 2. mode: point, count (their number alone),
-    point_count or count_point (both). grammar "released" writes what the published checkpoints do; label and
-    tracks matter to it alone.
-    """
-    if not points:
-        return NOTHING
-    first = {"image": None, "images": "image", "video": "t"}[kind]
-    if grammar == "released":
-        groups = {}
-        for p in sorted(points, key=lambda p: p[first] if first else 0):
-            prefix = f"{p['t']:.1f}" if kind == "video" else str(p["image"] + 1) if kind == "images" else "1"
-            groups.setdefault(prefix, []).append((p["id"], p["x"], p["y"]))
-        if tracks:
-            return released_tracks([(float(t), {i: (x, y) for i, x, y in g}) for t, g in groups.items()],
-                                   label)
-        return released_points([(prefix, [(x, y) for _, x, y in g]) for prefix, g in groups.items()], label,
-                               mode)
-    out = []
-    for p in sorted(points, key=lambda p: (p[first] if first else 0, p["id"])):
-        where = [number(p["t"], 2)] if kind == "video" else [str(p["image"])] if kind == "images" else []
-        out.append("<point " + ", ".join([*where, number(p["x"], 3), number(p["y"], 3), str(p["id"])]) + ">")
-    text, n = " ".join(out), len(points)
-    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.",
-            "count_point": f"There are {n}: {text}"}[mode]
-
-
-def parse_points(text, kind="video"):
-    """The points written in `text`, in either grammar: [{x, y, id}], with `t` (or, of kind "images", `image`)
-    where one is given; kind "image" ignores it.
-
-    Never raises: what is malformed is dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
-    """
-    points = []
-    for body in re.findall(r"<point ([^<>]{1,80})>", text):
-        fields = body.split(", ")
-        if len(fields) not in (3, 4) or not all(re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", f) for f in fields):
-            continue
-        *first, x, y, i = fields
-        if "." in i or i.startswith("-") or first and (first[0].startswith("-") or kind == "images"
-                                                       and "." in first[0]):
-            continue
-        points.append((float(first[0]) if first else None, float(x), float(y), int(i)))
-    for prefix, i, x, y in parse_released(text):
-        points.append((prefix - (kind == "images"), x / 1000, y / 1000, max(i - 1, 0)))
-    out = []
-    for first, x, y, i in points:
-        p = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
-        if first is not None and kind != "image":
-            p |= {"image": int(first)} if kind == "images" else {"t": first}
-        out.append(p)
-    return out

@@ -1,174 +1,388 @@
 """
-Records: one line of JSONL, checked before anything else sees it.
+Records: one line of JSONL is one record, and is checked here before anything else sees it.
+
+    {"image": "truck.jpg", "annotations": [{"task": "image_pointing", "label": "wheels", "points": [...]}, ...]}
+
+    file ─► line_index ─► a line ─► parse_record ─► a dict that every later step can rely on
+                                         └► BadRecord, counted by its reason, listed once by BadRecords
 """
+import csv
+import glob
+import hashlib
 import json
+import math
+import os
+
+import numpy as np
 
 from lib.media import MAX_PIXELS
 from lib.text import PROMPTS
 
-
-# task -> (media it is about, weight of an answer token). None: any media, or none.
+# task -> (media it is about, loss weight of an answer token). None: any media, or none. Points are a few tokens
+# beside a caption's hundreds, and matter more.
 TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_pointing": ("image", 2.0),
          "counting": (None, 1.5), "multi_image_qa": ("images", 1.0), "multi_image_pointing": ("images", 2.0),
          "video_caption": ("video", 1.0), "video_qa": ("video", 1.0), "video_pointing": ("video", 2.0),
          "video_tracking": ("video", 2.0), "text": (None, 1.0)}
 
-# what a line may be about, and the kinds of points `format_points` knows
+# What a record may be about; the same words name the kinds of points that `format_points` knows.
 MEDIA = ("image", "images", "video")
 
-# Rows left out on purpose: counted, but they do not stop a run.
-NOT_BAD = NO_VIDEO, CLOSED = "no reader for video in this stage", "from a closed model"
+# Reasons to leave a record out on purpose: it is counted, but does not stop a run.
+NO_VIDEO = "no reader for video in this stage"
+CLOSED = "from a closed model"
+NOT_BAD = (NO_VIDEO, CLOSED)
 
 MAX_LINE = 32 << 20  # bytes; a longer line is not read
 
+REGISTRY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools", "prepare", "datasets.tsv")
+
 
 class BadRecord(Exception):
-    """A line that cannot be used. `reason` is what it is counted under."""
+    """A record that cannot be used. `reason` is what it is counted under."""
 
     def __init__(self, reason, detail=""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail
 
 
-def parse_record(line):
-    """Bytes of one line -> the row as a dict; BadRecord says what is wrong with it."""
-    if len(line) >= MAX_LINE:
-        raise BadRecord("line too long", f"more than {MAX_LINE >> 20} MiB")
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if b"\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a character, which is no text
-    except UnicodeError:
-        raise BadRecord("not UTF-8") from None
-    except (ValueError, RecursionError) as e:
-        raise BadRecord("malformed JSON", str(e)) from None
-    if not isinstance(row, dict):
-        raise BadRecord("wrong field", f"a line must be an object, not {type(row).__name__}")
-    kinds = [k for k in MEDIA if k in row]
-    if len(kinds) > 1:
-        raise BadRecord("wrong field", f"{' and '.join(kinds)} in one line")
-    kind = kinds[0] if kinds else None
-    names = row[kind] if kind == "images" else [row[kind]] if kind else []
-    named = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
-    if not named or kind == "images" and not names:
-        raise BadRecord("wrong field", f"{kind} is {row[kind]!r}")
-    check_size(row)
-    by = row.get("provenance", [])
-    if not isinstance(by, list) or not all(isinstance(p, dict) for p in by):
-        raise BadRecord("wrong field", "provenance must be a list of objects")
-    if kind == "video":
-        check_clip(row)
-    if not isinstance(row.get("annotations"), list) or not row["annotations"]:
-        raise BadRecord("wrong field", "annotations must be a list with something in it")
-    for a in row["annotations"]:
-        check_annotation(a, kind, len(names))
-    return row
+def wrong_field(detail):
+    return BadRecord("wrong field", detail)
 
-whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31
 
-is_text = lambda v: isinstance(v, str)
+# ---- values ------------------------------------------------------------------------------------------------
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_number(value):
+    """Whether a JSON value is a number. Python counts True as 1, a record may not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_index(value):
+    """Whether a JSON value is a whole number from 0."""
+    return is_number(value) and isinstance(value, int) and 0 <= value < 2 ** 31
 
 
 def is_time(value):
     """Whether a JSON value is a number of seconds from 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
+    return is_number(value) and 0 <= value < 1e9
 
 
-def check_size(row):
-    """width and height save reading a picture's header; one without the other is a slip."""
-    size = row.get("width"), row.get("height")
-    given = [n for n, key in zip(size, ("width", "height")) if key in row]
-    if len(given) == 1 or not all(map(whole, given)) or given and not 0 < given[0] * given[1] <= MAX_PIXELS:
-        raise BadRecord("wrong field", f"width and height are pixels, both or neither: {size[0]!r}, {size[1]!r}")
+def is_unit(value):
+    """Whether a JSON value is a finite number in [0, 1]."""
+    return is_number(value) and 0 <= value <= 1
 
 
-def check_clip(row):
-    """duration saves reading a video's header; start, end and every other time count from the start of the
-    file."""
-    lines = row.get("subtitles", [])
-    fine = isinstance(lines, list) and all(isinstance(s, dict) and is_time(s.get("start"))
-                                           and is_time(s.get("end"))
-                                           and isinstance(s.get("text"), str) for s in lines)
-    if not (fine and all(is_time(row.get(key, 1)) for key in ("start", "end", "duration", "fps"))):
-        raise BadRecord("wrong field",
-                     "start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
-
-# What an annotation may say: (fields, whether a value is fine, what it should be).
-ANNOTATION_FIELDS = ((("prompt", "answer", "label", "style", "question"), is_text, "text"),
-                     (("fps", "start_time", "end_time", "timestamp"), is_time, "a number from 0"),
-                     (("options",),
-                      lambda v: isinstance(v, list) and all(map(is_text, v)), "a list of texts"),
-                     (("images",), lambda v: isinstance(v, list) and v and all(map(whole, v)),
-                      "a list of picture numbers"))
+def is_list_of(value, is_fine):
+    return isinstance(value, list) and all(map(is_fine, value))
 
 
-def check_annotation(a, kind, n_media):
-    if not isinstance(a, dict) or not is_text(a.get("task")) or a["task"] not in TASKS:
-        raise BadRecord("unknown task",
-                     f"{a.get('task') if isinstance(a, dict) else a!r}; one of {', '.join(TASKS)}")
-    about = TASKS[a["task"]][0]
-    if about and about != kind or a["task"] == "text" and kind:
-        raise BadRecord("wrong field", f"task {a['task']} on a line with {kind or 'no media'}")
-    for keys, fine, what in ANNOTATION_FIELDS:
-        for key in keys:
-            if key in a and not fine(a[key]):
-                raise BadRecord("wrong field", f"{key} is {a[key]!r}, not {what}")
-    if "messages" in a:
-        m = a["messages"]
-        fine = isinstance(m, list) and m and len(m) % 2 == 0 and all(
-            isinstance(x, dict) and isinstance(x.get("content"), str)
-            and x.get("role") == ("user", "assistant")[i % 2]
-            for i, x in enumerate(m))
-        if not fine:
-            raise BadRecord("wrong field",
-                         "messages must alternate user and assistant, with content, and end with an answer")
-    elif "options" in a:
-        if not (a.get("question") and isinstance(a.get("correct"), int)
-                and 0 <= a["correct"] < len(a["options"]) > 1):
-            raise BadRecord("wrong field",
-                         "options need a question, and correct: the place of the right one, from 0")
-    elif "points" not in a and "answer" not in a:
-        raise BadRecord("wrong field", f"task {a['task']} without answer, points, options or messages")
-    elif not (a.get("prompt") or a["task"] in PROMPTS or a.get("style") in PROMPTS):
-        raise BadRecord("wrong field", f"task {a['task']} without a prompt")
-    for key in ("points", "input_points"):
-        if key in a:
-            check_points(a[key], kind, n_media)
-    if "images" in a and not all(i < n_media for i in a["images"]):
-        raise BadRecord("wrong field", f"images {a['images']} of {n_media}")
+# ---- a record, from its fields to the whole ----------------------------------------------------------------
+
+def check_size(record):
+    """width and height save reading an image's header; one without the other is a slip."""
+    given = [record[key] for key in ("width", "height") if key in record]
+    if not given:
+        return
+    if len(given) == 1 or not all(map(is_index, given)) or not 0 < given[0] * given[1] <= MAX_PIXELS:
+        raise wrong_field("width and height are pixels, both or neither: "
+                          f"{record.get('width')!r}, {record.get('height')!r}")
+
+
+def check_clip(record):
+    """duration saves reading a video's header; start, end and every other time count from the start of the file."""
+    def is_subtitle(s):
+        return isinstance(s, dict) and is_time(s.get("start")) and is_time(s.get("end")) and is_text(s.get("text"))
+
+    times = [record[key] for key in ("start", "end", "duration", "fps") if key in record]
+    if not is_list_of(record.get("subtitles", []), is_subtitle) or not all(map(is_time, times)):
+        raise wrong_field("start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
 
 
 def check_points(points, kind, n_media):
     if not isinstance(points, list) or kind is None:
-        raise BadRecord("wrong field", "points must be a list, on a line with a picture or a video")
+        raise wrong_field("points must be a list, in a record with an image or a video")
     for p in points:
-        if not isinstance(p, dict) or not whole(p.get("id")):
-            raise BadRecord("wrong field", f"point {p!r} needs a whole number id from 0")
+        if not isinstance(p, dict) or not is_index(p.get("id")):
+            raise wrong_field(f"point {p!r} needs a whole number id from 0")
         if not is_unit(p.get("x")) or not is_unit(p.get("y")):
             raise BadRecord("point outside [0, 1]", f"x {p.get('x')!r}, y {p.get('y')!r}")
-        if kind == "images" and not (whole(p.get("image")) and p["image"] < n_media):
-            raise BadRecord("wrong field", f"point names image {p.get('image')!r} of {n_media}")
+        if kind == "images" and not (is_index(p.get("image")) and p["image"] < n_media):
+            raise wrong_field(f"point names image {p.get('image')!r} of {n_media}")
         if kind == "video" and not is_time(p.get("t")):
-            raise BadRecord("wrong field", f"point at time {p.get('t')!r}")
+            raise wrong_field(f"point at time {p.get('t')!r}")
+
+
+def is_chat(messages):
+    """Whether these are messages of user and assistant in turn, the last one an answer."""
+    if not isinstance(messages, list) or not messages or len(messages) % 2:
+        return False
+    for i, message in enumerate(messages):
+        role = ("user", "assistant")[i % 2]
+        if not isinstance(message, dict) or not is_text(message.get("content")) or message.get("role") != role:
+            return False
+    return True
+
+
+# Optional fields of an annotation: (names, whether a value is fine, what it should be).
+ANNOTATION_FIELDS = (
+    (("prompt", "answer", "label", "style", "question"), is_text, "text"),
+    (("fps", "start_time", "end_time", "timestamp"), is_time, "a number from 0"),
+    (("options",), lambda value: is_list_of(value, is_text), "a list of texts"),
+    (("images",), lambda value: value and is_list_of(value, is_index), "a list of image numbers"))
+
+
+def check_annotation(a, kind, n_media):
+    """BadRecord if annotation `a` is not one, or not one of a record with `n_media` media of this kind."""
+    task = a.get("task") if isinstance(a, dict) else a
+    if not isinstance(a, dict) or not is_text(task) or task not in TASKS:
+        raise BadRecord("unknown task", f"{task!r}; one of {', '.join(TASKS)}")
+    about, _ = TASKS[task]
+    if about and about != kind or task == "text" and kind:
+        raise wrong_field(f"task {task} in a record with {kind or 'no media'}")
+    for names, is_fine, meaning in ANNOTATION_FIELDS:
+        for name in names:
+            if name in a and not is_fine(a[name]):
+                raise wrong_field(f"{name} is {a[name]!r}, not {meaning}")
+
+    # What is asked and what is answered: a chat, a multiple choice, or a prompt with an answer or points.
+    if "messages" in a:
+        if not is_chat(a["messages"]):
+            raise wrong_field("messages must alternate user and assistant, with content, and end with an answer")
+    elif "options" in a:
+        correct = a.get("correct")
+        if not (a.get("question") and isinstance(correct, int) and 0 <= correct < len(a["options"]) > 1):
+            raise wrong_field("options need a question, and correct: the place of the right one, from 0")
+    elif "points" not in a and "answer" not in a:
+        raise wrong_field(f"task {task} without answer, points, options or messages")
+    elif not (a.get("prompt") or task in PROMPTS or a.get("style") in PROMPTS):
+        raise wrong_field(f"task {task} without a prompt")
+
+    for name in ("points", "input_points"):
+        if name in a:
+            check_points(a[name], kind, n_media)
+    if not all(i < n_media for i in a.get("images", ())):
+        raise wrong_field(f"images {a['images']} of {n_media}")
+
+
+def parse_record(line):
+    """The bytes of one line -> the record as a dict; BadRecord says what is wrong with it."""
+    if len(line) >= MAX_LINE:
+        raise BadRecord("line too long", f"more than {MAX_LINE >> 20} MiB")
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+        if b"\\ud" in line.lower():
+            json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a character, which is no text
+    except UnicodeError:
+        raise BadRecord("not UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        raise BadRecord("malformed JSON", str(e)) from None
+    if not isinstance(record, dict):
+        raise wrong_field(f"a line must be an object, not {type(record).__name__}")
+    kinds = [kind for kind in MEDIA if kind in record]
+    if len(kinds) > 1:
+        raise wrong_field(f"{' and '.join(kinds)} in one record")
+    kind = kinds[0] if kinds else None
+    names = []  # of the media files
+    if kind:
+        names = record[kind] if kind == "images" else [record[kind]]
+        if not names or not is_list_of(names, lambda name: is_text(name) and name):
+            raise wrong_field(f"{kind} is {record[kind]!r}")
+    check_size(record)
+    if not is_list_of(record.get("provenance", []), lambda source: isinstance(source, dict)):
+        raise wrong_field("provenance must be a list of objects")
+    if kind == "video":
+        check_clip(record)
+    if not isinstance(record.get("annotations"), list) or not record["annotations"]:
+        raise wrong_field("annotations must be a list with something in it")
+    for a in record["annotations"]:
+        check_annotation(a, kind, len(names))
+    return record
+
+
+def media_kind(record):
+    """Which of MEDIA a record is about; None of a text."""
+    return next((kind for kind in MEDIA if kind in record), None)
+
+
+def in_clip(annotation, record):
+    """An annotation whose times count from the start of the record's clip, as the model counts. Points outside the
+    clip are left out."""
+    if "start" not in record and "end" not in record:
+        return annotation
+    start = record.get("start", 0)
+    end = record.get("end", math.inf)
+    moved = dict(annotation)
+    for key in ("points", "input_points"):
+        if key in moved:
+            inside = [p for p in moved[key] if start - 0.01 <= p["t"] <= end + 0.01]
+            moved[key] = [dict(p, t=max(p["t"] - start, 0)) for p in inside]
+    for key in ("start_time", "end_time", "timestamp"):
+        if key in moved:
+            moved[key] = max(moved[key] - start, 0)
+    return moved
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+def line_index(path):
+    """Where the lines of a file start that are not blank, and their numbers: (2 + n, 2) int64, memory-mapped. The
+    first two rows are (size, time of change) of the file and (hash of its contents, n).
+
+    Built once and kept beside the file as .NAME.index.npy, so that ten million lines cost no time and no memory when
+    a run starts.
+    """
+    stat = os.stat(path)
+    version = (stat.st_size, stat.st_mtime_ns)
+    folder, name = os.path.split(os.path.abspath(path))
+    cache = os.path.join(folder, f".{name}.index.npy")
+    try:
+        table = np.load(cache, mmap_mode="r", allow_pickle=False)
+        if table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == 2 and tuple(table[0]) == version:
+            return table
+    except (OSError, ValueError, EOFError):
+        pass  # not there yet, or damaged
+    table = build_index(path, version)
+    try:
+        with open(f"{cache}.{os.getpid()}", "wb") as f:
+            np.save(f, table)
+        os.replace(f"{cache}.{os.getpid()}", cache)
+    except OSError:
+        pass  # a folder one may not write to: built again next time
+    return table
+
+
+def build_index(path, version):
+    digest = hashlib.blake2b(digest_size=8)
+    newlines = []  # positions, an array for each chunk
+    size = 0
+    with open(path, "rb") as f:
+        for chunk in iter(lambda: f.read(1 << 24), b""):
+            digest.update(chunk)
+            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + size)
+            size += len(chunk)
+    ends = np.concatenate([*newlines, np.array([size], np.int64)])
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
+    blank = ends == starts
+    single = np.flatnonzero(ends - starts == 1)  # one byte may be the first half of a Windows line end
+    if len(single):
+        blank[single] = np.memmap(path, np.uint8, "r")[starts[single]] == 13
+    numbers = np.arange(1, len(starts) + 1)
+    lines = np.stack([starts, numbers], 1)[~blank]  # (n, 2)
+    contents = int.from_bytes(digest.digest(), "little", signed=True)
+    return np.concatenate([np.array([version, (contents, len(lines))], np.int64), lines])
+
+
+class Lines:
+    """The lines of some JSONL files, one file after the other, without the blank ones."""
+
+    def __init__(self, files):
+        self.files = files
+        self.open = {}  # (process, place of a file) -> (index, file)
+        heads = [line_index(path)[1].tolist() for path in files]  # (hash of the contents, number of lines)
+        self.ends = np.cumsum([n for _, n in heads])
+        self.contents = hashlib.blake2b(repr(heads).encode(), digest_size=8).hexdigest()
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def read(self, i):
+        """The i-th line: (bytes, folder its media are under, "file:line")."""
+        place = int(np.searchsorted(self.ends, i, side="right"))
+        path = self.files[place]
+        key = (os.getpid(), place)  # a forked worker must not share a file position
+        if key not in self.open:
+            if len(self.open) >= 64:  # a process may not open thousands of files
+                self.open.clear()
+            self.open[key] = line_index(path), open(path, "rb")
+        index, file = self.open[key]
+        before = int(self.ends[place - 1]) if place else 0
+        start, line_number = index[2 + i - before].tolist()
+        file.seek(start)
+        return file.readline(MAX_LINE), os.path.dirname(os.path.abspath(path)), f"{path}:{line_number}"
+
+
+def shuffled(i, n, key):
+    """Where the i-th of n lands in a pseudo-random order: a bijection that needs no memory, whatever n is.
+
+    A Feistel network permutes the next power of four above n: a round exchanges the halves of the number's bits and
+    scrambles one with a hash of the other, which can be undone. What falls outside n is permuted again.
+    """
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for r in range(4):
+            digest = hashlib.blake2b(f"{key} {r} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def read_registry():
+    """{name: its line} of datasets.tsv: task, stage, group, size cap and multiplier of the real datasets."""
+    with open(REGISTRY, newline="", encoding="utf-8") as f:
+        return {entry["name"]: entry for entry in csv.DictReader(f, delimiter="\t")}
+
+
+def find_files(paths, stage=None):
+    """JSONL files, or folders of them -> ([(dataset's name, files, entry of the registry or None)], names of the
+    registry's sets of this stage that are not there).
+
+    In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage. Any other *.jsonl is
+    a set of its own.
+    """
+    registry = read_registry()
+    of_stage = [name for name, entry in registry.items() if stage is None or stage in entry["stage"].split(",")]
+    found = []
+    for path in paths:
+        before = len(found)
+        unknown = {path} if os.path.isfile(path) else set(glob.glob(os.path.join(path, "*.jsonl")))
+        for name, entry in registry.items() if os.path.isdir(path) else ():
+            files = glob.glob(os.path.join(path, f"{name}.jsonl")) + glob.glob(os.path.join(path, name, "*.jsonl"))
+            unknown -= set(files)
+            if files and name in of_stage:
+                found.append((name, sorted(files), entry))
+        for file in sorted(unknown):
+            found.append((os.path.basename(file).removesuffix(".jsonl"), [file], None))
+        if len(found) == before:
+            raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl of this stage in it")
+    names = [name for name, _, _ in found]
+    uses_registry = any(entry for _, _, entry in found)  # with only files of one's own, none is missing
+    return found, [name for name in of_stage if name not in names] if uses_registry else []
+
+
+# ---- what could not be used --------------------------------------------------------------------------------
+
+def count(counts, name, reason):
+    """Add one to counts[name][reason]."""
+    reasons = counts.setdefault(name, {})
+    reasons[reason] = reasons.get(reason, 0) + 1
 
 
 class BadRecords:
     """What could not be used: counted by dataset and reason, and listed once each in `log`, bad_rows.jsonl."""
 
     def __init__(self, log, failed):
-        self.log, self.last = log, []
-        self.listed = {(r["where"], r["reason"]) for r in map(json.loads, log.kept)}
-        self.failed = failed  # {dataset: {reason: n}} of what was planned and then could not be decoded
+        self.log = log
+        self.listed = {(entry["where"], entry["reason"]) for entry in map(json.loads, log.kept)}
+        self.latest = []      # the last five, for the message that ends a run
+        self.failed = failed  # {dataset: {reason: n}} of records that were planned and then could not be decoded
 
     def note(self, step, events):
+        """events: [[dataset, file:line, reason, detail]]. What cannot be planned is counted in the stream's state."""
         for name, where, reason, detail in events:
             if reason == "failed to decode":
-                mine = self.failed.setdefault(name, {})
-                mine[reason] = mine.get(reason, 0) + 1
+                count(self.failed, name, reason)
             if (where, reason) not in self.listed:
                 self.listed.add((where, reason))
                 self.log.write(step=step, dataset=name, where=where, reason=reason, detail=detail)
-                self.last = [*self.last[-4:], f"  {where}: {reason}: {detail}"]
+                self.latest = [*self.latest[-4:], f"  {where}: {reason}: {detail}"]
 
     def counts(self, state):
         """{dataset: {reason: n}}"""
@@ -176,15 +390,12 @@ class BadRecords:
                 for name in state["bad"] | self.failed}
 
     def too_many(self, state, max_bad):
-        """Why to stop: more than `max_bad` of what was seen could not be used. Rows without a reader yet are not bad
-        ones."""
+        """Why to stop, or None: more than `max_bad` of the records seen could not be used. Those left out on purpose
+        (NOT_BAD) do not count."""
         counts = self.counts(state)
-        bad, seen = sum(n for c in counts.values() for n in c.values()), max(state["seen"], 100)
-        return bad > max_bad * seen and "\n".join([
-            f"{bad} of {seen} rows cannot be used, more than --max_bad {max_bad}: {counts}", *self.last,
-            f"{self.log.path} lists them all"])
-
-
-def is_unit(value):
-    """Whether a JSON value is a finite number in [0, 1]."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+        bad = sum(sum(reasons.values()) for reasons in counts.values())
+        seen = max(state["seen"], 100)
+        if bad <= max_bad * seen:
+            return None
+        return "\n".join([f"{bad} of {seen} records cannot be used, more than --max_bad {max_bad}: {counts}",
+                          *self.latest, f"{self.log.path} lists them all"])

@@ -1,11 +1,10 @@
 """
-Text in and text out: the tokenizer, the chat format, the prompts a row may leave out, and the grammar of
-points.
+Text in and text out: the tokenizer, the chat format, the prompts a record may leave out, and the released grammar of
+points. The project's own grammar is in data.py, which uses all of this.
 
-    tokenizer.json (any byte-level BPE) ─► Tokenizer ─► ids;   messages ─► pieces, each to be learned or only read
-    points ─► "<point 0.31, 0.62, 0>" ─► points, and the same in the grammar of the released checkpoints
-
-The project's own grammar of points is in data.py: `format_points` and `parse_points`.
+    tokenizer.json (any byte-level BPE) ─► Tokenizer ─► ids
+    messages ─► chat_pieces ─► text, each piece to be trained on or only read
+    points ─► <points coords="1 1 250 750">cups</points> ─► points
 """
 import os
 import re
@@ -17,17 +16,18 @@ from model import READ_ONLY
 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The small tokenizer shipped with the project: 1,020 byte-level BPE ids, learned from the toy world's
-# conversations and some English prose, and four special ones. Its split pattern keeps every digit apart from
-# the next: a coordinate is then written from its coarsest digit to its finest, and a wrong last digit is a
-# small mistake instead of an unrelated token. What always stands beside a digit goes with it (", 0."): points
-# are most of what the toy world says, and a track is a third shorter.
+# The project's small tokenizer: 1,020 byte-level BPE ids, learned from the toy world's conversations and some English
+# prose, and four special ones. Its split pattern keeps every digit apart from the next: a coordinate is written from
+# its coarsest digit to its finest, and a wrong last digit is a small mistake, not an unrelated token. What always
+# stands beside a digit goes with it (", 0."): most of the toy world's answers are points, and a track gets a third
+# shorter.
 SMALL_TOKENIZER = os.path.join(HERE, "tokenizer.json")
-# What the model must also write cannot live in the input-only rows. It takes ids inside the base vocabulary
-# that nothing else uses: its own in the small tokenizer, <|extra_id_k|> in OLMo's, the fillers after the last
-# token in Qwen's.
+# What the model must also write cannot live in the input-only rows. It takes ids inside the base vocabulary that
+# nothing else uses: its own in the small tokenizer, <|extra_id_k|> in OLMo's, those after the last token in Qwen's.
 WRITABLE = ("<point", "<timestamp>")
 CHAT = ("<|im_start|>", "<|im_end|>")
+# Ids that OLMo's and Qwen's tokenizers name and do not use.
+SPARE = re.compile(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|")
 
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------
@@ -35,98 +35,113 @@ CHAT = ("<|im_start|>", "<|im_end|>")
 def byte_alphabet():
     """The printable character that stands for each byte in a tokenizer.json: {character: byte}."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    unprintable = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(unprintable)}
 
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer.json as a tiktoken.Encoding, with the ids this project adds for a table of V
-    rows.
+    """A byte-level BPE tokenizer.json as a tiktoken.Encoding, with the ids this project adds for a table of V rows.
 
-    `ids[name]` is the id of a special token, `bos` and `eos` those that open and close a sequence: as
-    tokenizer_config.json beside the file says, else <|endoftext|> or <|im_end|>. Text is encoded without
-    special tokens unless they are asked for: what a user writes cannot forge a picture or a turn.
+    `ids[name]` is the id of a special token, `bos` and `eos` those that open and close a sequence. Text is encoded
+    without special tokens unless they are asked for: what a user writes cannot forge an image or a turn.
     """
 
     def __init__(self, path, vocab):
-        self.path, self.vocab = path, vocab
-        spec, beside = read_json(path), os.path.join(os.path.dirname(path), "tokenizer_config.json")
-        names = read_json(beside) if os.path.exists(beside) else {}
+        self.path = path
+        self.vocab = vocab
+        spec = read_json(path)
+        ranks, special = self.read_vocabulary(spec)  # {bytes: id}, {name: id}
+
+        # What the model must write takes unused ids below V: the spare ones that the file names, then those after its
+        # last. A table without any can still write points and times as released checkpoints do.
+        spare = [special.pop(name) for name in list(special) if SPARE.fullmatch(name)]
+        last = max([*ranks.values(), *special.values(), *spare])
+        unused = [*spare, *range(last + 1, vocab)]
+        missing = [name for name in WRITABLE if name not in special]
+        special |= zip(missing, unused)
+        special |= {name: vocab + k for k, name in enumerate(READ_ONLY)}  # what it only reads: the rows after V
+
+        self.ids = special
+        self.encoding = tiktoken.Encoding(os.path.basename(path), pat_str=split_pattern(spec.get("pre_tokenizer")),
+                                          mergeable_ranks=ranks, special_tokens=special)
+        bos, eos = self.read_ends()
+        known = [name for name in (eos, "<|endoftext|>", "<|im_end|>") if name in special]
+        if not known:
+            raise BadCheckpoint(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
+        self.eos_name = known[0]
+        self.eos = special[self.eos_name]
+        self.bos = special.get(bos, self.eos)  # Qwen has none: there a sequence opens with what ends another
+
+    def read_vocabulary(self, spec):
+        """The ordinary tokens of a tokenizer.json, {bytes: id}, and its special ones, {name: id}."""
         kind = spec["model"].get("type") if isinstance(spec.get("model"), dict) else None
         if kind != "BPE":
-            raise BadCheckpoint(f"{path}: model.type is {kind!r}, only byte-level BPE is read")
+            raise BadCheckpoint(f"{self.path}: model.type is {kind!r}, only byte-level BPE is read")
+        special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["id"] < self.vocab}
         alphabet = byte_alphabet()
-        special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["id"] < vocab}
         ranks = {}
         for token, i in spec["model"]["vocab"].items():
             if token not in special:
                 try:
                     ranks[bytes(alphabet[c] for c in token)] = i
                 except KeyError:
-                    raise BadCheckpoint(f"{path}: token {token!r} is not written in the byte-level alphabet") from None
-        top = max([*ranks.values(), *special.values()])
-        if top >= vocab:
-            raise BadCheckpoint(f"{path}: has ids up to {top}, but the model's table has {vocab} rows: "
+                    raise BadCheckpoint(f"{self.path}: token {token!r} is not written in the byte-level "
+                                        "alphabet") from None
+        largest = max([*ranks.values(), *special.values()])
+        if largest >= self.vocab:
+            raise BadCheckpoint(f"{self.path}: has ids up to {largest}, but the model's table has {self.vocab} rows: "
                                 "not its tokenizer")
-        spare = [t for t in special if re.fullmatch(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|", t)]
-        unused = iter([special.pop(t) for t in spare] + list(range(top + 1, vocab)))
-        # a table without spare rows can still write points and times as released checkpoints do
-        for name in WRITABLE:
-            if name not in special and (spare_id := next(unused, None)) is not None:
-                special[name] = spare_id
-        special |= {name: vocab + k for k, name in enumerate(READ_ONLY)}
-        self.ids = special
-        self.encoding = tiktoken.Encoding(os.path.basename(path),
-                                          pat_str=split_pattern(spec.get("pre_tokenizer")),
-                                          mergeable_ranks=ranks, special_tokens=special)
-        named = lambda key: names[key].get("content") if isinstance(names.get(key), dict) else names.get(key)
-        self.eos_name = next((n for n in (named("eos_token"), "<|endoftext|>", "<|im_end|>") if n in special),
-                             None)
-        if self.eos_name is None:
-            raise BadCheckpoint(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
-        self.eos = special[self.eos_name]
-        # Qwen has none: there a sequence opens with what ends another
-        self.bos = special.get(named("bos_token"), self.eos)
+        return ranks, special
+
+    def read_ends(self):
+        """Names of the tokens that open and close a sequence: those in tokenizer_config.json beside the file, or
+        None where it names none."""
+        beside = os.path.join(os.path.dirname(self.path), "tokenizer_config.json")
+        config = read_json(beside) if os.path.exists(beside) else {}
+        names = [config.get("bos_token"), config.get("eos_token")]
+        return [name.get("content") if isinstance(name, dict) else name for name in names]
 
     def save(self, folder):
-        """tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template,
-        in `folder`.
+        """Write tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template.
 
-        Every id up to the last input-only row gets a name there, the published one: other readers number the
-        tokens they are given in order, and look the vision tokens up by name.
+        Every id up to the last input-only row gets a name there, the published one: other readers number the tokens
+        they are given in order, and look the vision tokens up by name.
         """
         spec = read_json(self.path)
         ordinary = set(spec["model"]["vocab"].values())
         names = {i: name for name, i in self.ids.items() if i < self.vocab}
-        names |= {self.vocab + k: "<im_patch>" if name == "<image>" else name.replace("image_", "im_")
-                  for k, name in enumerate(READ_ONLY)}
-        kept = {t["id"]: t for t in spec.get("added_tokens", []) if t["id"] in names
-                and t["content"] == names[t["id"]]}
-        spec["added_tokens"] = [
-            kept.get(i) or dict(id=i, content=names.get(i, f"|<EXTRA_TOKENS_{i}>|"), single_word=False,
-                                lstrip=False, rstrip=False, normalized=False,
-                                special=names.get(i) not in WRITABLE)
-            for i in range(self.vocab + len(READ_ONLY)) if i in kept or i not in ordinary]
+        for k, name in enumerate(READ_ONLY):
+            names[self.vocab + k] = "<im_patch>" if name == "<image>" else name.replace("image_", "im_")
+        unchanged = {t["id"]: t for t in spec.get("added_tokens", []) if t["content"] == names.get(t["id"])}
+        added = []
+        for i in range(self.vocab + len(READ_ONLY)):
+            if i in unchanged:
+                added.append(unchanged[i])
+            elif i not in ordinary:
+                name = names.get(i, f"|<EXTRA_TOKENS_{i}>|")
+                added.append(dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                                  special=name not in WRITABLE))
+        spec["added_tokens"] = added
         write_json(os.path.join(folder, "tokenizer.json"), spec)
-        bos = next(name for name, i in self.ids.items() if i == self.bos)
+        bos_name = next(name for name, i in self.ids.items() if i == self.bos)
         write_json(os.path.join(folder, "tokenizer_config.json"),
-                   dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=bos,
+                   dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=bos_name,
                         chat_template=CHAT_TEMPLATE))
-        with open(os.path.join(folder, "chat_template.jinja"), "w") as f:  # where processors look for it
+        with open(os.path.join(folder, "chat_template.jinja"), "w") as f:  # where processors expect it
             f.write(CHAT_TEMPLATE)
 
     def encode(self, text, special=WRITABLE):
+        """Ids of a text. special: names of the special tokens that it may contain; others are read as plain text."""
         return self.encoding.encode(text, allowed_special=set(special), disallowed_special=())
 
     def decode(self, ids):
-        """Text of ids; bytes that are no UTF-8 become the replacement character, ids of unused rows
-        vanish."""
-        known = self.encoding._special_tokens.values()
-        return self.encoding.decode([i for i in ids if i in known or i < self.vocab and self.is_text(i)],
-                                    errors="replace")
+        """Text of ids. Bytes that are no UTF-8 become the replacement character; ids of unused rows vanish."""
+        special = self.encoding._special_tokens.values()
+        known = [i for i in ids if i in special or i < self.vocab and self.is_text(i)]
+        return self.encoding.decode(known, errors="replace")
 
     def is_text(self, i):
         try:
@@ -150,23 +165,22 @@ def split_pattern(pre):
 # ---- chat --------------------------------------------------------------------------------------------------
 
 def chat_pieces(messages):
-    """Alternating user and assistant messages -> [(text, whether it is learned)], the way Molmo2 writes a
-    chat.
+    """Alternating user and assistant messages -> [(text, whether it is trained on)], the way Molmo2 writes a chat.
 
-    Every answer is followed by the end-of-sequence token, which the caller adds and which is learned with it.
+    Every answer is followed by the end-of-sequence token, which the caller adds, and which is trained on with it.
     """
     pieces = []
-    for i, m in enumerate(messages):
-        if m["role"] == "user":
-            pieces.append((("<|im_end|>\n" if i else "") + f"<|im_start|>user\n{m['content']}<|im_end|>\n"
-                           "<|im_start|>assistant\n", False))
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            pieces.append((message["content"], True))
         else:
-            pieces.append((m["content"], True))
+            end_of_answer = "<|im_end|>\n" if i else ""
+            question = f"{end_of_answer}<|im_start|>user\n{message['content']}<|im_end|>\n"
+            pieces.append((question + "<|im_start|>assistant\n", False))
     return pieces
 
 
-# The same for readers that expect a Jinja template: pictures and videos come first, whatever the message they
-# are in.
+# The same for readers that expect a Jinja template: images and videos come first, whatever message they are in.
 CHAT_TEMPLATE = (
     "{%- for m in messages if m.content is not string %}{%- for c in m.content if c.type in ('image', 'video') %}"
     "{{ '<|' + c.type + '|>' }}{%- endfor %}{%- endfor %}"
@@ -174,7 +188,7 @@ CHAT_TEMPLATE = (
     "{%- else %}{%- for c in m.content if c.type == 'text' %}{{ c.text }}{%- endfor %}{%- endif %}"
     "{{ '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
 
-# Wordings for annotations without a prompt, by style; a task is the style of its plain form.
+# Prompt templates for annotations without a prompt, by style; a task is the style of its plain form.
 PROMPTS = {
     "image_caption": ("Describe the image.", "What is in this picture?", "Write a detailed caption.",
                       "What do you see?"),
@@ -214,61 +228,71 @@ PROMPTS |= {alias: PROMPTS[style] for alias, style in (  # the released names of
     ("long_caption", "image_caption"), ("pointing", "image_pointing"), ("cosyn_point", "image_pointing"),
     ("video_long_caption", "video_caption"), ("video_point", "video_pointing"),
     ("video_single_point_track_start_end", "video_single_point_track_per_frame"))}
-# Styles whose answer holds a number: how `released_points` words it.
+# Styles whose answer has a number: the mode of `format_points`.
 ANSWER_MODES = {"counting": "count", "video_count": "count", "multi_image_counting": "count",
                 "point_count": "point_count", "video_point_count": "point_count",
                 "multi_image_point_then_count": "point_count", "video_count_point": "count_point",
                 "multi_image_count_then_point": "count_point"}
-# the wording of evaluations; the others are varied
+# Templates of multiple choice: the first for evaluation, the others for training.
 OPTIONS = ("{question}\nOnly return the correct answer option.\n{options}",
            "{question}\n{options}", "{question} Choose from:\n{options}", "{options}\n\n{question}",
            "{question}\nWhich of these is right?\n{options}")
 
 
 def multiple_choice(question, options, correct, rng=None):
-    """(prompt, answer) of a question whose `correct`-th option is right. rng None gives the one wording of
-    evaluations; else wording and order are drawn, and one in five lists has no letters."""
-    order, template, lettered = list(range(len(options))), OPTIONS[0], True
+    """(prompt, answer) of a question whose `correct`-th option is right. Without an rng the one template of
+    evaluation; with it template and order are drawn, and one list in five has no letters."""
+    order = list(range(len(options)))
+    template = OPTIONS[0]
+    lettered = True
     if rng:
         rng.shuffle(order)
         if rng.random() > 0.1:
-            template, lettered = rng.choice(OPTIONS[1:]), rng.random() < 0.8 or not options[correct].strip()
-    lines = [f"{chr(65 + k)}. {options[i]}" if lettered else options[i] for k, i in enumerate(order)]
+            template = rng.choice(OPTIONS[1:])
+            lettered = rng.random() < 0.8 or not options[correct].strip()
+    lines = [options[i] for i in order]
+    if lettered:
+        lines = [f"{chr(ord('A') + k)}. {line}" for k, line in enumerate(lines)]
     return template.format(question=question, options="\n".join(lines)), lines[order.index(correct)]
 
 
 def write_prompt(a, rng, grammar="spec", input_points=""):
-    """The prompt of an annotation that has none: a wording of its style or task, its placeholders filled from
-    its fields. input_points: those of the annotation, as text."""
-    def clock(seconds):  # half of the times people would type a clock
+    """A prompt for an annotation: a template of its style or task, drawn with `rng` and filled from its fields.
+    input_points: those of the annotation, as text."""
+    def clock(seconds):  # half of the times as people would type a clock
         if rng.random() < 0.5:
             return f"{seconds:.1f}"
         return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:04.1f}"
 
-    images = "all images" if "images" not in a else " and ".join(
-        f"image_{i + 1}" if grammar == "released" else f"image {i}" for i in a["images"])
     label = a.get("label", "objects")
-    return rng.choice(PROMPTS.get(a.get("style")) or PROMPTS[a["task"]]).format(
-        label=label, fps=number(a.get("fps", 2), 2), question=a.get("question", ""), selected_images=images,
-        selected_label=f"the {label} in {images}", start_time=clock(a.get("start_time", 0)),
-        end_time=clock(a.get("end_time", 0)), timestamp=clock(a.get("timestamp", 0)),
-        input_points=input_points)
+    images = "all images"
+    if "images" in a:
+        images = " and ".join(f"image_{i + 1}" if grammar == "released" else f"image {i}" for i in a["images"])
+    template = rng.choice(PROMPTS.get(a.get("style")) or PROMPTS[a["task"]])
+    return template.format(
+        label=label, fps=number(a.get("fps", 2), 2), question=a.get("question", ""), input_points=input_points,
+        selected_images=images, selected_label=f"the {label} in {images}", start_time=clock(a.get("start_time", 0)),
+        end_time=clock(a.get("end_time", 0)), timestamp=clock(a.get("timestamp", 0)))
 
 
 def points_of_answer(a, kind):
-    """Which points the answer of an annotation has, as its style asks (all, the ends of each track, or what follows
-    the given point), and its mode: ([point], "point", "count", "point_count" or "count_point")."""
-    points, style = a["points"], a.get("style") or a["task"]
-    if kind == "video" and "ground_start_end" in style:
-        times = lambda i: [p["t"] for p in points if p["id"] == i]
-        points = [p for p in points if p["t"] in (min(times(p["id"])), max(times(p["id"])))]
+    """(points, mode) of the answer to an annotation, as its style wants them: all points, the ends of each track, or
+    what follows the given points. The mode is that of `format_points`."""
+    points = a["points"]
+    style = a.get("style") or a["task"]
+    if "ground_start_end" in style:
+        times = {}  # id -> times at which the object is seen
+        for p in points:
+            times.setdefault(p["id"], []).append(p["t"])
+        points = [p for p in points if p["t"] in (min(times[p["id"]]), max(times[p["id"]]))]
     if kind == "video" and a.get("input_points"):
-        points = [p for p in points if p["t"] > max(q["t"] for q in a["input_points"])]
+        last_given = max(p["t"] for p in a["input_points"])
+        points = [p for p in points if p["t"] > last_given]
     return points, ANSWER_MODES.get(style) or ANSWER_MODES.get(a["task"], "point")
 
 
-# The released models were told the set an academic question came from ("vqa2: What is ..."), which steers
-# them to its short answers. Styles people talk in carry no such prefix, and neither does multiple choice.
+# The released models were given the set that an academic question comes from ("vqa2: What is ..."), which makes their
+# answers as short as that set's. The styles in which people talk have no such prefix, nor has multiple choice.
 NO_PREFIX = frozenset("""
     point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption text_sft
     video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end video_transcript
@@ -281,8 +305,7 @@ NO_PREFIX = frozenset("""
 
 
 def styled(prompt, style):
-    """A prompt as the released models saw it: "style: prompt", or as it is for the styles without a
-    prefix."""
+    """A prompt as the released models saw it: "style: prompt", or as it is for a style without a prefix."""
     return prompt if not style or style in NO_PREFIX else f"{style}: {prompt}".rstrip()
 
 
@@ -290,80 +313,104 @@ def styled(prompt, style):
 
 NOTHING = "There are none."
 
+# The field that comes first in a point, by the kind of media: its points are ordered by it.
+FIRST_FIELD = {"image": None, "images": "image", "video": "t"}
+
 
 def number(x, digits):
     """`x` with at most `digits` decimals and no trailing zeros."""
     text = f"{x:.{digits}f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 # The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
-# Groups, one per picture (from 1) or frame (seconds), are parted by ";"; an item is an id and thousandths of
+# There is a group for each image (from 1) or frame (seconds), ";" between groups; a point is its id and thousandths of
 # the sides.
 
 def thousandths(x, y):
-    """(x, y) of [0, 1] as the released formatter rounds it: half to even. What lies outside is clipped only
-    if y does not: a slip there, kept so that its output can be reproduced; rows with such points never get
-    this far."""
+    """(x, y) of [0, 1] as the released formatter rounds it: half to even.
+
+    It clips x only if y needs no clipping. That is a slip there, kept so that its output can be reproduced; no record
+    with such a point is accepted here.
+    """
     if 0 <= y <= 1:
         x = min(max(x, 0), 1)
     return round(1000 * x), round(1000 * y)
 
 
 def released_tag(name, groups, label, alt):
-    coords = ";".join(f"{prefix} " + " ".join(f"{i} {x:03d} {y:03d}" for i, (x, y) in items)
-                      for prefix, items in groups)
-    return f"<{name}{'' if alt is None else f' alt={chr(34)}{alt}{chr(34)}'} coords=\"{coords}\">{label}</{name}>"
+    """groups: [(prefix, [(id, (x, y) in thousandths)])]."""
+    written = []
+    for prefix, items in groups:
+        written.append(f"{prefix} " + " ".join(f"{i} {x:03d} {y:03d}" for i, (x, y) in items))
+    alt = "" if alt is None else f' alt="{alt}"'
+    return f'<{name}{alt} coords="{";".join(written)}">{label}</{name}>'
 
 
 def released_points(groups, label, mode="point", alt=None):
-    """[(prefix, [(x, y), ...])] -> the released text. Ids count through the answer, in each group by x, then
-    y.
+    """[(prefix, [(x, y), ...])] -> the released text. Ids count through the answer, in each group by x, then y.
 
-    mode: point, point_count ("Counting the ... shows a total of 2."), count_point ("There are 2 ...") or
-    count ("2").
+    mode: point, point_count ("Counting the ... shows a total of 2."), count_point ("There are 2 ...") or count ("2").
     """
-    total, numbered = 0, []
+    total = 0
+    numbered = []
     for prefix, places in groups:
-        places = sorted(thousandths(*p) for p in places)
+        places = sorted(thousandths(x, y) for x, y in places)
         numbered.append((prefix, list(enumerate(places, total + 1))))
         total += len(places)
+    if not total:
+        return NOTHING
     tag = released_tag("points", numbered, label, alt)
-    texts = {"point": tag, "count": str(total),
-             "point_count": f"Counting the {tag} shows a total of {total}.",
-             "count_point": f"There are {total} {tag}."}
-    return texts[mode] if total else NOTHING
+    return {"point": tag, "count": str(total), "point_count": f"Counting the {tag} shows a total of {total}.",
+            "count_point": f"There are {total} {tag}."}[mode]
 
 
 def released_tracks(frames, label, alt=None, ends_only=False, after=None):
-    """[(t, {object: (x, y)})], visible objects only -> the released text. An object keeps the number of its
-    first appearance.
+    """[(t, {object: (x, y)})], visible objects only -> the released text. An object keeps the number of its first
+    appearance.
 
-    ends_only: first and last appearances alone. after: frames later than this time alone, as when the start
-    is given.
+    ends_only: only its first and last appearance. after: only frames later than this time, if the start is given.
     """
     if not frames:
         return "No tracks available."
-    frames = sorted(((t, {k: thousandths(*p) for k, p in seen.items()}) for t, seen in frames),
-                    key=lambda f: f[0])
-    ids, times = {}, {}
-    for t, seen in frames:
+    rounded = [(t, {k: thousandths(x, y) for k, (x, y) in seen.items()}) for t, seen in frames]
+    rounded.sort(key=lambda frame: frame[0])
+    ids = {}
+    times = {}  # object -> times at which it is seen
+    for t, seen in rounded:
         for k in sorted(seen, key=lambda k: seen[k]):
             ids.setdefault(k, len(ids) + 1)
             times.setdefault(k, []).append(t)
     groups = []
-    for t, seen in frames:
-        items = sorted((ids[k], p) for k, p in seen.items() if not ends_only
-                       or t in (times[k][0], times[k][-1]))
-        if items and (after is None or t > after):
-            groups.append((f"{t:.1f}", items))
+    for t, seen in rounded:
+        written = [k for k in seen if not ends_only or t in (times[k][0], times[k][-1])]
+        if written and (after is None or t > after):
+            groups.append((f"{t:.1f}", sorted((ids[k], seen[k]) for k in written)))
     return released_tag("tracks", groups, label, alt) if groups else ""
 
 
+def format_released(points, kind, label, tracks=False, mode="point"):
+    """`data.format_points` in the released grammar: points are grouped by image or frame."""
+    field = FIRST_FIELD[kind]
+    groups = {}  # prefix -> its points
+    for p in sorted(points, key=lambda p: p[field] if field else 0):
+        prefix = "1"
+        if kind == "images":
+            prefix = str(p["image"] + 1)
+        elif kind == "video":
+            prefix = f"{p['t']:.1f}"
+        groups.setdefault(prefix, []).append(p)
+    if tracks:
+        frames = [(float(t), {p["id"]: (p["x"], p["y"]) for p in group}) for t, group in groups.items()]
+        return released_tracks(frames, label)
+    places = [(prefix, [(p["x"], p["y"]) for p in group]) for prefix, group in groups.items()]
+    return released_points(places, label, mode)
+
+
 def parse_released(text):
-    """[(prefix, id, x, y)] in the released grammar, in order, x and y in thousandths; what is malformed is
-    left out."""
+    """[(prefix, id, x, y)] in the released grammar, in order, x and y in thousandths; malformed points are left out."""
     found = []
     for coords in re.findall(r'<(?:points|tracks)\b[^<>]*coords="([0-9\t:;, .]+)"/?>', text):
         for prefix, items in re.findall(r"(?:^|[\t:,;])(\d{1,9}(?:\.\d{1,9})?) ([0-9. ]+)", coords):
@@ -371,5 +418,3 @@ def parse_released(text):
                 if int(x) <= 1000 and int(y) <= 1000:
                     found.append((float(prefix), int(i), int(x), int(y)))
     return found
-
-
