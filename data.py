@@ -1,4 +1,4 @@
-"""
+r"""
 Data: lines of JSONL in, packed batches out.
 
     record     one line: an image, some images, a video or a text, with its annotations: a message tree
@@ -9,19 +9,19 @@ Data: lines of JSONL in, packed batches out.
       │ decode    images and video frames become crops of patches, in the DataLoader's workers
     batch      what Molmo2.forward takes
 
-One record with two annotations, as `--config small` sees it. The trunk costs 19 tokens once, however many questions are
-asked about the image. Each branch continues from the position where the trunk ends, and sees the trunk and itself:
-model.may_attend has the rule. Only answers are trained on, here with weight 1 for a caption, 2 for points:
+One record with two annotations, as `--config small` sees it: an image, "What do you see?" and "Point to the circle."
+The trunk costs 19 tokens once, however many annotations there are. Each branch continues from the position where the
+trunk ends, and sees the trunk and itself: model.may_attend has the rule. Only answers are trained on, captions with
+weight 1 and points with weight 2:
 
-              trunk                                               caption                             points
-    tokens    bos <low_res_image_start> <image>x16 <image_end> | .. assistant\\n A   red    circle . | .. assistant\\n <point  0. ..
-    pos       0   1                     2..17      18          | 19..29         30  31     32     33 | 19..29         30      31
-    branch    0   0                     0          0           | 1              1   1      1      1  | 2              2       2
-    target                                                     |    A           red circle .     eos |    <point      0.      5
-    weight    0   0                     0          0           | 0..1           1   1      1      1  | 0..2           2       2
+  tokens  bos <low_res_image_start> <image>x16 <image_end> | ..   assistant\n A      circle | ..   assistant\n <point
+  branch  0   0                     0          0           | 1    1           1      1      | 2    2           2
+  pos     0   1                     2..17      18          | 19.. 29          30     31     | 19.. 29          30
+  target                                                   |      A           circle eos    |      <point      0.
+  weight  0   0                     0          0           | 0    1           1      1      | 0    2           2
 
-The order of the data depends on (files, mixture, seed) and on nothing else: not on ranks, not on workers. The stream's
-state is a small JSON object that travels with each sequence; `Stream.sequences(state)` continues after it.
+The order of the data depends on (files, mixture, seed) and on nothing else: not on ranks, not on workers. The state
+of the stream is a small JSON object that travels with each sequence; `Stream.sequences(state)` goes on after it.
 
 In this file:   points as text  format_points, parse_points      packing   Packer
                 planning        to_messages, Planner, Plan       decoding  decode, collate
@@ -43,10 +43,10 @@ import torch
 from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.media import (BadMedia, CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
-from lib.records import (BadRecord, CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, count, find_files, in_clip, media_kind,
-                         parse_record, shuffled)
+from lib.records import (BadRecord, CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, clip_of, count, find_files, in_clip,
+                         media_kind, parse_record, shuffled)
 from lib.text import (CHAT, FIRST_FIELD, NOTHING, WRITABLE, chat_pieces, format_released, multiple_choice, number,
-                      parse_released, points_of_answer, styled, write_prompt)
+                      parse_released, points_of_answer, released_weight, styled, subtitle_text, write_prompt)
 from lib.weights import BadCheckpoint
 
 
@@ -55,9 +55,9 @@ from lib.weights import BadCheckpoint
 def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
     """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id).
 
-    kind: "image" (x, y, id), "images" (image, x, y, id, images from 0) or "video" (t in seconds, x, y, id). x and y are
-    in [0, 1] with at most 3 decimals, t has at most 2. mode: point, count (their number alone), point_count or
-    count_point (both). grammar "released" is that of the published checkpoints; only it uses label and tracks.
+    kind: "image" (x, y, id), "images" (image, x, y, id; images from 0) or "video" (t in seconds, x, y, id). x and y
+    in [0, 1] get at most 3 decimals, t at most 2. mode: point, count (their number alone), point_count, count_point.
+    grammar: "released" is that of the published checkpoints, which alone uses label and tracks.
     """
     if not points:
         return NOTHING
@@ -73,9 +73,8 @@ def format_points(points, kind, grammar="spec", label="", tracks=False, mode="po
             fields.insert(0, str(p["image"]))
         written.append(f"<point {', '.join(fields)}>")
     text = " ".join(written)
-    n = len(points)
-    return {"point": text, "count": str(n), "point_count": f"{text} A total of {n}.",
-            "count_point": f"There are {n}: {text}"}[mode]
+    return {"point": text, "count": str(len(points)), "point_count": f"{text} A total of {len(points)}.",
+            "count_point": f"There are {len(points)}: {text}"}[mode]
 
 
 NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
@@ -94,8 +93,7 @@ def parse_points(text, kind="video"):
             continue  # there is no image 0.5
         found.append((float(prefix) if prefix else None, float(x), float(y), int(i)))
     for prefix, i, x, y in parse_released(text):  # thousandths; ids and images count from 1
-        image_or_time = prefix - 1 if kind == "images" else prefix
-        found.append((image_or_time, x / 1000, y / 1000, max(i - 1, 0)))
+        found.append((prefix - 1 if kind == "images" else prefix, x / 1000, y / 1000, max(i - 1, 0)))
     points = []
     for prefix, x, y, i in found:
         point = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
@@ -124,8 +122,8 @@ def answer_of(annotation, kind, grammar="spec"):
     points, mode = points_of_answer(annotation, kind)
     if mode == "count" and not points:
         return "0"
-    is_track = annotation["task"] == "video_tracking"
-    return format_points(points, kind, grammar, annotation.get("label", ""), is_track, mode)
+    tracks = annotation["task"] == "video_tracking"
+    return format_points(points, kind, grammar, annotation.get("label", ""), tracks, mode)
 
 
 def to_messages(annotation, kind, rng, grammar="spec"):
@@ -137,7 +135,8 @@ def to_messages(annotation, kind, rng, grammar="spec"):
         messages = annotation["messages"]
     else:
         if "options" in annotation:
-            prompt, answer = multiple_choice(annotation["question"], annotation["options"], annotation["correct"], rng)
+            options = annotation["options"]
+            prompt, answer = multiple_choice(annotation["question"], options, annotation["correct"], rng)
         else:
             prompt = prompt_of(annotation, kind, rng, grammar)
             answer = answer_of(annotation, kind, grammar)
@@ -148,8 +147,7 @@ def to_messages(annotation, kind, rng, grammar="spec"):
 
 @dataclass
 class Plan:
-    """One example: a trunk of media, its branches, and where its pixels will come from. The arrays are of one length,
-    at most T."""
+    """One example: a trunk of media, its branches, and where its pixels will come from. Arrays of one length <= T."""
     tokens: np.ndarray   # input ids
     targets: np.ndarray  # the id each position must predict: the shift by one happens here, so any cut is fine later
     weights: np.ndarray  # loss weight of the target, 0 = not trained on
@@ -168,20 +166,14 @@ class Plan:
         return sum(layout.n_crops for _, layout in self.media)
 
 
-class Branch(NamedTuple):
-    """An annotation as tokens."""
-    task: str
-    ids: list
-    has_loss: list  # whether each id is trained on
+Branch = NamedTuple("Branch", [("task", str), ("ids", list), ("has_loss", list)])  # has_loss: is an id trained on
 
 
 class Planner:
     """Turns records into plans, for one model and one sequence length."""
 
     def __init__(self, tokenizer, model_cfg, seq_len, tiles=0, token_weights="spec", max_frames=0, max_crops=10**9):
-        self.tokenizer = tokenizer
-        self.cfg = model_cfg
-        self.seq_len = seq_len
+        self.tokenizer, self.cfg, self.seq_len = tokenizer, model_cfg, seq_len
         self.tiles = tiles            # high-resolution crops an image may get; 0 = the low-resolution one alone
         self.max_frames = max_frames  # of a video; 0 = videos are left out
         self.max_crops = max_crops    # of a sequence
@@ -201,9 +193,6 @@ class Planner:
         paths = [inside_folder(folder, name) for name in names]
         is_known = "width" in record and len(names) == 1
         sizes = [(record["width"], record["height"])] if is_known else list(map(image_size, paths))
-        return self.image_trunk(paths, sizes, room)
-
-    def image_trunk(self, paths, sizes, room):
         tok = self.tokenizer
         tiles = self.tiles
         while True:
@@ -222,20 +211,14 @@ class Planner:
             tiles //= 2  # coarser images rather than none
 
     def video_trunk(self, record, folder, room):
-        """BOS and the frames of a clip, each after its time in seconds; then subtitles.
+        """BOS, the frames of a clip, two a second and the last one, or as many as fit, evenly spread; then subtitles.
 
             <timestamp> 0.5 <frame_start> <image>... <frame_end>        released: " 0.5 " in plain text
-
-        Two frames a second and the last one; of a longer clip as many as fit, evenly spread.
         """
         if not self.max_frames:
             raise BadRecord(NO_VIDEO, "--max_frames above 0 reads it")
         path = inside_folder(folder, record["video"])
-        length = record.get("duration") or video_duration(path)
-        start = record.get("start", 0.0)
-        end = min(record.get("end", length), length)
-        if not start <= end:  # a clip of no length is one frame
-            raise BadRecord("wrong field", f"clip from {start} to {end} s of a video of {length:.2f} s")
+        start, end = clip_of(record, record.get("duration") or video_duration(path))
         tok = self.tokenizer
         pool = frame_layout(self.n)  # (m, K) of one frame
         around = "frame" if self.cfg.frame_tokens else "image"
@@ -250,7 +233,7 @@ class Planner:
                 else:
                     ids += [tok.ids["<timestamp>"], *tok.encode(number(t, 2))]
                 ids += frame
-            ids += self.subtitles(record, start, times)
+            ids += tok.encode(subtitle_text(record.get("subtitles", ()), start, times))
             if len(ids) <= room or len(times) == 1:
                 break
             # Leave out the frames that are too many, by their smallest cost: a time takes one token or more.
@@ -260,21 +243,12 @@ class Planner:
         pools = (pool + offsets).reshape(-1, pool.shape[1])  # (frames * m, K)
         return ids, [(path, Layout([], pools, len(times), times=tuple((times + start).tolist())))]
 
-    def subtitles(self, record, start, times):
-        """Tokens of the subtitles that are at most a second from a frame. `start` is the clip's, in the video."""
-        lines = []
-        for s in record.get("subtitles", ()):
-            if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times):
-                lines.append(f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n")
-        return self.tokenizer.encode("subtitle\n" + "".join(lines)) if lines else []
-
     def encode_chat(self, messages):
         """A chat as (ids, which of them are trained on). Every answer ends with EOS, which is trained on too."""
-        ids = []
-        has_loss = []
+        ids, has_loss = [], []
         writable = () if self.released else WRITABLE
         for text, is_answer in chat_pieces(messages):
-            # A user's text may hold the tokens of a turn because `chat_pieces` wrote them; an answer may not.
+            # `chat_pieces` writes the tokens of a turn around a question; in an answer they stay plain text.
             piece = self.tokenizer.encode(text, special=writable if is_answer else writable + CHAT)
             if is_answer:
                 piece.append(self.tokenizer.eos)
@@ -283,11 +257,9 @@ class Planner:
         return ids, has_loss
 
     def plan(self, record, folder, rng):
-        """A checked record -> ([plans], [reasons of annotations left out]).
-
-        A tree too long for a sequence becomes several plans, each with the whole trunk and some of the branches. An
-        annotation too long by itself is left out. Pixels are never cut.
-        """
+        """A checked record -> ([plans], [reasons of annotations left out]). A tree too long for a sequence becomes
+        several plans, each with the whole trunk and some of the branches. An annotation too long by itself is left
+        out. Pixels are never cut."""
         kind = media_kind(record)
         branches = []
         for annotation in record["annotations"]:
@@ -299,11 +271,10 @@ class Planner:
         # more, if the longest one needs more, but never more than seven eighths.
         lengths = [len(branch.ids) for branch in branches]
         eighth = min(sum(lengths), self.seq_len // 8)
-        longest = max([n for n in lengths if n <= self.seq_len * 7 // 8], default=0)
+        longest = max(filter(lambda n: n <= self.seq_len * 7 // 8, lengths), default=0)
         trunk, media = self.trunk(record, folder, self.seq_len - max(eighth, longest))
 
-        groups = []  # of branches, one for each plan
-        left_out = []
+        groups, left_out = [], []  # a group of branches for each plan
         free_tokens = 0  # in the last group
         for branch in branches:
             length = len(branch.ids) - 1  # the last token of a branch is only predicted: it takes no position
@@ -320,34 +291,24 @@ class Planner:
     def assemble(self, trunk, media, branches):
         """The plan of a trunk and its branches, side by side."""
         n = len(trunk)
-        # Every branch starts where the trunk ends. The released models saw those of a tree of text alone start at 0:
-        # there the trunk, which is BOS, was not counted.
+        targets = trunk[1:] + branches[0].ids[:1]
+        parts = [(trunk, targets, np.zeros(n), np.arange(n), np.zeros(n))]  # in the order of Plan's fields
+        # A branch starts where the trunk ends; in the released models' trees of text alone at 0, as if without BOS.
         start = 0 if self.released and not media and len(branches) > 1 else n
-        tokens, targets = [trunk], [trunk[1:] + branches[0].ids[:1]]
-        weights, pos, branch_ids = [np.zeros(n)], [np.arange(n)], [np.zeros(n)]
         for b, branch in enumerate(branches, 1):
-            length = len(branch.ids) - 1
-            weight = self.weight(branch.task, sum(branch.has_loss), len(branches))
-            tokens.append(branch.ids[:-1])
-            targets.append(branch.ids[1:])
-            weights.append(weight * np.array(branch.has_loss[1:]))
-            pos.append(start + np.arange(length))
-            branch_ids.append(np.full(length, b))
-        join = lambda parts, dtype: np.concatenate(parts).astype(dtype)
-        return Plan(join(tokens, np.int64), join(targets, np.int64), join(weights, np.float32), join(pos, np.int64),
-                    join(branch_ids, np.int64), media)
+            positions = start + np.arange(len(branch.ids) - 1)
+            weights = self.weight(branch.task, sum(branch.has_loss), len(branches)) * np.array(branch.has_loss[1:])
+            parts.append((branch.ids[:-1], branch.ids[1:], weights, positions, np.full(len(positions), b)))
+        types = (np.int64, np.int64, np.float32, np.int64, np.int64)
+        columns = zip(*parts)
+        arrays = [np.concatenate(column).astype(dtype) for column, dtype in zip(columns, types)]
+        return Plan(*arrays, media)
 
     def weight(self, task, n_trained, n_branches):
-        """Loss weight of each answer token. "spec": by task. "released": less in a long answer and in a full tree."""
-        if self.token_weights == "spec":
-            return TASKS[task][1]
-        if "pointing" in task or "tracking" in task:
-            return 0.2
-        if task == "video_caption":
-            return 0.1
-        if n_branches > 1:
-            n_trained -= 1  # as published: the length of an answer counts its EOS in a single chat, but not in a tree
-        return 2 / math.sqrt(max(n_trained, 1)) / math.sqrt(n_branches)
+        """Loss weight of an answer token: by task, or as released."""
+        if self.token_weights == "released":
+            return released_weight(task, n_trained, n_branches)
+        return TASKS[task][1]
 
     def question(self, record, folder, messages):
         """A plan that ends where the model's answer begins. messages: [{role, content}], the last one the user's."""
@@ -384,8 +345,7 @@ class Dataset:
             return "image_qa"
 
     def weight(self):
-        """sqrt(records), at most those of its cap, times its multiplier: a large set is drawn from more often than a
-        small one, but each of its records less often."""
+        """sqrt(records up to a cap) times a multiplier: a large set is drawn more often, each of its records less."""
         n = min(len(self), int(self.entry.get("size_cap") or len(self)))
         return self.factor * float(self.entry.get("multiplier") or 1) * math.sqrt(n)
 
@@ -405,9 +365,7 @@ def group_of(dataset, mixture):
     task = dataset.task()
     is_pointing = task in ("counting", "video_tracking") or "pointing" in task
     if mixture == "pretrain":
-        if task == "text":
-            return "text"
-        return "pointing" if is_pointing else "captions"
+        return "text" if task == "text" else "pointing" if is_pointing else "captions"
     if mixture == "released":
         groups = {"text": "nlp", "video_tracking": "tracking", "video_pointing": "video_pointing"}
         return dataset.entry.get("sft_group") or groups.get(task, "image_pointing" if is_pointing else "demo")
@@ -439,33 +397,21 @@ def show_mixture(mixture, draws, missing=()):
 
 
 def find_datasets(paths, stage=None):
-    """JSONL files, or folders of them -> ([Dataset], names of the registry's sets of this stage that are not there)."""
+    """JSONL files, or folders of them -> ([Dataset], names of the registry's sets of this stage that are missing)."""
     found, missing = find_files(paths, stage)
-    names = [name for name, _, _ in found]
-    datasets = []
-    for name, files, entry in found:
-        dataset = Dataset(name if names.count(name) == 1 else files[0], files, entry)
-        if not len(dataset):
-            raise ValueError(f"--data {files[0]}: not a single line in it")
-        datasets.append(dataset)
-    return datasets, missing
+    return [Dataset(name, files, entry) for name, files, entry in found], missing
 
 
 # ---- packing: plans side by side in sequences of T tokens --------------------------------------------------
 
 class Packer:
-    """Fills sequences of `seq_len` tokens and `max_crops` crops from a buffer of waiting items, which have n_tokens and
-    n_crops.
-
-    Whenever the buffer is full one sequence leaves: the item that has waited longest, so that none starves, and those
-    that fill the rest best. Nothing is ever cut.
-    """
+    """Fills sequences of `seq_len` tokens and `max_crops` crops from a buffer of items (n_tokens, n_crops). Whenever
+    it is full one sequence leaves: the item that has waited longest, so that none starves, and those that fill the
+    rest best. Nothing is ever cut."""
 
     def __init__(self, seq_len, max_crops, buffer=48):
         assert buffer <= 64, f"a buffer of {buffer}: `emit` keeps one bit of an int64 per waiting item"
-        self.seq_len = seq_len
-        self.max_crops = max_crops
-        self.size = buffer
+        self.seq_len, self.max_crops, self.size = seq_len, max_crops, buffer
         self.waiting = []
         self.refused = 0  # items that fit no sequence
 
@@ -488,8 +434,8 @@ class Packer:
         """One sequence: the oldest item, and the set of others that fills the rest best.
 
         A beam search. Every round grows each set by one item and keeps the `beam` fullest sets. A set only grows by
-        items that come later in the order of size, so no set is built twice. In the arrays below one entry is one
-        set, and bit i of its `members` says whether it holds others[i].
+        items after its newest in the order of size, so none is built twice. In the arrays below one entry is one set,
+        and bit i of its `members` says whether it holds others[i].
         """
         oldest, *others = self.waiting
         tokens = np.array([item.n_tokens for item in others], np.int64)
@@ -523,7 +469,8 @@ class Packer:
             if fill.max() > best_fill:
                 best_fill = fill.max()
                 best_members = int(members[fill.argmax()])
-        sequence, self.waiting = [oldest], []
+        sequence = [oldest]
+        self.waiting = []
         for i, item in enumerate(others):
             leaves = best_members >> i & 1
             (sequence if leaves else self.waiting).append(item)
@@ -538,18 +485,16 @@ def shift(pool, n_patches):
 
 
 def decode(plans, cfg, seq_len, load=load_crops):
-    """One packed sequence with its pixels: ({name: array of T}, crops, pools, events). crops and pools have an array for
-    each image or video, (n, P, ·) uint8 and (m, K); events are [dataset, file:line, reason, detail].
+    """One packed sequence with its pixels: ({name: array of T}, crops, pools, events). crops and pools have an array
+    for each image or video, (n, P, ·) uint8 and (m, K). events: [[dataset, file:line, reason, detail]].
 
-    If media cannot be decoded, their tokens stay, their pixels are zeros and their example is not trained on: the other
-    examples of the sequence, and the order of the stream, are as they would have been.
+    If media cannot be decoded, their tokens stay, their pixels are zeros and their example is not trained on: the
+    stream and the other examples are as they would have been.
     """
     arrays = {name: np.zeros(seq_len, np.int64) for name in ("tokens", "targets", "pos", "example", "branch")}
     arrays["weights"] = np.zeros(seq_len, np.float32)
     n = cfg.crop // cfg.patch
-    crops = []
-    pools = []
-    events = []
+    crops, pools, events = [], [], []
     begin = 0
     n_patches = 0  # in the crops so far
     for e, plan in enumerate(plans, 1):
@@ -572,9 +517,10 @@ def decode(plans, cfg, seq_len, load=load_crops):
 
 
 def collate(sequences):
-    """Decoded sequences -> one batch: (B, T) ids and weights, crops (N, P, ·) uint8 and pool (M, K). Both are None if
-    there are no images."""
-    batch = {name: torch.from_numpy(np.stack([arrays[name] for arrays, *_ in sequences])) for name in sequences[0][0]}
+    """Decoded sequences -> one batch: (B, T) ids and weights, crops (N, P, ·), pool (M, K); None if all is text."""
+    batch = dict(crops=None, pool=None)
+    for name in sequences[0][0]:
+        batch[name] = torch.from_numpy(np.stack([arrays[name] for arrays, *_ in sequences]))
     all_crops, all_pools = [], []
     n_patches = 0
     for _, crops, pools, *_ in sequences:
@@ -583,7 +529,6 @@ def collate(sequences):
             all_crops.append(pixels)
             all_pools.append(shift(pool, before))
             n_patches += pixels.shape[0] * pixels.shape[1]
-    batch["crops"] = batch["pool"] = None
     if all_crops:
         K = max(pool.shape[1] for pool in all_pools)  # images pool 4 patches, video frames 9: fill up with "none"
         padded = [np.pad(pool, ((0, 0), (0, K - pool.shape[1])), constant_values=-1) for pool in all_pools]
@@ -612,16 +557,11 @@ ORDER = 1
 
 
 class Stream:
-    """The one global order of packed sequences: draws, plans and packs.
-
-    mixture: [(Dataset, rate)]. allow_closed: whether records are used whose provenance names a closed model
-    (tools/annotate marks them).
-    """
+    """The one global order of packed sequences: draws, plans and packs. mixture: [(Dataset, rate)]. allow_closed: use
+    records that a closed model made, too (tools/annotate marks them)."""
 
     def __init__(self, mixture, planner, seed, allow_closed=False):
-        self.planner = planner
-        self.seed = seed
-        self.allow_closed = allow_closed
+        self.planner, self.seed, self.allow_closed = planner, seed, allow_closed
         self.sets = {dataset.name: dataset for dataset, _ in mixture}
         self.names = list(self.sets)
         assert len(self.names) == len(mixture), f"two datasets of one name: {self.names} are {len(mixture)}"
@@ -632,12 +572,12 @@ class Stream:
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
         p = self.planner
-        parts = dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=p.max_crops,
-                     point_format=p.cfg.point_format, token_weights=p.token_weights)
+        used = dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=p.max_crops,
+                    point_format=p.cfg.point_format, token_weights=p.token_weights)
         for name, dataset in self.sets.items():
-            parts[f"dataset {name}"] = (f"{len(dataset)} rows at {self.rates[name]:.6%}, "
-                                        f"contents {dataset.lines.contents}")
-        return parts
+            contents = dataset.lines.contents
+            used[f"dataset {name}"] = f"{len(dataset)} rows at {self.rates[name]:.6%}, contents {contents}"
+        return used
 
     def draw(self, k):
         """Which dataset the k-th draw takes: one random number, seeded by the draw."""
@@ -661,15 +601,11 @@ class Stream:
             raise BadRecord("unreadable media", f"{where}: {e}") from None
         except BadRecord as e:
             raise BadRecord(e.reason, f"{where}: {e.detail}") from None
-        fitting = []
         for part, plan in enumerate(plans):
             plan.ref = (name, k, part)
             plan.where = where
-            if plan.n_crops <= self.planner.max_crops:
-                fitting.append(plan)
-            else:
-                left_out.append("too many crops for a row")
-        return fitting, left_out
+        fitting = [plan for plan in plans if plan.n_crops <= self.planner.max_crops]
+        return fitting, left_out + ["too many crops for a row"] * (len(plans) - len(fitting))
 
     def start(self):
         """The state before the first sequence. Its names are in checkpoints, so they stay."""
@@ -708,8 +644,7 @@ class Stream:
             state["taken"][name] += 1
 
     def plans_of_draw(self, name, state, events):
-        """The plans of the current draw. A record that cannot be used gives none; it is counted in `state` and added to
-        `events`."""
+        """The plans of the current draw: none of a record that cannot be used, which goes to `state` and `events`."""
         is_new = state["part"] == 0  # else a resumed stream repeats a draw that it has counted before
         if is_new:
             state["seen"] += 1
@@ -743,8 +678,7 @@ class Stream:
 
 
 class Sample(NamedTuple):
-    """A decoded sequence as it comes out of the DataLoader, whose collate_fn must be the identity: `tuple` would make a
-    plain tuple of it, and the default a tensor in shared memory of every array."""
+    """A decoded sequence as it leaves the DataLoader, if its collate_fn is the identity (`tuple` drops the names)."""
     decoded: tuple  # arrays, crops, pools: what `collate` takes
     state: dict     # of the stream after it; state["row"]: file:line of its examples
     events: list    # what could not be used since this worker's last sequence
@@ -753,9 +687,9 @@ class Sample(NamedTuple):
 class Batches(torch.utils.data.IterableDataset):
     """This rank's sequences, decoded, in order, as Sample: for a DataLoader with batch_size=None.
 
-    A step takes `global_batch` sequences. Of these, rank r of the `world` data-parallel ranks takes r, r + world, ...;
-    its DataLoader workers take turns. Every worker plans and packs the whole stream, which is cheap, and decodes only
-    its own sequences:
+    A step takes `global_batch` sequences. Rank r of the `world` data-parallel ranks takes r, r + world, ... of them,
+    and its DataLoader workers take turns. Every worker plans and packs the whole stream, which is cheap, and decodes
+    only its own sequences:
 
         sequence   0 1 2 3 4 | 5 6 7 8 9 |      global_batch 5
         rank       0 1 0 1 0 | 0 1 0 1 0 |      world 2
@@ -763,10 +697,7 @@ class Batches(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, stream, state=None, rank=0, world=1, global_batch=None, cache_bytes=0):
-        self.stream = stream
-        self.state = state
-        self.rank = rank
-        self.world = world
+        self.stream, self.state, self.rank, self.world = stream, state, rank, world
         self.global_batch = global_batch or world
         self.load = CropCache(cache_bytes) if cache_bytes else load_crops
 
@@ -785,9 +716,8 @@ class Batches(torch.utils.data.IterableDataset):
             events += packed.events
             if i % self.global_batch % self.world != self.rank:
                 continue
-            is_this_workers_turn = of_rank % workers == worker
             of_rank += 1
-            if is_this_workers_turn:
+            if (of_rank - 1) % workers == worker:
                 *decoded, failed = decode(packed.plans, planner.cfg, planner.seq_len, self.load)
                 yield Sample(tuple(decoded), packed.state, events + failed)
                 events = []

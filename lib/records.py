@@ -209,6 +209,15 @@ def media_kind(record):
     return next((kind for kind in MEDIA if kind in record), None)
 
 
+def clip_of(record, length):
+    """(start, end) of the part of a video that a record is about. length: of the file; all in seconds."""
+    start = record.get("start", 0.0)
+    end = min(record.get("end", length), length)
+    if not start <= end:  # a clip of no length is one frame
+        raise wrong_field(f"clip from {start} to {end} s of a video of {length:.2f} s")
+    return start, end
+
+
 def in_clip(annotation, record):
     """An annotation whose times count from the start of the record's clip, as the model counts. Points outside the
     clip are left out."""
@@ -332,7 +341,7 @@ def read_registry():
 
 def find_files(paths, stage=None):
     """JSONL files, or folders of them -> ([(dataset's name, files, entry of the registry or None)], names of the
-    registry's sets of this stage that are not there).
+    registry's sets of this stage that are missing).
 
     In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage. Any other *.jsonl is
     a set of its own.
@@ -352,9 +361,16 @@ def find_files(paths, stage=None):
             found.append((os.path.basename(file).removesuffix(".jsonl"), [file], None))
         if len(found) == before:
             raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl of this stage in it")
+    for _, files, _ in found:
+        if not any(line_index(file)[1][1] for file in files):
+            raise ValueError(f"--data {files[0]}: not a single line in it")
     names = [name for name, _, _ in found]
-    uses_registry = any(entry for _, _, entry in found)  # with only files of one's own, none is missing
-    return found, [name for name in of_stage if name not in names] if uses_registry else []
+    missing = [name for name in of_stage if name not in names]
+    if not any(entry for _, _, entry in found):
+        missing = []  # whoever has only files of his own does not miss the registry's
+    # Datasets are known by their names; two of one name by the paths of their files.
+    found = [(name if names.count(name) == 1 else files[0], files, entry) for name, files, entry in found]
+    return found, missing
 
 
 # ---- what could not be used --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ points. The project's own grammar is in data.py, which uses all of this.
     messages ─► chat_pieces ─► text, each piece to be trained on or only read
     points ─► <points coords="1 1 250 750">cups</points> ─► points
 """
+import math
 import os
 import re
 
@@ -291,17 +292,27 @@ def points_of_answer(a, kind):
     return points, ANSWER_MODES.get(style) or ANSWER_MODES.get(a["task"], "point")
 
 
+def subtitle_text(subtitles, start, times):
+    """What the model reads of [{start, end, text}]: those at most a second from a frame. `start` is that of the clip;
+    the `times` of its frames, and those that the model reads, count from there."""
+    lines = []
+    for s in subtitles:
+        if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times):
+            lines.append(f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n")
+    return "subtitle\n" + "".join(lines) if lines else ""
+
+
 # The released models were given the set that an academic question comes from ("vqa2: What is ..."), which makes their
 # answers as short as that set's. The styles in which people talk have no such prefix, nor has multiple choice.
 NO_PREFIX = frozenset("""
-    point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption text_sft
-    video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end video_transcript
-    video_clip_caption_start_end video_clip_caption_start_end_in_seconds video_clip_transcript_start_end
-    video_clip_transcript_start_end_in_seconds video_frame_caption_timestamp video_frame_caption_timestamp_in_seconds
-    correction_qa video_point video_point_count video_count video_count_point multi_image_pointing multi_image_counting
-    multi_image_point_then_count multi_image_count_then_point video_multiple_choice a_okvqa_mc ai2_diagram
-    ai2_diagram_no_letter science_qa eval_multiple_choice multi_image_mc multi_image_mc_exp mantis_instruct_mc
-    eval_multi_image_mc""".split())
+    point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption
+    text_sft video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end
+    video_transcript video_clip_caption_start_end video_clip_caption_start_end_in_seconds
+    video_clip_transcript_start_end video_clip_transcript_start_end_in_seconds video_frame_caption_timestamp
+    video_frame_caption_timestamp_in_seconds correction_qa video_point video_point_count video_count
+    video_count_point multi_image_pointing multi_image_counting multi_image_point_then_count
+    multi_image_count_then_point video_multiple_choice a_okvqa_mc ai2_diagram ai2_diagram_no_letter science_qa
+    eval_multiple_choice multi_image_mc multi_image_mc_exp mantis_instruct_mc eval_multi_image_mc""".split())
 
 
 def styled(prompt, style):
@@ -326,8 +337,7 @@ def number(x, digits):
 
 
 # The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
-# There is a group for each image (from 1) or frame (seconds), ";" between groups; a point is its id and thousandths of
-# the sides.
+# A group for each image (from 1) or frame (seconds), ";" between groups; a point is its id and thousandths of the sides.
 
 def thousandths(x, y):
     """(x, y) of [0, 1] as the released formatter rounds it: half to even.
@@ -389,6 +399,18 @@ def released_tracks(frames, label, alt=None, ends_only=False, after=None):
         if written and (after is None or t > after):
             groups.append((f"{t:.1f}", sorted((ids[k], seen[k]) for k in written)))
     return released_tag("tracks", groups, label, alt) if groups else ""
+
+
+def released_weight(task, n_trained, n_branches):
+    """Loss weight of an answer token, as published: less in a long answer and in a tree of many branches. n_trained:
+    tokens of the answer and its EOS."""
+    if "pointing" in task or "tracking" in task:
+        return 0.2
+    if task == "video_caption":
+        return 0.1
+    if n_branches > 1:
+        n_trained -= 1  # the published code counts EOS in a single chat, but not in a tree
+    return 2 / math.sqrt(max(n_trained, 1)) / math.sqrt(n_branches)
 
 
 def format_released(points, kind, label, tracks=False, mode="point"):
