@@ -404,8 +404,8 @@ def dry_run(cfg):
     micro = min(cfg.micro_batch, -(-cfg.global_batch // (ranks // cfg.cp)))
     planner = Planner(Tokenizer(SMALL_TOKENIZER, model.cfg.vocab), model.cfg, cfg.seq_len, cfg.tiles, "spec",
                       cfg.max_frames, cfg.max_crops)
-    rows = Stream(open_data(cfg)[0], planner, cfg.seed).rows() if cfg.data else None
-    plans = [next(rows)[0] for _ in range(50 * micro)] if rows else [budget.long_video(planner)] * micro
+    rows = Stream(open_data(cfg)[0], planner, cfg.seed).sequences() if cfg.data else None
+    plans = [next(rows).plans for _ in range(50 * micro)] if rows else [budget.long_video(planner)] * micro
     blank = lambda path, layout, n, patch: np.zeros((layout.n_crops, n * n, patch ** 2 * 3), np.uint8)
     batches = [ready([decode(p, model.cfg, cfg.seq_len, blank) for p in plans[i:i + micro]], model.cfg)
                for i in range(0, len(plans), micro)]

@@ -35,7 +35,8 @@ NOT_BAD = (NO_VIDEO, CLOSED)
 
 MAX_LINE = 32 << 20  # bytes; a longer line is not read
 
-REGISTRY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools", "prepare", "datasets.tsv")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+REGISTRY = os.path.join(ROOT, "tools", "prepare", "datasets.tsv")
 
 
 class BadRecord(Exception):
@@ -343,8 +344,8 @@ def find_files(paths, stage=None):
     """JSONL files, or folders of them -> ([(dataset's name, files, entry of the registry or None)], names of the
     registry's sets of this stage that are missing).
 
-    In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage. Any other *.jsonl is
-    a set of its own.
+    In a folder NAME.jsonl or NAME/*.jsonl is the registry's set NAME, taken if it is of this stage. Any other *.jsonl
+    is a set of its own.
     """
     registry = read_registry()
     of_stage = [name for name, entry in registry.items() if stage is None or stage in entry["stage"].split(",")]

@@ -337,7 +337,7 @@ def number(x, digits):
 
 
 # The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
-# A group for each image (from 1) or frame (seconds), ";" between groups; a point is its id and thousandths of the sides.
+# A group for each image (from 1) or frame (seconds), ";" in between. A point is its id and thousandths of the sides.
 
 def thousandths(x, y):
     """(x, y) of [0, 1] as the released formatter rounds it: half to even.
@@ -432,7 +432,7 @@ def format_released(points, kind, label, tracks=False, mode="point"):
 
 
 def parse_released(text):
-    """[(prefix, id, x, y)] in the released grammar, in order, x and y in thousandths; malformed points are left out."""
+    """[(prefix, id, x, y)] in the released grammar, x and y in thousandths. What is malformed is left out."""
     found = []
     for coords in re.findall(r'<(?:points|tracks)\b[^<>]*coords="([0-9\t:;, .]+)"/?>', text):
         for prefix, items in re.findall(r"(?:^|[\t:,;])(\d{1,9}(?:\.\d{1,9})?) ([0-9. ]+)", coords):

@@ -770,8 +770,8 @@ def test_a_closed_model_behind_an_open_name_is_found_out_and_does_not_train(tmp_
     planner = Planner(tokenizer, tiny_model().cfg, 400, max_frames=4)
     mixture, trained = [(Dataset("captions", files[:1]), 0.5), (Dataset("open", files[1:]), 0.5)], []
     for allowed in (False, True):
-        rows = Stream(mixture, planner, 0, allowed).rows()
-        trained.append({plan.ref[0] for _ in range(20) for plan in next(rows)[0]})
+        sequences = Stream(mixture, planner, 0, allowed).sequences()
+        trained.append({plan.ref[0] for _ in range(20) for plan in next(sequences).plans})
     assert trained == [{"open"}, {"captions", "open"}]
 
 

@@ -208,7 +208,8 @@ def stream_of(world, planner, **kw):
 
 def first_rows(stream, n, state=None):
     out = []
-    for plans, state in stream.rows(state):
+    for packed in stream.sequences(state):
+        plans, state = packed.plans, dict(packed.state, events=packed.events)
         out.append(([(p.where, p.ref, p.tokens.tolist()) for p in plans], state))
         if len(out) == n:
             return out
@@ -266,7 +267,7 @@ def test_bad_rows_are_counted_and_the_rest_untouched(tmp_path, planner, world):
 
 def test_nothing_usable_is_an_error(tmp_path, planner):
     path = write_lines(tmp_path / "bad.jsonl", ["{"])
-    with pytest.raises(ValueError, match="none of the first 200 rows"):
+    with pytest.raises(ValueError, match="none of the first 200 records"):
         first_rows(Stream([(Dataset("bad", [path]), 1.0)], planner, 0), 1)
 
 

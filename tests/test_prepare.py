@@ -31,9 +31,9 @@ from published import CASES
 from tools.prepare import convert
 import data
 from tools import show
-from tools.prepare import __main__ as prepare
 from tools.prepare import fetch
-from data import read_registry
+from tools.prepare import __main__ as prepare
+from lib.records import read_registry
 from eval import load_questions
 from lib.records import parse_record
 from model import Molmo2
@@ -305,7 +305,7 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
     monkeypatch.setattr(sys, "argv", ["show", str(out), "--max_frames", "4"])
     show.main()
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == sum(not n.startswith("eval/") for n in names) and all("rows not used: none" in t
+    assert len(told) == sum(not n.startswith("eval/") for n in names) and all("records not used: none" in t
                                                                               for t in told), told
     flags = [*QUICK, "--seq_len", "512", "--steps", "2", "--global_batch", "8", "--save_every", "2",
              "--data", str(out)]

@@ -78,7 +78,7 @@ def test_overfits_one_batch(planner, world):
     model = tiny_model("qwen").train()
     model.reset_parameters()
     d = Dataset("rows", [world])
-    plans = next(Stream([(d, 1.0)], planner, 0).rows())[0]
+    plans = next(Stream([(d, 1.0)], planner, 0).sequences()).plans
     batch = collate([decode(plans, planner.cfg, 192)])
     optimizers, _ = make_optimizers(model,
                                     Config(optimizer="muon", lr_vit=0.02, lr_connector=0.02, lr_decoder=0.02))

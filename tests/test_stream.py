@@ -14,9 +14,8 @@ import torch
 from conftest import picture, poison, video, write_lines
 
 from lib import media
-from data import (Batches, Dataset, MIXTURES, Stream, collate, decode, find_datasets, line_index, mix, read_registry,
-                  show_mixture)
-from lib.records import parse_record
+from data import Batches, Dataset, MIXTURES, Stream, collate, decode, find_datasets, mix, show_mixture
+from lib.records import line_index, parse_record, read_registry
 
 
 TEXT = dict(annotations=[dict(task="text", prompt="a", answer="b")])

@@ -42,9 +42,9 @@ import av
 from tqdm import tqdm
 
 from tools.prepare import convert
-from data import find_datasets, line_index, read_registry
+from data import find_datasets
 from lib.media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
-from lib.records import BadRecord, parse_record
+from lib.records import BadRecord, line_index, parse_record, read_registry
 from tools.prepare.convert import EVALS, RECIPES, Skip
 from tools.prepare.fetch import (Manifest, Net, NetError, PICTURE_BYTES, UserError, fetch_all, fetch_files,
                                  file_digest, hub_files, hub_rows, is_picture, is_video, origin, room_for)
