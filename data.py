@@ -44,7 +44,7 @@ from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.media import (BadMedia, CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
 from lib.records import (BadRecord, CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, clip_of, count, find_files, in_clip,
-                         media_kind, parse_record, shuffled)
+                         is_closed, media_kind, parse_record, shuffled)
 from lib.text import (CHAT, FIRST_FIELD, NOTHING, WRITABLE, chat_pieces, format_released, multiple_choice, number,
                       parse_released, points_of_answer, released_weight, styled, subtitle_text, write_prompt)
 from lib.weights import BadCheckpoint
@@ -521,16 +521,18 @@ def collate(sequences):
     batch = dict(crops=None, pool=None)
     for name in sequences[0][0]:
         batch[name] = torch.from_numpy(np.stack([arrays[name] for arrays, *_ in sequences]))
-    all_crops, all_pools = [], []
+    all_crops = []
+    all_pools = []
     n_patches = 0
+    K = 0  # images pool 4 patches, video frames 9: the narrower windows are filled up with "none"
     for _, crops, pools, *_ in sequences:
         before = n_patches  # in the sequences before this one
         for pixels, pool in zip(crops, pools):
             all_crops.append(pixels)
             all_pools.append(shift(pool, before))
             n_patches += pixels.shape[0] * pixels.shape[1]
+            K = max(K, pool.shape[1])
     if all_crops:
-        K = max(pool.shape[1] for pool in all_pools)  # images pool 4 patches, video frames 9: fill up with "none"
         padded = [np.pad(pool, ((0, 0), (0, K - pool.shape[1])), constant_values=-1) for pool in all_pools]
         batch["pool"] = torch.from_numpy(np.concatenate(padded))
         batch["crops"] = torch.from_numpy(np.concatenate(all_crops))
@@ -594,7 +596,7 @@ class Stream:
         line, folder, where = dataset.line(i)
         try:
             record = parse_record(line)
-            if not self.allow_closed and any(source.get("closed") for source in record.get("provenance", ())):
+            if not self.allow_closed and is_closed(record):
                 raise BadRecord(CLOSED, "--allow_closed trains on it")
             plans, left_out = self.planner.plan(record, folder, random.Random(f"{self.seed} {name} {i} {epoch}"))
         except BadMedia as e:

@@ -210,6 +210,11 @@ def media_kind(record):
     return next((kind for kind in MEDIA if kind in record), None)
 
 
+def is_closed(record):
+    """Whether a closed model made a part of it: its terms may forbid to train on that."""
+    return any(source.get("closed") for source in record.get("provenance", ()))
+
+
 def clip_of(record, length):
     """(start, end) of the part of a video that a record is about. length: of the file; all in seconds."""
     start = record.get("start", 0.0)
