@@ -240,7 +240,7 @@ class Planner:
             excess = (len(ids) - room) // (len(frame) + 1)
             n_frames = max(len(times) - max(excess, 1), 1)
         offsets = np.arange(len(times)).reshape(-1, 1, 1) * self.n ** 2  # patches in the frames before
-        pools = (pool + offsets).reshape(-1, pool.shape[1])  # (frames * m, K)
+        pools = np.where(pool >= 0, pool + offsets, -1).reshape(-1, pool.shape[1])  # (frames * m, K)
         return ids, [(path, Layout([], pools, len(times), times=tuple((times + start).tolist())))]
 
     def encode_chat(self, messages):
@@ -461,7 +461,7 @@ class Packer:
                 break
             fill = fill[parent] + size[newest]
             if len(fill) > beam:
-                fullest = np.argpartition(-fill, beam)[:beam]
+                fullest = np.argsort(fill, kind="stable")[-beam:]  # a partition leaves ties to the processor
                 parent, newest, fill = parent[fullest], newest[fullest], fill[fullest]
             free_tokens = free_tokens[parent] - tokens[newest]
             free_crops = free_crops[parent] - crops[newest]
@@ -574,8 +574,9 @@ class Stream:
     def fingerprint(self):
         """Everything the order depends on, for the check at resume."""
         p = self.planner
-        used = dict(seed=self.seed, seq_len=p.seq_len, tiles=p.tiles, max_frames=p.max_frames, max_crops=p.max_crops,
-                    point_format=p.cfg.point_format, token_weights=p.token_weights)
+        used = {"version of the order": ORDER, "seed": self.seed, "seq_len": p.seq_len, "tiles": p.tiles,
+                "max_frames": p.max_frames, "max_crops": p.max_crops, "point_format": p.cfg.point_format,
+                "token_weights": p.token_weights}
         for name, dataset in self.sets.items():
             contents = dataset.lines.contents
             used[f"dataset {name}"] = f"{len(dataset)} rows at {self.rates[name]:.6%}, contents {contents}"
@@ -652,17 +653,19 @@ class Stream:
             state["seen"] += 1
         try:
             plans, left_out = self.plans(name, state["taken"][name])
+            why = ", ".join(left_out)
         except BadRecord as e:
-            state["empty"] += 1
+            plans, left_out, why = [], [], e
             count(state["skipped" if e.reason in NOT_BAD else "bad"], name, e.reason)
             where, _, detail = e.detail.partition(": ")
             events.append([name, where, e.reason, detail])
-            if state["empty"] == state["seen"] >= 200:
-                raise ValueError(f"none of the first {state['seen']} records can be used, e.g. {e}") from None
-            return []
         if is_new:
             for reason in left_out:
                 count(state["skipped"], name, reason)
+        if not plans:
+            state["empty"] += 1
+            if state["empty"] == state["seen"] >= 200:
+                raise ValueError(f"none of the first {state['seen']} records can be used, e.g. {why}")
         return plans
 
     def sequences_per_draw(self, sample=64):

@@ -227,7 +227,7 @@ def clip_of(record, length):
 def in_clip(annotation, record):
     """An annotation whose times count from the start of the record's clip, as the model counts. Points outside the
     clip are left out."""
-    if "start" not in record and "end" not in record:
+    if "video" not in record or "start" not in record and "end" not in record:
         return annotation
     start = record.get("start", 0)
     end = record.get("end", math.inf)

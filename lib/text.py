@@ -281,7 +281,7 @@ def points_of_answer(a, kind):
     what follows the given points. The mode is that of `format_points`."""
     points = a["points"]
     style = a.get("style") or a["task"]
-    if "ground_start_end" in style:
+    if kind == "video" and "ground_start_end" in style:
         times = {}  # id -> times at which the object is seen
         for p in points:
             times.setdefault(p["id"], []).append(p["t"])
