@@ -23,10 +23,6 @@ weight 1 and points with weight 2:
 The order of the data depends on (files, mixture, seed) and on nothing else: not on ranks, not on workers. The state
 of the stream is a small JSON object that travels with each sequence; `Stream.sequences(state)` goes on after it.
 
-In this file:   points as text  format_points, parse_points      packing   Packer
-                planning        to_messages, Planner, Plan       decoding  decode, collate
-                mixtures        Dataset, find_datasets, mix      stream    Stream, Batches
-
 Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """
 import copy
@@ -553,8 +549,7 @@ class Packed(NamedTuple):
     events: list  # what could not be used on the way: [dataset, file:line, reason, detail]
 
 
-# Raise it with every change after which the same files and settings give other draws, plans or sequences: a run that
-# was started before is then refused at --resume, and does not go on with other data.
+# Raise it with a change after which the same files and settings give other sequences: --resume then refuses older runs.
 ORDER = 1
 
 

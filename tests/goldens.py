@@ -237,13 +237,13 @@ def draws(stream, n=300):
 
 def packed(stream, n, state=None):
     """n packed sequences: ({ids: [[set, draw, part]], lengths}, state after the last one)."""
-    rows = stream.rows(state)
-    out = [next(rows) for _ in range(n)]
-    state = json.loads(json.dumps(out[-1][1]))
+    sequences = stream.sequences(state)
+    out = [next(sequences) for _ in range(n)]
+    state = json.loads(json.dumps(out[-1].state))
     state["row"] = [place(where) for where in state["row"]]
-    state["events"] = [[name, place(where), reason, ""] for name, where, reason, _ in state["events"]]
+    state["events"] = [[name, place(where), reason, ""] for name, where, reason, _ in out[-1].events]
     return [dict(examples=[list(p.ref) for p in plans], tokens=sum(p.n_tokens for p in plans),
-                 crops=sum(p.n_crops for p in plans)) for plans, _ in out], state
+                 crops=sum(p.n_crops for p in plans)) for plans, _, _ in out], state
 
 
 def order(folder):

@@ -1,4 +1,5 @@
 """Sequences on their way to the model: shared over ranks, workers and steps, decoded, put side by side."""
+import copy
 import itertools
 import json
 import os
@@ -38,11 +39,10 @@ class Planned:
     """The first n sequences of a stream, planned once. It ends: who gets none is found out, nobody waits for ever."""
 
     def __init__(self, stream, n):
-        self.planner, self.all = stream.planner, list(itertools.islice(stream.rows(), n))
+        self.planner, self.all = stream.planner, list(itertools.islice(stream.sequences(), n))
 
-    def rows(self, state=None):
-        for plans, after in self.all[state["rows"] if state else 0:]:
-            yield plans, json.loads(json.dumps(after))
+    def sequences(self, state=None):
+        yield from copy.deepcopy(self.all[state["rows"] if state else 0:])
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def alike(a, b):
 def decoded_in_turn(stream):
     """What a single process would load, without Batches."""
     out = []
-    for plans, state in stream.rows():
+    for plans, state, events in stream.sequences():
         *row, failed = decode(plans, stream.planner.cfg, stream.planner.seq_len)
-        out.append((tuple(row), state, state.pop("events") + failed))
+        out.append((tuple(row), state, events + failed))
     return out
 
 

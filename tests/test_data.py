@@ -482,7 +482,7 @@ def test_one_long_answer_does_not_cost_the_others_their_frames(tokenizer):
     planner = planner_of(tokenizer, seq_len=400)
     clip = lambda *annotations, duration=30.0: dict(video="a.mp4", duration=duration, annotations=list(annotations))
     frames = lambda *annotations: len(plans_of(planner, clip(*annotations))[0][0].media[0][1].times)
-    rest = len(planner.branch(to_messages(DIGITS(100), "video", None))[0]) - 100  # prompt, turns and end
+    rest = len(planner.encode_chat(to_messages(DIGITS(100), "video", None))[0]) - 100  # prompt, turns and end
     plans, left_out = plans_of(planner, clip(TALK, DIGITS(351 - rest)))
     assert left_out == ["annotation too long"] and len(plans[0].media[0][1].times) == frames(*[TALK] * 20)
     plans, left_out = plans_of(planner, clip(TALK, DIGITS(350 - rest)))  # 350 = 7/8 of 400
@@ -490,7 +490,7 @@ def test_one_long_answer_does_not_cost_the_others_their_frames(tokenizer):
     # together they may take an eighth from the media, not more
     trunk = lambda n: max(int((plans_of(planner, clip(*[TALK] * n, duration=d))[0][0].branch == 0).sum())
                           for d in range(10, 30))
-    one = len(planner.branch(to_messages(TALK, "video", None))[0])
+    one = len(planner.encode_chat(to_messages(TALK, "video", None))[0])
     for n in (1, 2, 3, 20, 40):
         assert 400 - min(n * one, 50) - 25 < trunk(n) <= 400 - min(n * one, 50), n
 

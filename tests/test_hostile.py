@@ -454,7 +454,7 @@ def test_clips_of_one_video_come_through_the_workers_cache_as_they_are(folder, t
     path, seen = write_lines(folder / "rows.jsonl", rows), []
     for keep in (0, 10 ** 8):
         stream = Stream([(Dataset("rows", [path]), 1.0)], planner_of(tokenizer), 0)
-        seen.append([crops for ((_, crops, _), *_), _ in zip(Batches(stream, keep=keep), range(12))])
+        seen.append([crops for ((_, crops, _), *_), _ in zip(Batches(stream, cache_bytes=keep), range(12))])
     assert len({crop.tobytes() for crops in seen[0] for crop in crops}) == len(rows)
     for anew, kept in zip(*seen):
         assert len(anew) == len(kept) and all(np.array_equal(a, b) for a, b in zip(anew, kept))

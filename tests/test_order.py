@@ -183,15 +183,15 @@ def stream_over(folder, lines, max_crops=2):
     ids=["crops", "length", "all kinds", "malformed", "closed", "video"])
 def test_a_file_of_unusable_rows_is_named_and_does_not_spin_for_ever(tmp_path, lines, why):
     stream = stream_over(str(tmp_path), lines)
-    with pytest.raises(ValueError, match=f"none of the first 200 rows can be used, e.g. .*{why}") as e:
-        next(stream.rows())
+    with pytest.raises(ValueError, match=f"none of the first 200 records can be used, e.g. .*{why}") as e:
+        next(stream.sequences())
     assert "\n" not in str(e.value)
 
 
 def test_examples_that_fit_no_sequence_are_counted_and_the_others_come(tmp_path):
     half = dict(annotations=FINE["annotations"] + LONG["annotations"])
-    rows = stream_over(str(tmp_path), [WIDE, FINE, LONG, half]).rows()
-    for plans, state in (next(rows) for _ in range(40)):
+    rows = stream_over(str(tmp_path), [WIDE, FINE, LONG, half]).sequences()
+    for plans, state, _ in (next(rows) for _ in range(40)):
         assert plans and all(p.n_crops <= 2 and p.n_tokens <= 100 and p.where[-1] in "24" for p in plans)
     epochs = state["seen"] / 4
     assert epochs > 20 and state["bad"] == {} and set(state["skipped"]) == {"set"}
@@ -205,11 +205,11 @@ def test_a_resumed_run_counts_nothing_twice(tmp_path):
     """Stopped between the parts of a tree, which is planned again."""
     many = dict(annotations=[dict(task="text", prompt="?", answer="word " * 15)] * 12 + LONG["annotations"])
     lines = [many, WIDE, "{"]
-    rows = stream_over(str(tmp_path), lines).rows()
+    rows = stream_over(str(tmp_path), lines).sequences()
     straight = [next(rows) for _ in range(20)]
-    assert {s["part"] for _, s in straight} > {1, 2}
+    assert {s["part"] for _, s, _ in straight} > {1, 2}
     for stop in (0, 1, 5, 18):
-        again = stream_over(str(tmp_path), lines).rows(json.loads(json.dumps(straight[stop][1])))
-        for plans, state in straight[stop + 1:]:
-            plans2, state2 = next(again)
+        again = stream_over(str(tmp_path), lines).sequences(json.loads(json.dumps(straight[stop][1])))
+        for plans, state, _ in straight[stop + 1:]:
+            plans2, state2, _ = next(again)
             assert [p.ref for p in plans2] == [p.ref for p in plans] and state2 == state

@@ -268,9 +268,9 @@ def test_a_worker_that_dies_is_one_line():
         yield
     with pytest.raises(UserError, match="--resume goes on"):
         next_samples(dies(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), 2)
-    with pytest.raises(UserError, match="^none of the first 200 rows can be used$"):
+    with pytest.raises(UserError, match="^none of the first 200 records can be used$"):
         next_samples(dies(ValueError("Caught ValueError in worker 0.\nTraceback\n"
-                                  "ValueError: none of the first 200 rows can be used")), 2)
+                                  "ValueError: none of the first 200 records can be used")), 2)
 
 
 def test_the_readmes_examples_are_good_rows():

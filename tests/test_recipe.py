@@ -108,7 +108,7 @@ def plain_training(cfg, ranks=1, left_out=()):
     """(the model after all steps, rows of a log). left_out: steps that are not applied."""
     model = Molmo2.from_pretrained(cfg.init_from[0]).train()
     sets = [Dataset("rows", [cfg.data[0]]), Dataset("more", [cfg.data[1]])]
-    stream = Stream(list(zip(sets, (8 ** 0.5, 3 * 3 ** 0.5))), planner_of(cfg), 3).rows()
+    stream = Stream(list(zip(sets, (8 ** 0.5, 3 * 3 ** 0.5))), planner_of(cfg), 3).sequences()
     asked = Stream([(sets[0], 1.0)], planner_of(cfg), 0)
     named = {n: p for n, p in model.named_parameters() if part_of(n) not in cfg.freeze
              and not ("embedding" in cfg.freeze and n == "transformer.wte.embedding")}
