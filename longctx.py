@@ -34,5 +34,5 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cfg, run = pretrain.main(DEFAULTS, PRESETS, cache_features=sft.cache_features)
-    print(f'next: python sample.py {run}/latest data/toy/long/eval/video/00000.mp4 "Track the white circle."')
+    pretrain.main(DEFAULTS, PRESETS, cache_features=sft.cache_features,
+                  example='data/toy/long/eval/video/00000.mp4 "Track the white circle."')

@@ -276,7 +276,7 @@ def answers(model, planner, asked, limit, batch=32, world=None):
             raise BadMedia(f"{failed[0][1]}: {failed[0][3]}")
         for i, text in zip(part, said):
             texts[i] = text
-    return [next(t for t in of if t is not None) for of in zip(*world.gather(texts))] if world else texts
+    return [next(t for t in of if t is not None) for of in zip(*world.all_gather(texts))] if world else texts
 
 
 if __name__ == "__main__":

@@ -1,12 +1,28 @@
 """
-Stage 2: the same model meets video, several pictures, moments and tracks, and keeps what it knew.
+Stage 2, supervised fine-tuning: the model that describes and points in images learns video.
 
-    python sft.py                           # a laptop: the toy world's clips, from out/small/pretrain/latest
-    python sft.py --data clips/my.jsonl     # your own videos (README)
-    python sft.py --config 8b --init_from weights/Molmo2-8B --data data/
+    python sft.py                                    # a laptop: toy clips, from out/small/pretrain/latest; 11 minutes
+    python sft.py --data clips/my.jsonl              # your own videos
+    torchrun --nproc_per_node=8 sft.py --config 8b --init_from weights/Molmo2-8B --data data/
 
-The loop is stage 1's. What differs is here: where it starts, what it reads, how much of each, and how fast it
-learns.
+New in this stage are video captions and questions, points at a time of a video, tracks, and questions about several
+images. The image tasks of stage 1 stay in the mixture, or they would be forgotten: mixture "sft" draws each dataset
+in proportion to sqrt(records), times its multiplier in datasets.tsv.
+
+The model, the loss and the loop are those of stage 1. These numbers differ (python sft.py -h has all):
+
+                            stage 1          stage 2        stage 2, small    why
+    steps                    32,000           50,000              2,650
+    sequences per step          256              128                  4
+    tokens per sequence       4,096            4,096                768       small: 8 seconds of video and a track
+    crops per sequence           48               48                 48       so at most 48 frames: raise both for more
+    peak lr  vit               6e-6             5e-6             frozen       all parts are trained by now, so all move
+             connector         2e-4             5e-6             2.5e-3       slowly; small learns most of it here
+             decoder           2e-5             1e-5               2e-3
+    warm-up, steps   2,000/200/2,000             200                 30
+    dropout         0.1 on answers    0.1 everywhere               none
+
+A sequence costs what it costs in stage 1: memory follows tokens and crops, not what they show.
 """
 import dataclasses
 import hashlib
@@ -17,48 +33,48 @@ import torch
 import pretrain
 from pretrain import Config
 
-
 DEFAULTS = dataclasses.replace(
     Config(), stage="sft", previous="pretrain", mixture="sft",
     steps=50_000, global_batch=128, max_crops=48,
-    # Everything is pretrained by now, the connector too: all parts warm up alike and move slowly.
     lr_vit=5e-6, lr_connector=5e-6, lr_decoder=1e-5, warmup_vit=200, warmup_connector=200, warmup_decoder=200,
     residual_dropout=0.1, response_dropout=0.0, save_every=2000)
 
-PRESETS = {
-    # Three times the tokens of stage 1: ten seconds of real video and a track through them fit; of the toy world's
-    # examples four. Few rows a step, many steps; the ViT stays as stage 1 left it.
-    "small": dict(pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48,
-                  freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500,
-                  eval_clips=100, eval_first=True),
-    **{name: preset for name, preset in pretrain.PRESETS.items() if name != "small"},
-}
+PRESETS = dict(pretrain.PRESETS, small=dict(
+    pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48,
+    freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500,
+    eval_clips=100, eval_first=True))
 
 
 def cache_features(vit, cfg, gigabytes, group=32):
-    """A frozen encoder says the same of a crop each time: what it said is kept, in bf16, under the crop's
-    hash, until the room is full. Worth it where crops are small and come often, as in the toy world: a dozen
-    times each. New crops are encoded in groups of one size, so that a resumed run, which begins with nothing
-    kept, gets the very same numbers."""
+    """Make a frozen ViT encode each distinct crop once: its features are kept in bf16, under the hash of the pixels,
+    until `gigabytes` are full. Worth it for `small`, where every toy frame comes back a dozen times.
+
+    New crops are encoded in groups of one size, so that a resumed run, whose cache is empty, gets the same numbers.
+    """
     shape = cfg.patches, len(cfg.vit_features) * cfg.vit_width
-    plain, places = vit.forward, {}
-    kept = torch.empty(int(gigabytes * 2 ** 29 / math.prod(shape)), *shape, dtype=torch.bfloat16)
+    cache = torch.empty(int(gigabytes * 2 ** 29 / math.prod(shape)), *shape, dtype=torch.bfloat16)
+    slots = {}  # hash of a crop -> its row in `cache`
+    encode = vit.forward
 
     def forward(crops):
-        keys = [hashlib.blake2b(c.tobytes(), digest_size=16).digest() for c in crops.cpu().numpy()]
-        known = [i for i, k in enumerate(keys) if k in places]
-        new = [i for i, k in enumerate(keys) if k not in places]
-        out = torch.empty(len(crops), *shape, dtype=torch.bfloat16)
-        out[known] = kept[[places[keys[i]] for i in known]]
-        for some in (new[i:i + group] for i in range(0, len(new), group)):
-            out[some] = plain(crops[some + some[:1] * (group - len(some))])[:len(some)].bfloat16().cpu()
-            for i in some:
-                if len(places) < len(kept):
-                    kept[places.setdefault(keys[i], len(places))] = out[i]
-        return out.to(crops.device, torch.float32)
+        keys = [hashlib.blake2b(crop.tobytes(), digest_size=16).digest() for crop in crops.cpu().numpy()]
+        features = torch.empty(len(crops), *shape, dtype=torch.bfloat16)  # (N, P, F)
+        new = [i for i, key in enumerate(keys) if key not in slots]
+        for i, key in enumerate(keys):
+            if key in slots:
+                features[i] = cache[slots[key]]
+        for start in range(0, len(new), group):
+            indices = new[start:start + group]
+            padding = indices[:1] * (group - len(indices))
+            features[indices] = encode(crops[indices + padding])[:len(indices)].bfloat16().cpu()
+            for i in indices:
+                if len(slots) < len(cache):  # there is room
+                    slot = slots.setdefault(keys[i], len(slots))
+                    cache[slot] = features[i]
+        return features.to(crops.device, torch.float32)
     vit.forward = forward
 
 
 if __name__ == "__main__":
-    cfg, run = pretrain.main(DEFAULTS, PRESETS, cache_features=cache_features)
-    print(f'next: python sample.py {run}/latest data/toy/clips/eval/video/00024.mp4 "Track the red circle."')
+    pretrain.main(DEFAULTS, PRESETS, cache_features=cache_features,
+                  example='data/toy/clips/eval/video/00024.mp4 "Track the red circle."')

@@ -1,26 +1,31 @@
 """
-What pretrain.py needs to run on more than one device, and to survive: the mesh, sharding, checkpoints of the
-training state, signals, and a pulse that tells which rank has died. Each of these is a few plain lines.
+What training needs on more than one device, and to survive: ranks, sharding, checkpoints, signals, logs.
 
     python pretrain.py                               1 process, plain modules
-    torchrun --nproc_per_node=8 pretrain.py         8 ranks: each reads its own rows (data parallel, dp)
-    torchrun --nproc_per_node=8 longctx.py --cp 4   2 x 4 ranks: 4 share a row (context parallel, ulysses.py)
+    torchrun --nproc_per_node=8 pretrain.py          8 ranks: each reads its own sequences (data parallel, dp)
+    torchrun --nproc_per_node=8 longctx.py --cp 4    2 x 4 ranks: 4 share a sequence (context parallel, ulysses.py)
 
-        rank      0    1    2    3  |  4    5    6    7
-        row       a    a    a    a  |  b    b    b    b       dp 2
-        tokens   0-¼  ¼-½  ½-¾  ¾-1 | 0-¼  ¼-½  ½-¾  ¾-1      cp 4
-        weights   ⅛    ⅛    ⅛    ⅛  |  ⅛    ⅛    ⅛    ⅛       FSDP2: sharded over all ranks of a node, and copied
-                                                              from node to node
+        rank       0    1    2    3  |  4    5    6    7
+        sequence   a    a    a    a  |  b    b    b    b       dp 2
+        tokens    0-¼  ¼-½  ½-¾  ¾-1 | 0-¼  ¼-½  ½-¾  ¾-1      cp 4
+        weights    ⅛    ⅛    ⅛    ⅛  |  ⅛    ⅛    ⅛    ⅛       FSDP2: sharded over the ranks of a node, and copied
+                                                               from node to node
 
-Every rank divides its loss by the same number, the step's weight over all ranks, so gradients are those of
-one process with all rows. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
+Every rank divides its loss by the same number, the step's loss weight over all ranks, so gradients are those of
+one process with all sequences. FSDP2 takes the mean over ranks; hence the loss is multiplied by their number.
+
+In this file:  ranks        World, start                       checkpoints  Saver, damage, last_complete
+               sharding     shard_model, gather_full_model     resuming     check_resume, start_over
+               signals      stop_signals, lock, Heartbeat      output       Log, Progress
 """
 import contextlib
+import copy
 import ctypes
 import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +34,7 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -38,31 +43,39 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.utils.checkpoint import checkpoint
 
-from lib.weights import read_json
+from lib import budget
+from lib.weights import read_json, write_json
+from model import Molmo2
 
 
 class UserError(Exception):
     """Something the user can put right; shown as one line, exit code 2."""
 
 
-# ---- who is there ------------------------------------------------------------------------------------------
+# ---- ranks -------------------------------------------------------------------------------------------------
 
 @dataclass
 class World:
-    """This process among all: `size` ranks in all, cp of them share a row."""
+    """This process among all: `size` ranks, of which each group of `cp` shares its sequences."""
     device: str
     rank: int = 0
     size: int = 1
     cp: int = 1
     mesh: object = None        # (copies, shards), for FSDP2
-    cp_group: object = None
+    cp_group: object = None    # the ranks that share this one's sequences
     control: object = None     # CPU group for small messages
     saving: object = None      # CPU group of the thread that writes checkpoints
-    pulse: object = None       # its `step` is told when a rank dies
+    heartbeat: object = None   # its `step` is named when a rank fails
+    lock: object = None        # the file that keeps other runs out of this one's folder
+
+    @property
+    def is_main(self):
+        """Rank 0 reads and writes the files of a run, and prints."""
+        return self.rank == 0
 
     @property
     def dp(self):
-        """How many rows are read at a time."""
+        """Data-parallel groups: how many sequences are read at a time."""
         return self.size // self.cp
 
     @property
@@ -73,138 +86,168 @@ class World:
     def cp_rank(self):
         return self.rank % self.cp
 
-    def gather(self, value):
-        """Every rank's value, in the order of ranks. For small Python objects."""
-        values = [value]
-        if self.size > 1:
-            values = [None] * self.size
-            dist.all_gather_object(values, value, group=self.control)
+    def print(self, text):
+        """Print on rank 0 alone."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def all_gather(self, value):
+        """[the value of every rank], in the order of ranks. For small Python objects."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def first(self, do, tell=lambda value: value):
-        """do() on the first rank alone. It gets what do() returns and the others tell(that), a small object;
-        what the user can put right is raised on all of them."""
-        value = error = None
-        if self.rank == 0:
-            try:
-                value = do()
-            except (UserError, ValueError) as e:
-                error = e
-        told, error = self.gather((None if value is None else tell(value), error))[0]
-        if error:
-            raise error
-        return value if self.rank == 0 else told
-
-    def add(self, x):
-        """The sum of a tensor over all ranks."""
+    def all_reduce_sum(self, x):
+        """The sum of a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
+    def on_main(self, do, broadcast=lambda value: value):
+        """do() on rank 0 alone. Rank 0 gets its value, the others broadcast(value), which should be small. What the
+        user can put right (UserError, ValueError) is raised on all ranks."""
+        value = message = error = None
+        if self.is_main:
+            try:
+                value = do()
+                message = broadcast(value)
+            except (UserError, ValueError) as e:
+                error = e
+        message, error = self.all_gather((message, error))[0]
+        if error:
+            raise error
+        return value if self.is_main else message
+
     def close(self):
-        """Part from the other ranks in peace."""
+        """Wait for the other ranks, then leave the process group."""
         if self.size > 1:
-            self.gather(None)
-            self.pulse.over.set()
-            self.pulse.thread.join()
+            self.all_gather(None)
+            self.heartbeat.over.set()
+            self.heartbeat.thread.join()
             dist.destroy_process_group()
 
 
 def start(device, cp=1):
-    """Join the other ranks, if torchrun started some: NCCL between GPUs, gloo between CPUs."""
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    """Join the other ranks, if torchrun started any: NCCL between GPUs, gloo between CPUs."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if size % cp:
-        raise UserError(f"--cp {cp}: {size} process{'es' * (size > 1)} cannot be parted into groups of {cp}"
-                        + (f"; start them with torchrun --nproc_per_node={cp}" if size == 1 else ""))
+        fix = f"; start {cp} with torchrun --nproc_per_node={cp}" if size == 1 else ""
+        raise UserError(f"--cp {cp}: {size} process(es) cannot be split into groups of {cp}{fix}")
     if size == 1:
-        return World(device, pulse=SimpleNamespace(step=0))
+        return World(device, heartbeat=SimpleNamespace(step=0))
     if device == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     store, rank, _ = next(dist.rendezvous("env://"))
+    # Half an hour, since rank 0 may draw the toy world or index files meanwhile; the heartbeat finds the dead sooner.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", rank=rank, world_size=size,
                             store=dist.PrefixStore("ours", store), timeout=timedelta(minutes=30))
+
+    # FSDP2 gathers weights within a node, where links are fast. Nodes hold copies, and exchange gradients alone.
     node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    node = node if size % node == 0 and node % cp == 0 else size
+    if size % node or node % cp:
+        node = size
     mesh = dist.init_device_mesh(device, (size // node, node), mesh_dim_names=("copies", "shards"))
     cp_mesh = dist.init_device_mesh(device, (size // cp, cp), mesh_dim_names=("dp", "cp"))
-    world = World(device, rank, size, cp, mesh if size > node else mesh["shards"], cp_mesh["cp"].get_group(),
-                  *(dist.new_group(backend="gloo") for _ in range(2)))
-    world.pulse = Heartbeat(world, store)
+    world = World(device, rank, size, cp)
+    world.mesh = mesh if size > node else mesh["shards"]
+    world.cp_group = cp_mesh["cp"].get_group()
+    world.control = dist.new_group(backend="gloo")
+    world.saving = dist.new_group(backend="gloo")
+    world.heartbeat = Heartbeat(world, store)
     return world
 
 
+# ---- sharding ----------------------------------------------------------------------------------------------
+
+def empty_model(cfg):
+    """A model of a ModelConfig, or of a preset's name, on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return Molmo2(cfg)
+
+
 def shard_model(model, world, compile_blocks, recompute, bf16):
-    """Turn a plain model into this rank's part of it, in place: activation checkpointing, compilation and
-    FSDP2, block by block and in this order, so that what is computed again is compiled too. Only the first
-    rank's model needs to hold numbers; on its device no rank ever has more than its part and one block."""
+    """Turn a plain model into this rank's shard of it, in place and block by block. Only rank 0's model needs to
+    hold numbers; on its device no rank ever has more than its shard and one block.
+
+    The order inside a block: activation checkpointing, then compilation, so that what is computed again is compiled
+    too, then FSDP2 around both, so that weights are gathered before and freed after.
+    """
     if world.size > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # Weights are kept and gradients are added up in fp32; inputs stay as they are (loss weights, angles).
-        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32,
-                                      cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     else:
         model.to(world.device)
 
     def shard(module):
         if world.size > 1:
-            receive(module, world)
+            broadcast_weights(module, world)
             fully_shard(module, mesh=world.mesh, mp_policy=policy)
+
     if compile_blocks:
         # A version each for ViT and decoder, training and evaluation, one crop and many; beyond that an error,
         # for PyTorch would quietly go on without compiling.
-        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 16, True
+        torch._dynamo.config.recompile_limit = 16
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in model.blocks():
         if recompute:
             block.forward = checkpointed(block.forward)
         if compile_blocks:
             block.compile()
         shard(block)
-    shard(model)
+    shard(model)  # what is in no block: embedding, head, connector
 
 
 def checkpointed(forward):
-    """Keep the inputs of `forward` alone, and call it again on the way back. A function of ours, since the
-    compiler does not look into what checkpoint() itself is called with."""
+    """Activation checkpointing: keep the inputs of `forward` alone, and call it again in the backward pass.
+    A function of ours, since the compiler does not look into what checkpoint() itself is called with."""
     def run(*args, **kw):
         return checkpoint(forward, *args, use_reentrant=False, **kw)
     return run
 
 
-def receive(module, world):
-    """Give parameters that are not sharded yet the first rank's numbers, on this rank's device."""
-    new = {}  # a tied one is met twice
+def broadcast_weights(module, world):
+    """Give the parameters that are not sharded yet the numbers of rank 0, on this rank's device."""
+    new = {}  # old parameter -> new one; a tied parameter comes up twice
     for m in module.modules():
-        for name, p in [*m.named_parameters(recurse=False)]:
-            if hasattr(p, "full_tensor"):
+        for name, p in list(m.named_parameters(recurse=False)):
+            if hasattr(p, "full_tensor"):  # sharded already, with its block
                 continue
             if p not in new:
-                full = torch.empty_like(p, device=world.device) if world.rank else p.detach().to(world.device)
+                full = p.detach().to(world.device) if world.is_main else torch.empty_like(p, device=world.device)
                 dist.broadcast(full, 0)
                 new[p] = torch.nn.Parameter(full, p.requires_grad)
             setattr(m, name, new[p])
 
 
-def whole(model, make, device=None, keep=True):
-    """A plain model with all weights, built by make(): `model` itself if it was not shared and no other
-    `device` is asked for. All ranks call it; those that do not `keep` get None."""
+def gather_full_model(model, device=None, keep=True):
+    """A plain model with all weights: `model` itself if it is not sharded and no other `device` is asked for.
+    All ranks must call it, as each sends its shards; those that do not `keep` the result get None."""
     if not dist.is_initialized() and device is None:
         return model
     state = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         full = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
-        if keep:  # a copy of its own: training goes on
+        if keep:  # a copy, since training goes on while a thread writes it
             state[name] = full.to(device or full.device, copy=True)
     if not keep:
         return None
-    with torch.device("meta"):
-        plain = make()
+    plain = empty_model(model.cfg)
     plain.load_state_dict(state, assign=True)
     return plain.eval()
 
 
-def number(x):
-    """A float, of a tensor that may be spread over ranks."""
-    return float(x.full_tensor() if hasattr(x, "full_tensor") else x)
+def clip_gradients(model, largest):
+    """Clip the gradient norm of each part of the model by itself. Returns the norms before, one float a part."""
+    norms = []
+    for named in model.parts().values():
+        trained = [p for _, p in named if p.requires_grad]
+        if trained:
+            norm = torch.nn.utils.clip_grad_norm_(trained, largest)
+            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+    return norms
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -215,17 +258,35 @@ def number(x):
 #                    COMPLETE      written last: the sha256 of every file, as `sha256sum -c COMPLETE` reads it
 # run/latest         -> the last complete one
 #
-# Everything is written under another name and synced before it gets its own: after a power cut or a kill -9 a
-# name never stands for half a checkpoint. What a disk or a copy did to it later, the sums tell.
+# Everything is written under another name and synced before it gets its final one: after a power cut or a kill -9
+# a name never stands for half a checkpoint. The sums show what a disk or a copy did to it later.
 
 def optimizer_state(optimizers, names):
-    """{"optimiser/what/parameter": tensor}"""
-    return {f"{i}/{what}/{names[p]}": t for i, o in enumerate(optimizers) for p, s in o.state.items()
-            for what, t in s.items()}
+    """{"optimiser/what/parameter": tensor}, e.g. "0/exp_avg/lm_head.weight"."""
+    tensors = {}
+    for i, optimizer in enumerate(optimizers):
+        for p, state in optimizer.state.items():
+            tensors |= {f"{i}/{what}/{names[p]}": t for what, t in state.items()}
+    return tensors
+
+
+def load_optimizers(folder, optimizers, names, world):
+    """Fill the optimisers with the state saved in `folder`, by however many ranks."""
+    reader = dcp.FileSystemReader(os.path.join(folder, "train_state"))
+    parameters = {name: p for p, name in names.items()}
+    tensors = {}
+    for key, saved in reader.read_metadata().state_dict_metadata.items():
+        p = parameters[key.split("/", 2)[2]]
+        # A moment has the shape of its parameter and is sharded like it; a step count is one number.
+        tensors[key] = torch.zeros_like(p) if saved.size == p.shape else torch.zeros(saved.size)
+    dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
+    for key, t in tensors.items():
+        i, what, name = key.split("/", 2)
+        optimizers[int(i)].state[parameters[name]][what] = t
 
 
 def sync(path):
-    """Have the disk keep a file, or the names in a folder."""
+    """Wait until a file, or the names in a folder, are on the disk and not in its cache."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -233,209 +294,317 @@ def sync(path):
         os.close(handle)
 
 
-def digest(path):
+def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Saver:
-    """Writes checkpoints while training goes on: what is to be saved is copied; a thread writes the copy."""
+    """Writes checkpoints while training goes on: `save` copies the state to the CPU, a thread writes the copy."""
 
     def __init__(self, run, world):
-        self.run, self.world, self.thread, self.error = run, world, None, None
-        for name in os.listdir(run) if world.rank == 0 else ():
-            if re.fullmatch(r"\.step_\d+\.tmp", name):  # of a run that was killed
-                shutil.rmtree(os.path.join(run, name))
+        self.run, self.world = run, world
+        self.thread = None
+        self.error = None  # of the thread, one line
+        if world.is_main:
+            for name in os.listdir(run):
+                if re.fullmatch(r"\.step_\d+\.tmp", name):  # of a run that was killed
+                    shutil.rmtree(os.path.join(run, name))
 
-    def save(self, step, model, make, optimizers, names, write_files):
-        """Begin to write run/step_N. make(): an empty model; write_files(model, folder): everything but the
-        optimiser. All ranks call it."""
+    def save(self, step, model, tokenizer, optimizers, names, about):
+        """Begin to write run/step_N. All ranks call it. about: what --resume needs to know, for state.json."""
         self.finish()
-        first, name = self.world.rank == 0, f"step_{step:07d}"
-        aside = os.path.join(self.run, f".{name}.tmp")
-        copy = whole(model, make, "cpu", keep=first)
+        final = os.path.join(self.run, f"step_{step:07d}")
+        unfinished = os.path.join(self.run, f".step_{step:07d}.tmp")
+        plain = gather_full_model(model, "cpu", keep=self.world.is_main)
         state = optimizer_state(optimizers, names)
-        tensors = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.makedirs(os.path.join(aside, "train_state"))
-        self.world.gather(None)  # nobody writes before the folder is there
+        state = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
+        about = copy.deepcopy(about)
+        if self.world.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.makedirs(os.path.join(unfinished, "train_state"))
+        self.world.all_gather(None)  # the folder must be there before any rank writes into it
 
         def write():
             try:
-                with warnings.catch_warnings():  # that there is one process alone is no surprise
+                with warnings.catch_warnings():  # DCP warns where there is one process alone
                     warnings.simplefilter("ignore")
-                    dcp.save(tensors, checkpoint_id=os.path.join(aside, "train_state"),
+                    dcp.save(state, checkpoint_id=os.path.join(unfinished, "train_state"),
                              process_group=self.world.saving, no_dist=self.world.size == 1)
-                if first:
-                    write_files(copy, aside)
-                    publish(aside, os.path.join(self.run, name))
-            except BaseException as e:  # DCP's own is one; it is told at the next step, by all ranks
+                if self.world.is_main:
+                    plain.save_pretrained(unfinished, about["config"]["max_frames"])
+                    tokenizer.save(unfinished)
+                    write_json(os.path.join(unfinished, "train_state", "state.json"), about)
+                    publish(unfinished, final)
+            except BaseException as e:  # DCP's error is not an Exception; the ranks exchange it at the next step
                 free = shutil.disk_usage(self.run).free / 2 ** 30
-                why = (str(e).strip() or repr(e)).splitlines()[-1]
-                self.error = f"{aside}: {why} (that disk has {free:.1f} GB free)"
-                if first:
-                    shutil.rmtree(aside, ignore_errors=True)
+                reason = (str(e).strip() or repr(e)).splitlines()[-1]
+                self.error = f"{unfinished}: {reason} (that disk has {free:.1f} GB free)"
+                if self.world.is_main:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+
         self.thread = threading.Thread(target=write, name="checkpoint")
         self.thread.start()
 
     def finish(self):
-        """Wait until what was begun is on disk, on all ranks. UserError where it could not be written."""
+        """Wait until the checkpoint in progress is on disk, on all ranks. UserError if it could not be written."""
         if self.thread:
             self.thread.join()
             self.thread = None
-            self.check(self.world.gather(self.error))
+            self.check(self.world.all_gather(self.error))
 
     @staticmethod
     def check(errors):
-        """Stop where a rank could not write; what it had written before is whole."""
-        errors = [e for e in errors if e]
-        if errors:
-            raise UserError(f"the checkpoint could not be written, the one before it is whole: {errors[0]}")
+        """Stop if any rank could not write. errors: of all ranks, None where there is none."""
+        for error in errors:
+            if error:
+                raise UserError(f"the checkpoint could not be written, the one before it is whole: {error}")
 
 
-def publish(aside, final):
-    """Give a finished checkpoint its name, and make it the latest."""
+def publish(unfinished, final):
+    """Give a finished checkpoint its final name, and make it the latest."""
     sums = []
-    for path, _, files in os.walk(aside):
-        for file in (os.path.join(path, name) for name in sorted(files)):
-            sync(file)
-            sums.append(f"{digest(file)}  {os.path.relpath(file, aside)}\n")
-        sync(path)
-    with open(os.path.join(aside, "COMPLETE"), "w") as f:
+    for folder, _, names in os.walk(unfinished):
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            sync(path)
+            sums.append(f"{sha256(path)}  {os.path.relpath(path, unfinished)}\n")
+        sync(folder)
+    with open(os.path.join(unfinished, "COMPLETE"), "w") as f:
         f.writelines(sums)
         f.flush()
         os.fsync(f.fileno())
-    sync(aside)
+    sync(unfinished)
     shutil.rmtree(final, ignore_errors=True)
-    os.rename(aside, final)
+    os.rename(unfinished, final)
+
+    # A link cannot be changed in place: make a new one and rename it over the old one, which is one step on the disk.
     run, name = os.path.split(final)
-    link = os.path.join(run, "latest")
+    latest = os.path.join(run, "latest")
     with contextlib.suppress(FileNotFoundError):
-        os.remove(link + ".tmp")
-    os.symlink(name, link + ".tmp")
-    os.replace(link + ".tmp", link)
+        os.remove(latest + ".tmp")
+    os.symlink(name, latest + ".tmp")
+    os.replace(latest + ".tmp", latest)
     sync(run)
 
 
 def damage(folder, leave_out=()):
-    """What is wrong with a checkpoint, in one line, or None: its files against their sums in COMPLETE."""
+    """What is wrong with a checkpoint, in one line, or None: its files against their sums in COMPLETE.
+    leave_out: beginning of the names of files that are not read."""
     path = os.path.join(folder, "COMPLETE")
     try:
         with open(path) as f:
             sums = [line.rstrip("\n").split("  ", 1) for line in f]
-        for want, name in sums:
+        for expected, name in sums:
             path = os.path.join(folder, name)
-            if not name.startswith(leave_out) and digest(path) != want:
+            if not name.startswith(leave_out) and sha256(path) != expected:
                 return f"{path}: not what was written (its sha256 differs from that in COMPLETE)"
     except OSError as e:
         return f"{path}: {e.strerror}"
-    except ValueError:
+    except ValueError:  # a line without two spaces, or not text at all
         sums = []
     return None if sums else f"{os.path.join(folder, 'COMPLETE')}: not a list of sums"
 
 
 def last_complete(run):
-    """(The last checkpoint of a run that is as it was written, or None; [what is wrong with later ones])."""
-    latest, wrong = os.path.join(run, "latest"), []
-    names = [n for n in os.listdir(run) if re.fullmatch(r"step_\d+", n)] if os.path.isdir(run) else []
-    if os.path.islink(latest):  # a kill -9 may have come just before it was moved on
-        names = [n for n in names if n <= os.readlink(latest)]
-    for folder in (os.path.join(run, n) for n in sorted(names, reverse=True)):
-        wrong.append(damage(folder))
-        if not wrong[-1]:
-            return folder, wrong[:-1]
-    return None, wrong
+    """(folder of the last undamaged checkpoint of a run, or None; [what is wrong with later ones])."""
+    names = os.listdir(run) if os.path.isdir(run) else []
+    names = [name for name in names if re.fullmatch(r"step_\d+", name)]
+    latest = os.path.join(run, "latest")
+    if os.path.islink(latest):  # after a kill -9 there may be one that `latest` was not moved to yet
+        names = [name for name in names if name <= os.readlink(latest)]
+    problems = []
+    for name in sorted(names, reverse=True):
+        folder = os.path.join(run, name)
+        problem = damage(folder)
+        if not problem:
+            return folder, problems
+        problems.append(problem)
+    return None, problems
 
 
-def load_optimizers(folder, optimizers, names, world):
-    """Fill the optimisers with the state saved in `folder`, by however many ranks."""
-    reader = dcp.FileSystemReader(os.path.join(folder, "train_state"))
-    by_name, tensors = {n: p for p, n in names.items()}, {}
-    for key, saved in reader.read_metadata().state_dict_metadata.items():
-        p = by_name[key.split("/", 2)[2]]
-        tensors[key] = torch.zeros_like(p) if saved.size == p.shape else torch.zeros(saved.size)
-    dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
-    for key, t in tensors.items():
-        i, what, name = key.split("/", 2)
-        optimizers[int(i)].state[by_name[name]][what] = t
+# ---- what a run starts from --------------------------------------------------------------------------------
+
+def check_same_model(folder, found, config, wanted):
+    """Refuse a checkpoint of another network than --config is. found, wanted: ModelConfigs."""
+    may_differ = ("point_format", "frame_tokens", "max_positions", "yarn_layers", "tie")
+    found = asdict(found)
+    differences = []
+    for name, value in asdict(wanted).items():
+        if name not in may_differ and found[name] != value:
+            differences.append(f"{name} is {found[name]}, not {value}")
+    if differences:
+        raise UserError(f"--init_from {folder}: not of --config {config}: {', '.join(differences[:3])}")
 
 
-# ---- survival ----------------------------------------------------------------------------------------------
+def check_init_from(folders):
+    """Refuse a damaged checkpoint of ours; others have no COMPLETE, and nothing that tells."""
+    if len(folders) > 2:
+        raise UserError(f"--init_from {' '.join(folders)}: one checkpoint, or a language model and a SigLIP")
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, "COMPLETE")):
+            problem = damage(folder, leave_out="train_state")  # which is not read
+            if problem:
+                raise UserError(f"--init_from {folder}: {problem}; an earlier step_* beside it may be whole")
+
+
+
+# fields of the Config that do not change what is learned, so that a resumed run may have other values
+MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
+              "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
+
+
+def check_resume(run, cfg):
+    """Where to start: (folder of the run's last checkpoint, its state.json: step, config, stream, fingerprint,
+    failed); without --resume no folder, and the first step."""
+    if not cfg.resume:
+        return None, dict(step=0, stream=None, failed={})
+    folder, problems = last_complete(run)
+    if not folder and problems:
+        raise UserError(f"--resume: no checkpoint under {run} is whole: {'; '.join(problems)}")
+    if not folder:
+        raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start")
+    for problem in problems:
+        print(f"not resuming from a damaged checkpoint: {problem}")
+    saved = read_json(os.path.join(folder, "train_state", "state.json"))
+    for key, before in saved["config"].items():
+        now = getattr(cfg, key, None)
+        if isinstance(now, tuple):
+            now = list(now)  # as JSON has it
+        if now != before and key not in MAY_CHANGE:
+            raise UserError(f"--resume: --{key} is {now} now, but the run was started with {before}")
+    print(f"resuming after step {saved['step']}")
+    return folder, saved
+
+
+def check_same_data(before, now):
+    """A resumed run must read what it read before, in the same order. before, now: `Stream.fingerprint()`."""
+    for key in [*before, *now]:
+        if before.get(key) != now.get(key):
+            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but was "
+                            f"{before.get(key, 'not there')} when the run was started")
+
+
+def start_over(run):
+    """An empty folder for a new run; an earlier one is kept under another name."""
+    if os.path.exists(os.path.join(run, "log.jsonl")):
+        k = 1
+        while os.path.exists(f"{run}.old{k}"):
+            k += 1
+        os.rename(run, f"{run}.old{k}")
+        print(f"an earlier run was moved to {run}.old{k} (--resume would have continued it)")
+    os.makedirs(run, exist_ok=True)
+
+
+# ---- signals, and ranks that fail --------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list of when SIGTERM and Ctrl-C came, so that a step can be finished first. A second ends at once, unless it
-    is the same one: torchrun passes on what a job queue has sent to all processes."""
-    seen = []  # not an Event: its lock would wait for itself where a second signal interrupts the note of the first
+    """A list of when SIGTERM and Ctrl-C came, so that a step can be finished first. A second one ends at once, unless
+    it is the same one: torchrun passes on what a job queue has sent to all processes."""
+    times = []  # not an Event: its lock would wait for itself where a second signal interrupts the note of the first
 
     def note(number, frame):
-        seen.append(time.monotonic())
-        if seen[-1] - seen[0] > 2:
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 2:
             os._exit(1)
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield seen
+        yield times
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def lock(path, world):
-    """Hold a file for as long as this process lives, so that two runs cannot write into one folder."""
+    """Rank 0 locks a file for as long as `world` lives, so that two runs cannot write into one folder."""
     def hold():
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        held = open(path, "w")
+        file = open(path, "w")
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{path}: another run is writing into this folder; wait for it, stop it or "
                             "choose another --out") from None
-        return held
-    return world.first(hold, tell=lambda held: None)
-
-
-def end_if_a_rank_is_lost(error):
-    """Say so and end this process where an error is a collective's, because another rank is gone. Which one
-    is named by torchrun on its machine, and by its pulse."""
-    if dist.is_initialized() and re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
-        Heartbeat.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
+        return file
+    world.lock = world.on_main(hold, broadcast=lambda file: None)
 
 
 class Heartbeat:
-    """Each rank says every few seconds that it lives and listens to the next one. A rank that died, or whose
-    machine did, would otherwise leave the others waiting in a collective for half an hour."""
+    """A thread by which each rank reports every few seconds that it lives, and listens to the next rank. If a rank
+    or its machine fails, the others would otherwise wait in a collective for half an hour."""
 
-    EVERY, PATIENCE = 3, 25  # seconds; then torchrun waits 30 for a rank that hangs on its own machine
+    EVERY = 3      # seconds
+    PATIENCE = 25  # seconds; torchrun waits another 30 for a rank that hangs on its own machine
+    ours = None    # that of this process
 
     def __init__(self, world, store):
-        self.rank, self.next, self.store, self.step = world.rank, (world.rank + 1) % world.size, store, 0
-        self.over, Heartbeat.ours = threading.Event(), self
+        self.rank = world.rank
+        self.next = (world.rank + 1) % world.size
+        self.store = store  # torchrun's, on the machine of rank 0
+        self.step = 0       # for messages; the training loop sets it
+        self.over = threading.Event()
         self.thread = threading.Thread(target=self.beat, daemon=True)
+        Heartbeat.ours = self
         self.thread.start()
 
     def beat(self):
-        heard, since = None, time.time()
-        for beat in itertools.count():
+        """Write this rank's count and step, read the next rank's, until `over` is set."""
+        last, since = None, time.time()  # what the next rank wrote last, and when that changed
+        for count in itertools.count():
             over = self.over.wait(self.EVERY)
             try:
-                self.store.set(f"pulse {self.rank}", "over" if over else f"{beat} {self.step}")
+                self.store.set(f"heartbeat {self.rank}", "over" if over else f"{count} {self.step}")
                 if over:
                     return
-                known = self.store.check([f"pulse {self.next}"])
-                said = self.store.get(f"pulse {self.next}").decode() if known else None
+                begun = self.store.check([f"heartbeat {self.next}"])  # get() alone would wait for it
+                heard = self.store.get(f"heartbeat {self.next}").decode() if begun else None
             except Exception as e:  # the store lives with rank 0, or with torchrun on its machine
                 self.end(f"the store is gone ({e}): rank 0 or its machine has died")
-            if said != heard or said == "over":
-                heard, since = said, time.time()
+            if heard != last or heard == "over":
+                last, since = heard, time.time()
             elif time.time() - since > self.PATIENCE:
+                step = last.split()[1] if last else 0
                 self.end(f"rank {self.next} has not been heard of for {self.PATIENCE} s, "
-                         f"the last time in step {heard.split()[1] if heard else 0}")
+                         f"the last time in step {step}")
 
     def end(self, what):
         print(f"error: step {self.step}, rank {self.rank}: {what}. --resume goes on from the last checkpoint",
               file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def end_if_a_rank_is_lost(error):
+    """If `error` is a collective's, because another rank is gone, print that and end this process. Which rank it was
+    is named by torchrun on its machine, and by the heartbeat."""
+    if dist.is_initialized() and re.search("[Cc]onnection|gloo|NCCL|peer|[Tt]imed out", str(error)):
+        Heartbeat.ours.end(f"another rank is gone: {str(error).splitlines()[0]}")
+
+
+# ---- workers: the processes that decode media for a rank ---------------------------------------------------
+
+def identity(x):
+    return x
+
+
+def make_loader(samples, workers, prefetch):
+    """An iterator over an IterableDataset of samples, made by `workers` processes, up to `prefetch` ahead in each."""
+    # collate_fn: the default would move every array of a sample into a shared file of its own
+    return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=identity,
+                                            prefetch_factor=prefetch if workers else None))
+
+
+def next_samples(loader, n):
+    """[the next n samples]. What goes wrong in a worker becomes one line."""
+    try:
+        return [next(loader) for _ in range(n)]
+    except ValueError as e:  # raised in a worker, it carries the worker's traceback
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise UserError(f"{e}: a process that decodes images died, perhaps for want of memory; --resume "
+                        "goes on, --workers 0 decodes in the training process") from None
 
 
 def die_with_parent():
@@ -448,78 +617,149 @@ def die_with_parent():
 def obey_the_parent_alone():
     """Ctrl-C, torchrun and job queues signal all processes of a run, but the training process wants to finish its
     step and needs this worker for it: only a signal that it sends itself ends the worker."""
+    if not hasattr(signal, "sigwaitinfo"):  # on a Mac
+        return
     signals = {signal.SIGINT, signal.SIGTERM}
+    parent = os.getppid()
 
     def listen():
         while signal.sigwaitinfo(signals).si_pid != parent:
             pass
         os._exit(0)
 
-    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
-        parent = os.getppid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        threading.Thread(target=listen, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=listen, daemon=True).start()
+
+
+# ---- what a step reports, and what a run prints ------------------------------------------------------------
+
+@dataclass
+class Report:
+    """What a rank sends to all others about a step, before it runs it."""
+    flops: float = 0.0         # of its sequences, before they are sharded; 0 on CPU
+    wait: float = 0.0          # seconds it waited for data
+    stop: bool = False         # a signal asked for the end of the run
+    error: str | None = None   # of the thread that writes its checkpoint
+    weight: float = 0.0        # sum of its loss weights
+    tokens: int = 0            # without padding
+    crops: int = 0
+    events: list = field(default_factory=list)  # what could not be used: [dataset, file:line, reason, detail]
+    records: list = field(default_factory=list)  # ["file:line"] of the first few in its sequences
+    state: dict | None = None  # of the stream after its last sequence
+
+    def add(self, samples, batches):
+        """Add up what a rank's samples and its shards of their batches hold."""
+        for _, state, events in samples:
+            self.records += state["row"]
+            self.events += events
+            self.state = state
+        self.records = sorted(set(self.records))[:4]
+        for batch in batches:
+            self.weight += float(batch["weights"].sum())
+            self.tokens += int((batch["example"] > 0).sum())
+            self.crops += len(batch["crops"])
+        return self
+
+
+def throughput(cfg, reports, world, seconds, bf16):
+    """The rates of a step of so many seconds, for the log. tflops_per_s: of all ranks together; mfu: as a share of
+    the peak of their cards, where that is known; memory_gb: the most that this rank has used so far."""
+    data_reports = reports[::world.cp]  # the ranks of a cp group share sequences, and decode the same crops
+    tokens = sum(report.tokens for report in reports)
+    crops = sum(report.crops for report in data_reports)
+    flops = sum(report.flops for report in data_reports)
+    padded = cfg.global_batch * cfg.seq_len
+    rates = dict(tokens_per_s=round(tokens / seconds, 1), padded_tokens_per_s=round(padded / seconds, 1),
+                 crops_per_s=round(crops / seconds, 1), fill=round(tokens / padded, 4),
+                 wait=round(max(report.wait for report in reports) / seconds, 4))
+    if flops:
+        rates["tflops_per_s"] = round(flops / seconds / 1e12, 1)
+    peak = budget.peak_flops(world.device, bf16)
+    if peak:
+        rates["mfu"] = round(flops / seconds / world.size / peak, 4)
+    rates["memory_gb"] = round(budget.peak_memory(world.device) / 2 ** 30, 3)
+    return rates
+
+
+def show_config(cfg, defaults):
+    """Print the resolved configuration in columns; what differs from the default of the stage is marked with *."""
+    items = []
+    for name, value in vars(cfg).items():
+        mark = " " if value == getattr(defaults, name) else "*"
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        items.append(f"{mark}{name}={text}")
+    width = max(map(len, items)) + 2
+    columns = max(1, 110 // width)
+    for i in range(0, len(items), columns):
+        print("".join(item.ljust(width) for item in items[i:i + columns]).rstrip())
 
 
 class Log:
-    """log.jsonl: one object per step; a resumed run drops what came after its checkpoint, so no step appears
-    twice. Ranks other than the first write into the void."""
+    """A file of one JSON object a line. A resumed run drops what came after its checkpoint, so no step appears
+    twice. Ranks other than 0 write into the void."""
 
-    def __init__(self, path, keep, first=True):
-        self.path, self.kept, self.file = path, [], open(os.devnull, "w")
-        if not first:
+    def __init__(self, path, last_step, is_main=True):
+        self.path = path
+        self.kept = []  # lines up to `last_step`
+        if not is_main:
+            self.file = open(os.devnull, "w")
             return
-        kept = self.kept
-        if keep and os.path.exists(path):
+        if last_step and os.path.exists(path):
             with open(path) as f:
                 for line in f:
                     with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
-                        kept += [line] if json.loads(line)["step"] <= keep else []
+                        if json.loads(line)["step"] <= last_step:
+                            self.kept.append(line)
         with open(path + ".tmp", "w") as f:
-            f.writelines(kept)
+            f.writelines(self.kept)
         os.replace(path + ".tmp", path)
         self.file = open(path, "a")
 
-    def write(self, **row):
-        self.file.write(json.dumps(row) + "\n")
+    def write(self, **fields):
+        self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 
-MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips",
-              "eval_first", "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
 
+class Progress:
+    """A bar on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
 
-def check_resume(run, cfg):
-    """(folder of the run's last checkpoint, what it says: step, config, stream, fingerprint, failed)."""
-    folder, wrong = last_complete(run)
-    if not folder:
-        raise UserError(f"--resume: no checkpoint under {run}; leave --resume away to start" if not wrong else
-                        f"--resume: no checkpoint under {run} is whole: {'; '.join(wrong)}")
-    for what in wrong:
-        print(f"not resuming from a damaged checkpoint: {what}")
-    saved = read_json(os.path.join(folder, "train_state", "state.json"))
-    for key, was in saved["config"].items():
-        now = getattr(cfg, key, None)
-        now = list(now) if isinstance(now, tuple) else now
-        if now != was and key not in MAY_CHANGE:
-            raise UserError(f"--resume: --{key} is {now} now, but the run was started with {was}")
-    return folder, saved
+    def __init__(self, steps, start, world):
+        self.steps, self.world = steps, world
+        self.began = time.time()
+        self.bar = None
+        if world.is_main and sys.stdout.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=steps, initial=start, dynamic_ncols=True)
 
+    def show(self, step, loss, tokens_per_s, seconds):
+        """One step is done, in so many seconds."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tok/s", refresh=False)
+            self.bar.update()
+        elif step <= 3 or step % 25 == 0 or step == self.steps:
+            self.world.print(f"step {step:5d}/{self.steps}  loss {loss:.4f}  {seconds * 1000:6.0f} ms  "
+                             f"{tokens_per_s:8,.0f} tok/s  {time.time() - self.began:5.0f} s")
 
-def check_same_data(was, now):
-    """A resumed run must read what it read before, in the same order."""
-    was = {"version of the order": 1} | was  # checkpoints from before it had a number do not say
-    for key in [*was, *now]:
-        if was.get(key) != now.get(key):
-            raise UserError(f"--resume: {key} is {now.get(key, 'gone')} now, but was "
-                            f"{was.get(key, 'not there')} when the run was started")
+    def scores(self, step, before, scores):
+        """Print the scores of an evaluation; in a table beside those `before` the first step, if there are any."""
+        text = f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        if before:
+            text = f"{'':34}{'before':>8}{f'step {step}':>12}"
+            for name, value in scores.items():
+                text += f"\n{name:34}{before.get(name, math.nan):8.3f}{value:12.3f}"
+        if self.bar is None:
+            self.world.print(text)
+        else:
+            self.bar.write(text)  # without breaking the bar
 
-
-def start_over(run):
-    """An empty folder for a new run; an earlier one is kept under another name."""
-    if os.path.exists(os.path.join(run, "log.jsonl")):
-        k = 1
-        while os.path.exists(f"{run}.old{k}"):
-            k += 1
-        os.rename(run, f"{run}.old{k}")
-        print(f"an earlier run was moved to {run}.old{k} (--resume would have continued it)")
-    os.makedirs(run, exist_ok=True)
+    def end(self, run, step, state, bad):
+        """Print what was left out, how long it took, and where the checkpoint is."""
+        if self.bar is not None:
+            self.bar.close()
+        if state and (state["bad"] or state["skipped"] or bad.failed):
+            self.world.print(f"not used, by dataset: {bad.counts(state)}, {bad.log.path} lists them; "
+                             f"left out: {state['skipped']}")
+        minutes = (time.time() - self.began) / 60
+        self.world.print(f"{minutes:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}")
+        if step < self.steps:
+            self.world.print(f"stopped by a signal after step {step}; --resume goes on")
