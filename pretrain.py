@@ -91,8 +91,7 @@ class Config:
     eval_clips: int = flag(0, "records of the toy world's held-out clips, tracks and pairs to ask about, likewise")
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     cp: int = flag(1, "ranks that share a sequence (context parallelism, ulysses.py); divides ranks and heads")
-    recompute: bool = flag(False, "activation checkpointing: keep the inputs of blocks alone, and compute each block "
-                                  "again in the backward pass; a third more work, a fraction of the memory")
+    recompute: bool = flag(False, "activation checkpointing: run each block twice; a third more work, far less memory")
     workers: int = flag(2, "processes that decode images and videos; 0 = the training process itself")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
@@ -176,8 +175,7 @@ def load_model(cfg, checkpoint=None):
     if cfg.init_from:
         check_init_from(cfg.init_from)
         model = Molmo2.from_pretrained(*cfg.init_from)
-        model.cfg.window = 0  # in Molmo2 every layer of an OLMo-3 sees everything
-        model.cfg.window_layers = ()
+        model.cfg.window, model.cfg.window_layers = 0, ()  # in Molmo2 every layer of an OLMo-3 sees everything
         check_same_model(cfg.init_from[0], model.cfg, cfg.config, MODELS[cfg.config])
     else:
         print("starting from random weights (no --init_from)")
@@ -199,7 +197,7 @@ def open_data(cfg):
     except (OSError, ValueError) as e:
         raise UserError(str(e)) from None
     if "toy" in cfg.data:
-        multipliers = {"sft": toy.FACTORS}.get(cfg.mixture, {})  # after stage 1, what is new is drawn more often
+        multipliers = {"sft": toy.FACTORS}.get(cfg.mixture, {})  # by mixture: what is new is drawn more often
         for dataset in datasets:
             dataset.factor = multipliers.get(dataset.name, 1.0)
     by_name = {dataset.name: dataset for dataset in datasets}
