@@ -416,7 +416,7 @@ def train(cfg, defaults, stop, cache_features=None):
         # 5. The sequences of this step. The ranks exchange what all must know: W, the loss weight of all sequences,
         # by which the sum of all losses is divided; where the stream is; who could not use a record or has to stop.
         samples = next_samples(loader, rank_sequences)
-        decoded = [sample[0] for sample in samples]
+        decoded = [sample.decoded for sample in samples]
         batches = make_batches(decoded, micro_batch, most_sequences, model.cfg, cfg.seq_len)
         wait = time.time() - tick
         flops = sum(budget.step_flops(b, model.cfg, cfg.freeze) for b in batches) if device != "cpu" else 0
@@ -499,8 +499,8 @@ def dry_run(cfg):
     planner = Planner(Tokenizer(SMALL_TOKENIZER, model.cfg.vocab), model.cfg, cfg.seq_len, cfg.tiles, "spec",
                       cfg.max_frames, cfg.max_crops)
     if cfg.data:
-        stream = Stream(open_data(cfg)[0], planner, cfg.seed).rows()
-        sequences = [next(stream)[0] for _ in range(50 * micro_batch)]  # enough to meet one with many crops
+        stream = Stream(open_data(cfg)[0], planner, cfg.seed).sequences()
+        sequences = [next(stream).plans for _ in range(50 * micro_batch)]  # enough to meet one with many crops
     else:
         sequences = [budget.long_video(planner)] * micro_batch
     blank = lambda path, layout, n, patch: np.zeros((layout.n_crops, n * n, patch ** 2 * 3), np.uint8)

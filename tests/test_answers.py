@@ -70,7 +70,7 @@ def test_an_answer_of_the_real_model_ends_before_its_end_token(planner):
 
 
 class Ranks:
-    """`gather` as distributed.World has it, between threads."""
+    """`all_gather` as distributed.World has it, between threads."""
 
     def __init__(self, size):
         self.size, self.values, self.meet = size, [None] * size, threading.Barrier(size, timeout=60)
@@ -81,7 +81,7 @@ class Ranks:
 
         def start(rank):
             try:
-                out[rank] = of_rank(SimpleNamespace(rank=rank, size=self.size, gather=lambda v: self.gather(rank, v)))
+                out[rank] = of_rank(SimpleNamespace(rank=rank, size=self.size, all_gather=lambda v: self.gather(rank, v)))
             except BaseException as e:
                 wrong.append(e)
                 self.meet.abort()

@@ -63,7 +63,7 @@ def check_gradients(rank, ranks, cp, style):
         got = shared(**mine, z_loss=1e-3) / (W / ranks)
         got.backward()
         total = world.all_reduce_sum(got.detach()) / ranks
-        torch.testing.assert_close(total, want.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(total, want.detach(), rtol=1e-5, atol=0)
         whole = math.hypot(*(float(p.grad.norm()) for p in plain.parameters() if p.grad is not None))
         for (name, a), b in zip(plain.named_parameters(), shared.parameters()):
             a = torch.zeros_like(a) if a.grad is None else a.grad
@@ -188,25 +188,14 @@ def signalled(said):
 
 
 def test_a_signal_may_come_while_the_one_before_is_noted():
-    """Hundreds in half a second: some of them interrupt the handler itself, which must hold no lock."""
-    code = """
-import os, signal, time
-from lib import distributed
-with distributed.stop_signals() as stop:
-    child = os.fork()
-    until = time.monotonic() + 0.5
-    while not child and time.monotonic() < until:
-        os.kill(os.getppid(), signal.SIGTERM)
-        os.kill(os.getppid(), signal.SIGINT)
-    if not child:
-        os._exit(0)
-    while not os.waitpid(child, os.WNOHANG)[0]:
-        [str(i) for i in range(1000)]
-    print(bool(stop))
-"""
-    p = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(HERE), capture_output=True, text=True,
-                       timeout=60)
-    assert p.returncode == 0 and p.stdout == "True\n", p.stderr[-2000:]
+    """The handler must hold no lock: it would wait for itself for ever."""
+    context = multiprocessing.get_context("forkserver")
+    hear, said = context.Pipe(duplex=False)
+    p = context.Process(target=signalled, args=(said,))
+    p.start()
+    p.join(120)
+    p.kill()
+    assert p.exitcode == 0 and hear.recv() > 3
 
 
 @pytest.mark.slow
