@@ -7,15 +7,22 @@ Molmo2, the whole network, in one file that needs torch alone.
                                                                                                       ▼
                                                        decoder blocks (one mask rule) ─► norm ─► head ─► next token
 
-Three published decoders are covered by one `Block` and two switches: `norm_after` (OLMo normalises what a
-sub-layer puts out, Qwen3 what it takes in) and `qk_norm` (OLMo over the whole projection, Qwen3 per head).
-Module names are those of the released checkpoints, so that loading one is a dictionary look-up and no
-translation (lib/weights.py).
+Three published decoders are covered by one `Block` and two switches: `norm_after` (OLMo normalises what a sub-layer
+puts out, Qwen3 what it takes in) and `qk_norm` (OLMo over the whole projection, Qwen3 per head). Modules are named
+as in the released checkpoints, so that loading one is a dictionary look-up (lib/weights.py).
 
     python model.py              # parameters of every preset, counted without allocating them
 
-Shapes:  B rows, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one visual token,
-         D width, H heads, G key/value heads, hd head width, V vocabulary
+Seams: what other files replace in a built model, and by which function. Nothing else is patched from outside.
+
+    model.mask, block.self_attn.attend     lib/flex.install              blocks of the mask on CUDA, for training
+    the same two, vision_backbone.forward  ulysses.install               context parallelism; after lib/flex.install
+    block.forward                          lib/distributed.shard_model   activation checkpointing; then compile
+    vision_backbone.image_vit.forward      sft.cache_features            a frozen ViT encodes each crop once
+    attend of every module, block.forward  lib/budget.count_bytes        memory without numbers, on the meta device
+
+Shapes:  B sequences in the batch, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
+         visual token, D width, H heads, G key/value heads, hd head width, S keys, V vocabulary
 """
 import math
 from dataclasses import dataclass, replace
@@ -24,11 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-
 EXTRA = 128  # input-only embedding rows after the base vocabulary: what the model reads but never writes
-# Their order is the released one: the k-th name has id V + k. The first nine but <|image|> make up the vision
-# tokens.
+# Their order is the released one: the k-th name has id V + k. Up to <frame_end> all but <|image|> are vision tokens.
 READ_ONLY = ("<image_start>", "<image_end>", "<image>", "<image_col>", "<low_res_image_start>", "<|image|>",
              "<image_low>", "<frame_start>", "<frame_end>", "<|video|>")
 IMAGE = READ_ONLY.index("<image>")
@@ -36,26 +40,22 @@ IMAGE = READ_ONLY.index("<image>")
 
 @dataclass
 class ModelConfig:
-    """Sizes of one network. The defaults are the vision half every released model shares (SigLIP 2
-    so400m/14)."""
+    """Sizes of one network. The defaults are OLMo-2-1B and the ViT of all released models (SigLIP 2 so400m/14)."""
     layers: int = 16                # decoder blocks
     width: int = 2048               # D of the decoder
-    heads: int = 16
+    heads: int = 16                 # H
     kv_heads: int = 16              # G; fewer than heads = grouped-query attention
-    head_dim: int = 128
+    head_dim: int = 128             # hd
     mlp: int = 8192                 # inner width of the decoder's SwiGLU
-    # inner width of the connector's SwiGLU; 0 = as the decoder's, as in every released model
-    projector_mlp: int = 0
+    projector_mlp: int = 0          # inner width of the connector's SwiGLU; 0 = as the decoder's, as released
     vocab: int = 100352             # V: rows of the base table and of the head; the EXTRA rows come on top
     norm_after: bool = True         # True: x + norm(f(x)) (OLMo); False: x + f(norm(x)) (Qwen3)
-    # "full": one RMSNorm over all heads (OLMo); "head": per head (Qwen3); "none"
-    qk_norm: str = "full"
+    qk_norm: str = "full"           # "full": one RMSNorm over all heads (OLMo); "head": per head (Qwen3); "none"
     eps: float = 1e-6               # of every RMSNorm
     rope_theta: float = 5e5
     yarn: dict | None = None        # {"factor", "original", "beta_fast", "beta_slow", "attention_factor"}
     yarn_layers: tuple = ()         # decoder layers that use it; the others keep plain RoPE
-    # tokens a query looks back in `window_layers`; only plain OLMo-3 has that, Molmo2 never
-    window: int = 0
+    window: int = 0                 # tokens a query looks back in `window_layers`: in plain OLMo-3, never in Molmo2
     window_layers: tuple = ()
     tie: bool = False               # the head is the base embedding table
     max_positions: int = 36864      # written to config.json for other readers; RoPE itself needs no limit
@@ -66,12 +66,9 @@ class ModelConfig:
     vit_head_dim: int = 72
     vit_mlp: int = 4304
     vit_eps: float = 1e-6
-    # block outputs handed on, in this order; blocks after the last one do not exist
-    vit_features: tuple = (24, 18)
-    # how the model was taught to write points and times: "spec" or "released" (data.py)
-    point_format: str = "spec"
-    # video frames stand between <frame_start> and <frame_end>, else the tokens of a picture
-    frame_tokens: bool = True
+    vit_features: tuple = (24, 18)  # block outputs handed on, in this order; blocks after the last one do not exist
+    point_format: str = "spec"      # how the model was taught to write points and times: "spec" or "released"
+    frame_tokens: bool = True       # video frames stand between <frame_start> and <frame_end>, else as images do
 
     def __post_init__(self):
         self.projector_mlp = self.projector_mlp or self.mlp
@@ -87,14 +84,12 @@ class ModelConfig:
         return self.vocab + IMAGE
 
 
-OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0,
-                  attention_factor=1.2079441541679836)
+OLMO3_YARN = dict(factor=8.0, original=8192, beta_fast=32.0, beta_slow=1.0, attention_factor=1.2079441541679836)
 QWEN3 = dict(norm_after=False, qk_norm="head", vocab=151936, layers=36, heads=32, kv_heads=8)
 PRESETS = {
-    "small": ModelConfig(layers=3, width=128, heads=8, kv_heads=8, head_dim=16, mlp=256, vocab=1024,
-                         rope_theta=1e4, norm_after=False, qk_norm="head", max_positions=6912, crop=64,
-                         patch=8, vit_width=128, vit_heads=8, vit_head_dim=16, vit_mlp=256,
-                         vit_features=(2, 1)),
+    "small": ModelConfig(layers=3, width=128, heads=8, kv_heads=8, head_dim=16, mlp=256, vocab=1024, rope_theta=1e4,
+                         norm_after=False, qk_norm="head", max_positions=6912, crop=64, patch=8, vit_width=128,
+                         vit_heads=8, vit_head_dim=16, vit_mlp=256, vit_features=(2, 1)),
     "1b": ModelConfig(),
     "4b": ModelConfig(**QWEN3, width=2560, mlp=9728, rope_theta=5e6),
     "7b": ModelConfig(layers=32, width=4096, heads=32, kv_heads=32, mlp=11008, vocab=100278, yarn=OLMO3_YARN,
@@ -103,7 +98,7 @@ PRESETS = {
 }
 
 
-# ---- the attention mask: one rule, used by every path ------------------------------------------------------
+# ---- the attention mask: one rule, used by every path --------------------------------------------------------------
 
 def is_vision(tokens, vocab):
     """Which ids are vision tokens (patches, columns, starts and ends): bool, the shape of `tokens`."""
@@ -112,30 +107,30 @@ def is_vision(tokens, vocab):
 
 
 def may_attend(q, k, example, branch, vision):
-    """The rule. q, k: positions in one row (any shapes that broadcast); example, branch, vision: (T,) of that
-    row.
+    """The rule. q, k: positions in one sequence (any shapes that broadcast); example, branch, vision: its ids (T,).
 
     A query sees a key of its own example, in the trunk or in its own branch, if the key is not in the future.
-    Vision tokens of one example see each other in both directions, across all its pictures and frames.
+    Vision tokens of one example see each other in both directions, across all its images and frames.
     """
-    same = (example[q] == example[k]) & (example[q] > 0)
-    family = (branch[k] == 0) | (branch[k] == branch[q])
-    return same & family & ((k <= q) | (vision[q] & vision[k]))
+    same_example = (example[q] == example[k]) & (example[q] > 0)
+    trunk_or_own_branch = (branch[k] == 0) | (branch[k] == branch[q])
+    return same_example & trunk_or_own_branch & ((k <= q) | (vision[q] & vision[k]))
 
 
 def dense_mask(example, branch, vision):
-    """The rule for whole rows: (B, T) ids -> (B, 1, T, T) bool, True = may attend. For SDPA."""
+    """The rule for a batch: (B, T) ids -> (B, 1, T, T) bool, True = may attend. For SDPA."""
     t = torch.arange(example.shape[1], device=example.device)
-    rows = [may_attend(t[:, None], t[None], *ids) for ids in zip(example, branch, vision)]
-    return torch.stack(rows)[:, None]
+    masks = [may_attend(t[:, None], t[None], *ids) for ids in zip(example, branch, vision)]
+    return torch.stack(masks)[:, None]
 
 
-# ---- small parts -------------------------------------------------------------------------------------------
+# ---- small parts ---------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         y = x.float()  # in bf16 the mean of squares would lose most of its digits
@@ -144,36 +139,31 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(cfg, yarn, device=None):
-    """Rotation per position for each pair of channels: ((hd/2,) fp32, factor on cos and sin).
-
-    YaRN (arXiv 2309.00071) stretches the slow pairs by `factor`, leaves the fast ones alone and blends in
-    between.
-    """
+    """Radians per position for each pair of channels: ((hd/2,) fp32, factor on cos and sin). YaRN (arXiv 2309.00071)
+    stretches the slow pairs by `factor`, leaves the fast ones alone and blends in between."""
     d = cfg.head_dim
-    inv = cfg.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
+    frequencies = cfg.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
     if not yarn:
-        return inv, 1.0
-    pair_that_turns = lambda n: d * math.log(yarn["original"] / (n * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
-    # pairs below turn often enough: kept as they are
-    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
-    # pairs above never finish a turn: stretched
-    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), d - 1)
-    ramp = ((torch.arange(d // 2, device=device) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return inv / yarn["factor"] * ramp + inv * (1 - ramp), yarn["attention_factor"]
+        return frequencies, 1.0
+    # The pair that turns so often over the original context. Pairs below `low` keep their speed; above `high` none
+    # finishes a turn.
+    pair_with = lambda turns: d * math.log(yarn["original"] / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+    low = max(math.floor(pair_with(yarn["beta_fast"])), 0)
+    high = min(math.ceil(pair_with(yarn["beta_slow"])), d - 1)
+    stretched = ((torch.arange(d // 2, device=device) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequencies / yarn["factor"] * stretched + frequencies * (1 - stretched), yarn["attention_factor"]
 
 
 def rope_table(cfg, pos, yarn):
-    """cos and sin for positions (B, T): two (B, 1, T, hd) fp32, the second half of the channels repeating the
-    first."""
-    inv, factor = rope_frequencies(cfg, yarn, pos.device)
-    angle = pos[:, None, :, None].float() * inv  # (B, 1, T, hd/2)
-    angle = torch.cat([angle, angle], -1)
+    """cos and sin for positions (B, T): two (B, 1, T, hd) fp32, whose second half of channels repeats the first."""
+    frequencies, factor = rope_frequencies(cfg, yarn, pos.device)
+    angle = (pos[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)  # (B, 1, T, hd)
     return angle.cos() * factor, angle.sin() * factor
 
 
 def rotate(x, cos, sin):
-    a, b = x.float().chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    first_half, second_half = x.float().chunk(2, -1)
+    return (x * cos + torch.cat([-second_half, first_half], -1) * sin).to(x.dtype)
 
 
 def attend(q, k, v, mask=None):
@@ -186,31 +176,34 @@ def random_drop(x, p):
     return x if p is None else x * (torch.rand_like(x) >= p) / (1 - p)
 
 
-# ---- vision: pixels of crops -> features of patches --------------------------------------------------------
+# ---- vision: pixels of crops -> features of patches ----------------------------------------------------------------
 
 class MHA(nn.Module):
-    """Attention with biases, as the ViT and the pooling use it: `dim_in` -> heads x head_dim -> heads x
-    head_dim."""
+    """Attention with biases, of the ViT and the pooling: (B, T, dim_in) -> (B, T, heads x head_dim)."""
 
     def __init__(self, dim_in, heads, head_dim):
         super().__init__()
-        dim, self.head_dim = heads * head_dim, head_dim
-        self.wq, self.wk, self.wv = (nn.Linear(dim_in, dim) for _ in range(3))
+        dim = heads * head_dim
+        self.head_dim = head_dim
+        self.wq = nn.Linear(dim_in, dim)
+        self.wk = nn.Linear(dim_in, dim)
+        self.wv = nn.Linear(dim_in, dim)
         self.wo = nn.Linear(dim, dim)
+        self.attend = attend  # a seam
 
     def forward(self, x, context=None, mask=None):
         context = x if context is None else context
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, hd)
-                   for y in (self.wq(x), self.wk(context), self.wv(context)))
-        # The published code computes this in fp32 even under bf16. SDPA keeps its softmax and sums in fp32 by
-        # itself.
-        return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        q, k, v = self.wq(x), self.wk(context), self.wv(context)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H, T, hd)
+        # The published code computes this in fp32 even under bf16. SDPA keeps its softmax and sums in fp32 by itself.
+        return self.wo(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class ViTMLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.w1, self.w2 = nn.Linear(cfg.vit_width, cfg.vit_mlp), nn.Linear(cfg.vit_mlp, cfg.vit_width)
+        self.w1 = nn.Linear(cfg.vit_width, cfg.vit_mlp)
+        self.w2 = nn.Linear(cfg.vit_mlp, cfg.vit_width)
 
     def forward(self, x):
         return self.w2(F.gelu(self.w1(x), approximate="tanh"))
@@ -235,16 +228,14 @@ class ViT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.features = cfg.vit_features
-        # a patch is (row, column, channel)
-        self.patch_embedding = nn.Linear(cfg.patch * cfg.patch * 3, cfg.vit_width)
+        self.patch_embedding = nn.Linear(cfg.patch * cfg.patch * 3, cfg.vit_width)  # a patch: (row, column, channel)
         self.positional_embedding = nn.Parameter(torch.zeros(cfg.patches, cfg.vit_width))
         blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(max(cfg.vit_features) + 1))
         self.transformer = nn.ModuleDict({"resblocks": blocks})
 
     def forward(self, crops):
         """(N, P, patch·patch·3) uint8 or already in [-1, 1] -> (N, P, features · width)."""
-        # pixels travel as bytes and are normalised here: a quarter of the traffic
-        if crops.dtype == torch.uint8:
+        if crops.dtype == torch.uint8:  # pixels travel as bytes, a quarter of the traffic
             crops = crops.to(self.patch_embedding.weight.dtype) / 255 * 2 - 1
         x = self.patch_embedding(crops) + self.positional_embedding
         outputs = []
@@ -268,8 +259,7 @@ class Projector(nn.Module):
 
 
 class VisionBackbone(nn.Module):
-    """ViT, then the connector: each visual token gathers K patches (4 of a picture, 9 of a video frame) by
-    attention."""
+    """ViT, then the connector: each visual token gathers K patches by attention (4 of an image, 9 of a frame)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -282,26 +272,25 @@ class VisionBackbone(nn.Module):
         patches = self.image_vit(crops).flatten(0, 1)  # (N·P, F)
         valid = pool >= 0
         windows = patches[pool.clamp(min=0)] * valid[..., None]  # (M, K, F)
-        # The query is the mean of the patches that are there: a window over the edge of a crop has fewer than
-        # K.
+        # The query is the mean of the valid patches: a window over the edge of a crop has fewer than K.
         query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
         pooled = self.image_pooling_2d(query, windows, valid[:, None, None])  # (M, 1, ·)
         return self.image_projector(pooled[:, 0])
 
 
 def waves(n, dim):
-    """Sines and cosines of row and column over an n x n grid, half a turn to 4 turns across it: (n·n,
-    dim)."""
+    """Sines and cosines of row and column over an n x n grid, half a turn to 4 turns across it: (n·n, dim)."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, n), torch.linspace(-1, 1, n), indexing="ij")
-    f = math.pi / 2 * 2 ** torch.linspace(0, 3, dim // 4)
-    return torch.cat([g(c.flatten()[:, None] * f) for c in (x, y) for g in (torch.sin, torch.cos)], 1)
+    frequencies = math.pi / 2 * 2 ** torch.linspace(0, 3, dim // 4)
+    angle_x = x.flatten()[:, None] * frequencies  # (n·n, dim/4)
+    angle_y = y.flatten()[:, None] * frequencies
+    return torch.cat([angle_x.sin(), angle_x.cos(), angle_y.sin(), angle_y.cos()], 1)
 
 
-# ---- decoder -----------------------------------------------------------------------------------------------
+# ---- decoder -------------------------------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
-    """Two tables, one index: ids below V look up the language model's table, the next EXTRA the read-only
-    tokens."""
+    """Two tables, one index: ids below V look up the language model's table, the next EXTRA the read-only tokens."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -315,22 +304,23 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads, cfg.head_dim
-        q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-        self.att_proj = nn.Linear(cfg.width, q + 2 * kv, bias=False)  # rows are q, k, v
-        self.attn_out = nn.Linear(q, cfg.width, bias=False)
+        self.head_dim = cfg.head_dim
         self.qk_norm = cfg.qk_norm
+        q_width = cfg.heads * cfg.head_dim
+        kv_width = cfg.kv_heads * cfg.head_dim
+        self.widths = [q_width, kv_width, kv_width]
+        self.att_proj = nn.Linear(cfg.width, q_width + 2 * kv_width, bias=False)  # its rows are q, k, v
+        self.attn_out = nn.Linear(q_width, cfg.width, bias=False)
         if cfg.qk_norm != "none":
-            self.q_norm = RMSNorm(q if cfg.qk_norm == "full" else cfg.head_dim, cfg.eps)
-            self.k_norm = RMSNorm(kv if cfg.qk_norm == "full" else cfg.head_dim, cfg.eps)
-        self.attend = attend  # context parallelism puts its own here (ulysses.py)
+            self.q_norm = RMSNorm(q_width if cfg.qk_norm == "full" else cfg.head_dim, cfg.eps)
+            self.k_norm = RMSNorm(kv_width if cfg.qk_norm == "full" else cfg.head_dim, cfg.eps)
+        self.attend = attend  # a seam
 
     def forward(self, x, rope, mask, cache=None):
-        q, k, v = self.att_proj(x).split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
-        if self.qk_norm == "full":  # over all heads at once, so before they part
+        q, k, v = self.att_proj(x).split(self.widths, -1)
+        if self.qk_norm == "full":  # over all heads at once, so before they are split
             q, k = self.q_norm(q), self.k_norm(k)
-        # (B, H or G, T, hd)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, hd)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -342,8 +332,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        # rows are up, then gate: the reverse of most code
-        self.ff_proj = nn.Linear(cfg.width, 2 * cfg.mlp, bias=False)
+        self.ff_proj = nn.Linear(cfg.width, 2 * cfg.mlp, bias=False)  # its rows are up, then gate: unlike most code
         self.ff_out = nn.Linear(cfg.mlp, cfg.width, bias=False)
 
     def forward(self, x):
@@ -355,8 +344,10 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.norm_after = cfg.norm_after
-        self.self_attn, self.mlp = Attention(cfg), MLP(cfg)
-        self.attn_norm, self.ff_norm = RMSNorm(cfg.width, cfg.eps), RMSNorm(cfg.width, cfg.eps)
+        self.self_attn = Attention(cfg)
+        self.mlp = MLP(cfg)
+        self.attn_norm = RMSNorm(cfg.width, cfg.eps)
+        self.ff_norm = RMSNorm(cfg.width, cfg.eps)
 
     def forward(self, x, rope, mask, drop=None, cache=None):
         if self.norm_after:
@@ -370,13 +361,16 @@ class KVCache:
     """Keys and values of one layer for tokens already read, in buffers as long as the answer may get."""
 
     def __init__(self, length):
-        self.length, self.used, self.k, self.v = length, 0, None, None
+        self.length = length
+        self.used = 0
+        self.k = self.v = None
 
     def append(self, k, v):
         if self.k is None:
             self.k, self.v = (y.new_empty(*y.shape[:2], self.length, y.shape[3]) for y in (k, v))
         end = self.used + k.shape[2]
-        self.k[:, :, self.used:end], self.v[:, :, self.used:end] = k, v
+        self.k[:, :, self.used:end] = k
+        self.v[:, :, self.used:end] = v
         self.used = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
@@ -392,27 +386,26 @@ class Decoder(nn.Module):
     def forward(self, x, pos, mask, drop=None, caches=None, key_pos=None):
         """x: (B, T, D) embedded tokens with the image features added -> (B, T, D) after the last norm.
         key_pos: (B, S) positions of all keys, where the cache holds some already."""
-        ropes, local = {False: rope_table(self.cfg, pos, None)}, None
-        if self.cfg.yarn_layers:
-            ropes[True] = rope_table(self.cfg, pos, self.cfg.yarn)
-        if self.cfg.window:
+        cfg = self.cfg
+        plain_rope = rope_table(cfg, pos, None)
+        yarn_rope = rope_table(cfg, pos, cfg.yarn) if cfg.yarn_layers else None
+        if cfg.window:
             key_pos = pos if key_pos is None else key_pos
-            local = mask & (pos[:, None, :, None] - key_pos[:, None, None] < self.cfg.window)
+            window_mask = mask & (pos[:, None, :, None] - key_pos[:, None, None] < cfg.window)
         for i, block in enumerate(self.blocks):
-            x = block(x, ropes[i in self.cfg.yarn_layers], local if i in self.cfg.window_layers else mask,
-                      drop,
-                      caches[i] if caches else None)
+            rope = yarn_rope if i in cfg.yarn_layers else plain_rope
+            layer_mask = window_mask if i in cfg.window_layers else mask
+            x = block(x, rope, layer_mask, drop, caches[i] if caches else None)
         return self.ln_f(x)
 
 
-# ---- the loss: only where something is to be learned, and never T x V numbers at once ----------------------
+# ---- the loss: only where something is trained on, and never T x V numbers at once ---------------------------------
 
 class ChunkedNLL(torch.autograd.Function):
     """sum_i w_i · (nll_i + z_loss · logsumexp_i²) for n hidden states, `LOGITS` numbers of logits at a time.
 
-    A large vocabulary makes the logits the biggest tensor of the whole step. As the loss is a plain sum, the
-    gradient of a chunk is known as soon as its logits are: it is taken in the forward pass and nothing of
-    size V is kept.
+    A large vocabulary makes the logits the biggest tensor of the whole step. As the loss is a plain sum, the gradient
+    of a chunk is known as soon as its logits are: it is taken in the forward pass, and nothing of size V is kept.
     """
     LOGITS = 1 << 23  # 32 MB
 
@@ -420,22 +413,25 @@ class ChunkedNLL(torch.autograd.Function):
     def forward(ctx, x, head, targets, weights, z_loss):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        total, rows = x.new_zeros((), dtype=torch.float32), min(max(ChunkedNLL.LOGITS // len(head), 1), 1024)
-        for i in range(0, len(x), rows):
-            part = slice(i, i + rows)
-            h, t, w = x[part], targets[part, None], weights[part, None]
-            logits = (h @ head.T).float()  # (n, V)
+        total = x.new_zeros((), dtype=torch.float32)
+        size = min(max(ChunkedNLL.LOGITS // len(head), 1), 1024)  # hidden states of a chunk
+        for begin in range(0, len(x), size):
+            chunk = slice(begin, begin + size)
+            hidden = x[chunk]
+            target, weight = targets[chunk, None], weights[chunk, None]
+            logits = (hidden @ head.T).float()  # (size, V)
             lse = logits.logsumexp(1, keepdim=True)
-            total += (w * (lse - logits.gather(1, t) + z_loss * lse ** 2)).sum()
+            total += (weight * (lse - logits.gather(1, target) + z_loss * lse ** 2)).sum()
             if dx is None and dhead is None:
                 continue
-            # d nll = softmax - onehot(target);  d lse² = 2 · lse · softmax
-            grad = logits.sub_(lse).exp_().mul_(w * (1 + 2 * z_loss * lse)).scatter_add_(1, t, -w).to(h.dtype)
+            # d nll = softmax - onehot(target);  d lse² = 2 · lse · softmax. In place: a copy would be 32 MB more.
+            grad = logits.sub_(lse).exp_().mul_(weight * (1 + 2 * z_loss * lse))
+            grad = grad.scatter_add_(1, target, -weight).to(hidden.dtype)
             if dx is not None:
-                dx[part] = grad @ head
+                dx[chunk] = grad @ head
             if dhead is not None:
-                dhead += grad.T @ h
-            del logits, grad  # or they would be there while the next ones are made
+                dhead += grad.T @ hidden
+            del logits, grad  # or both would still take memory while the next ones are made
         ctx.save_for_backward(dx, dhead)
         ctx.dtype = head.dtype
         return total
@@ -447,15 +443,15 @@ class ChunkedNLL(torch.autograd.Function):
                 None if dhead is None else (dhead * g).to(ctx.dtype), None, None, None)
 
 
-# ---- the model ---------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------------------------
 
 class Molmo2(nn.Module):
-    """Molmo2(ModelConfig or preset name). Weights are random; `Molmo2.from_pretrained(folder)` reads a
-    checkpoint."""
+    """Molmo2(ModelConfig or preset name). Weights are random; `Molmo2.from_pretrained(folder)` reads a checkpoint."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg = replace(PRESETS[cfg]) if isinstance(cfg, str) else cfg
+        cfg = replace(PRESETS[cfg]) if isinstance(cfg, str) else cfg
+        self.cfg = cfg
         self.transformer = Decoder(cfg)
         self.vision_backbone = VisionBackbone(cfg)
         self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
@@ -467,174 +463,168 @@ class Molmo2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, only=None):
-        """Random weights from which training starts fast: N(0, 0.02) at published widths, and three aids.
-        only: their names.
-
-        - 0.02 suits widths of thousands. In a narrow matrix it would shrink whatever passes: the picture would
-          reach the decoder a million times fainter than the `<image>` embedding it is added to. There,
-          1/sqrt(inputs) keeps its size.
-        - What a sub-layer adds starts at zero, so that pixels and their places are not drowned in random mixing
-          at first.
-        - The ViT's places start as sines and cosines of row and column, so that it need not learn first what is
-          next to what.
-        """
+        """Random weights from which training starts fast. only: names of the parameters to reset; the others stay."""
         for name, p in self.named_parameters():
             if only is not None and name not in only:
                 continue
             if p.ndim == 1:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
-            elif name.endswith("positional_embedding"):
+            elif name.endswith("positional_embedding"):  # so that the ViT need not learn first what is next to what
                 p.copy_(waves(self.cfg.crop // self.cfg.patch, p.shape[1]) / 2)
             else:
+                # 0.02 suits widths of thousands. With it a narrow matrix shrinks its input, and image features would be
+                # a million times fainter than the embedding they are added to. 1/sqrt(inputs) keeps the size.
                 nn.init.normal_(p, std=0.02 if "wte." in name or p.shape[1] >= 1024 else p.shape[1] ** -0.5)
-        if only is not None:  # blocks are only new where all is
+        if only is not None:  # blocks are new only if everything is
             return
+        # What a sub-layer adds starts at zero, or random mixing would drown the pixels and their places at first.
         for block in self.vision_backbone.image_vit.transformer["resblocks"]:
             nn.init.zeros_(block.attention.wo.weight)
             nn.init.zeros_(block.feed_forward.w2.weight)
-        # a norm of zeros has no gradient, so a norm that comes last starts at 0 itself
         for block in self.transformer.blocks:
-            for norm, last in ((block.attn_norm, block.self_attn.attn_out),
-                               (block.ff_norm, block.mlp.ff_out)):
-                nn.init.zeros_(norm.weight if self.cfg.norm_after else last.weight)
+            norms = [block.attn_norm, block.ff_norm]
+            outputs = [block.self_attn.attn_out, block.mlp.ff_out]
+            # A norm of zeros has no gradient. So a norm that comes last starts at zero itself.
+            for module in norms if self.cfg.norm_after else outputs:
+                nn.init.zeros_(module.weight)
 
     def num_params(self):
         """Parameters, a tied head counted as if it were its own tensor (the released files store it so)."""
-        return sum(p.numel() for p in self.parameters()) + self.cfg.tie * self.lm_head.weight.numel()
+        n = sum(p.numel() for p in self.parameters())
+        return n + self.lm_head.weight.numel() if self.cfg.tie else n
 
     def parts(self):
-        """{"vit", "connector", "decoder"}: the parameters that share a learning rate. The EXTRA rows are new,
-        as the connector is, and train with it."""
+        """{"vit", "connector", "decoder"}: the parameters that share a learning rate, [(name, parameter)]. The EXTRA
+        rows are new, as the connector is, and train with it."""
         parts = {"vit": [], "connector": [], "decoder": []}
         for name, p in self.named_parameters():
-            new = name.startswith("vision_backbone") or name.endswith("new_embedding")
-            parts["vit" if ".image_vit." in name else "connector" if new else "decoder"].append((name, p))
+            is_new = name.startswith("vision_backbone") or name.endswith("new_embedding")
+            part = "vit" if ".image_vit." in name else "connector" if is_new else "decoder"
+            parts[part].append((name, p))
         return parts
 
     def blocks(self):
-        """Decoder and ViT blocks: what is sharded, compiled and computed again one by one."""
+        """Decoder and ViT blocks: the units of sharding, compilation and activation checkpointing."""
         return [*self.transformer.blocks, *self.vision_backbone.image_vit.transformer["resblocks"]]
 
     def check(self, tokens, crops, pool, others, features=None):
         """Fail with the numbers in hand before a shape error fails without them."""
         for name, x in others.items():
-            assert x is None or x.shape == tokens.shape, f"{name} is {tuple(x.shape)}, tokens are {tuple(tokens.shape)}"
-        n, m = int((tokens == self.cfg.image_token).sum()), 0 if pool is None else len(pool)
-        assert n == m, f"{n} <image> tokens but {m} pooled windows: was a row cut, or media left out?"
-        top, rows = int(tokens.max()), self.cfg.vocab + EXTRA
+            same = x is None or x.shape == tokens.shape
+            assert same, f"{name} is {tuple(x.shape)}, tokens are {tuple(tokens.shape)}"
+        n = int((tokens == self.cfg.image_token).sum())
+        m = 0 if pool is None else len(pool)
+        assert n == m, f"{n} <image> tokens but {m} pooled windows: was a sequence cut, or media left out?"
+        top = int(tokens.max())
+        rows = self.cfg.vocab + EXTRA
         assert top < rows, f"token id {top}, but the table has {rows} rows: is this another model's tokenizer?"
         if features is not None:
             assert features.shape == (m, self.cfg.width), f"features are {tuple(features.shape)}, of {m} windows"
         elif m:
-            assert crops.shape[1:] == (self.cfg.patches, self.cfg.patch ** 2 * 3), \
-                f"crops are {tuple(crops.shape)}, expected (N, {self.cfg.patches}, {self.cfg.patch ** 2 * 3})"
+            crop = (self.cfg.patches, self.cfg.patch ** 2 * 3)
+            assert crops.shape[1:] == crop, f"crops are {tuple(crops.shape)}, expected (N, {crop[0]}, {crop[1]})"
             assert int(pool.max()) < crops.shape[0] * crops.shape[1], "pool points past the last patch"
 
     def embed(self, tokens, crops=None, pool=None, features=None):
-        """(B, T) ids and their pictures -> (B, T, D): image features are added to the `<image>` embedding.
-
-        features: (M, D) of the <image> tokens in row-major order, if the vision backbone has made them before.
-        """
+        """(B, T) ids and their images -> (B, T, D): image features are added to the `<image>` embedding.
+        features: (M, D) of the <image> tokens in row-major order, if the vision backbone has made them before."""
         x = self.transformer.wte(tokens)
-        # Crops are encoded even if none of their windows is wanted here: under FSDP and context parallelism all
-        # ranks run the same modules.
         if crops is not None or features is not None:
+            # Crops are encoded even if M is 0: under FSDP and context parallelism all ranks run the same modules.
             features = self.vision_backbone(crops, pool) if features is None else features
-            at = (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0]
-            x = x.flatten(0, 1).index_add(0, at, features.to(x.dtype))
+            image_positions = (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0]
+            x = x.flatten(0, 1).index_add(0, image_positions, features.to(x.dtype))  # (B·T, D)
         return x.view(*tokens.shape, -1)
 
     def mask(self, tokens, example, branch):
-        """Who may attend to whom, as `attend` takes it. Training puts a mask in blocks here (lib/flex.py), and context
-        parallelism one of all ranks' tokens (ulysses.py)."""
+        """Who may attend to whom, in the form that `attend` takes. A seam."""
         return dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))
 
-    def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None,
-                weights=None, z_loss=0.0):
+    def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None, weights=None,
+                z_loss=0.0):
         """Logits (B, T, V), or, with targets and weights, the sum of weight · (nll + z_loss · lse²).
-
-        tokens, pos, example, branch, targets: (B, T) int64; weights: (B, T) float; crops: (N, P,
-        patch·patch·3); pool: (M, K). Without pos, example and branch each row is one plain causal example.
-        """
-        self.check(tokens, crops, pool,
-                   dict(pos=pos, example=example, branch=branch, targets=targets, weights=weights))
+        tokens, pos, example, branch, targets: (B, T) int64; weights: (B, T) float; crops: (N, P, patch·patch·3);
+        pool: (M, K). Without pos, example and branch each sequence is one plain causal example."""
+        same_shape = dict(pos=pos, example=example, branch=branch, targets=targets, weights=weights)
+        self.check(tokens, crops, pool, same_shape)
         pos, example, branch = self.plain(tokens, pos, example, branch)
-        mask, drop = self.mask(tokens, example, branch), None
+        mask = self.mask(tokens, example, branch)
+        drop = None
         if self.training and (self.residual_dropout or self.response_dropout):
-            drop = self.residual_dropout + self.response_dropout * (weights > 0).float()[..., None]
+            drop = self.residual_dropout + self.response_dropout * (weights > 0).float()[..., None]  # (B, T, 1)
         x = self.transformer(self.embed(tokens, crops, pool), pos, mask, drop)
         if targets is None:
             return self.lm_head(x)
-        learn = weights > 0  # the head, the largest matrix of all, only runs where something is to be learned
-        head = self.lm_head.weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else self.lm_head.weight
-        return ChunkedNLL.apply(x[learn], head, targets[learn], weights[learn], z_loss)
+        has_loss = weights > 0  # the head, the largest matrix of all, runs nowhere else
+        autocast = torch.is_autocast_enabled(x.device.type)  # which does not look into an autograd.Function
+        head = self.lm_head.weight.to(x.dtype) if autocast else self.lm_head.weight
+        return ChunkedNLL.apply(x[has_loss], head, targets[has_loss], weights[has_loss], z_loss)
 
     @staticmethod
     def plain(tokens, pos, example, branch):
-        """Fill in what a caller left out: positions 0, 1, ..., one example per row, no branches."""
+        """Fill in what a caller left out: positions 0, 1, ..., one example per sequence, no branches."""
         pos = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) if pos is None else pos
         example = torch.ones_like(tokens) if example is None else example
-        return pos, example, torch.zeros_like(tokens) if branch is None else branch
+        branch = torch.zeros_like(tokens) if branch is None else branch
+        return pos, example, branch
 
     @torch.inference_mode()
     def generate(self, tokens, crops=None, pool=None, max_new_tokens=256, temperature=0.0, stop=(), pos=None,
                  example=None, branch=None, generator=None, features=None):
         """Continue B prompts; yields one (B,) tensor of ids per step, as they come. Greedy at temperature 0.
-
-        Prompts of different lengths are padded on the right with example = 0. A row that has produced an id
-        in `stop` repeats it until all rows are done.
-        """
+        Prompts of different lengths are padded on the right with example = 0. A sequence that has produced an id in
+        `stop` repeats it until all have."""
         assert not self.training, "call model.eval() first: dropout would be on"
         self.check(tokens, crops, pool, dict(pos=pos, example=example, branch=branch), features)
         pos, example, branch = self.plain(tokens, pos, example, branch)
         B, T = tokens.shape
+        # 1. Read the prompts. The mask is dense, whatever the seam has: its rows are needed below.
         caches = [KVCache(T + max_new_tokens) for _ in self.transformer.blocks]
-        mask = dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))
+        mask = dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))  # (B, 1, T, T)
         x = self.transformer(self.embed(tokens, crops, pool, features), pos, mask, caches=caches)
-        last = (example > 0).sum(1) - 1  # where each prompt ends
-        rows = torch.arange(B, device=tokens.device)
-        x, next_pos = x[rows, last], pos[rows, last] + 1
-        all_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
-        # From here on every new token sees its whole prompt (what it may see there) and all tokens after it.
-        seen = torch.cat([mask[rows, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]  # (B, 1, 1, S)
+
+        # 2. Go on from each prompt's last token. A new token sees what that one sees, and all new tokens before it.
+        each = torch.arange(B, device=tokens.device)
+        last = (example > 0).sum(1) - 1
+        x = x[each, last]  # (B, D)
+        next_pos = pos[each, last] + 1
+        key_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
+        new_mask = torch.cat([mask[each, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]
+
+        # 3. Token by token.
         stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
         done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         ids = None
-        for step in range(max_new_tokens):
+        for S in range(T + 1, T + max_new_tokens + 1):  # keys in the cache, once this step's token is read
             logits = self.lm_head(x).float()  # (B, V)
             if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+                new_ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
             else:
-                new = logits.argmax(-1)
-            ids = new if ids is None else torch.where(done, ids, new)
+                new_ids = logits.argmax(-1)
+            ids = new_ids if ids is None else torch.where(done, ids, new_ids)
             done = done | torch.isin(ids, stop_ids)
             yield ids.clone()
-            if step + 1 == max_new_tokens or bool(done.all()):
+            if S == T + max_new_tokens or bool(done.all()):
                 return
-            x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], seen[..., :T + step + 1],
-                                 caches=caches, key_pos=all_pos[:, :T + step + 1])
-            x, next_pos = x[:, 0], next_pos + 1
+            x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], new_mask[..., :S], caches=caches,
+                                 key_pos=key_pos[:, :S])[:, 0]
+            next_pos = next_pos + 1
 
     @classmethod
     def from_pretrained(cls, folder, vision=None):
-        """A model from a checkpoint folder in any published layout (lib/weights.py does the reading), or from a
-        plain language model and the folder of a SigLIP, `vision`."""
+        """A model from a checkpoint folder of any published layout. vision: a SigLIP for a plain language model."""
         from lib import weights
         return weights.load(folder, vision)
 
     def save_pretrained(self, folder, frames=384):
-        """config.json and model.safetensors in the published layout, so that other tools can load them too. frames: the
-        most it was shown of a video."""
+        """Write config.json and model.safetensors as published. frames: the most the model was shown of a video."""
         from lib import weights
         weights.save(self, folder, frames)
-
-
-# ---- what it costs -----------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":
     for name in PRESETS:
         with torch.device("meta"):
             model = Molmo2(name)
-        sizes = {part: sum(p.numel() for _, p in ps) for part, ps in model.parts().items()}
-        print(f"{name:>6} {model.num_params():>14,}  " + "  ".join(f"{k} {v:,}" for k, v in sizes.items()))
+        sizes = {part: sum(p.numel() for _, p in named) for part, named in model.parts().items()}
+        print(f"{name:>6} {model.num_params():>14,}  " + "  ".join(f"{part} {n:,}" for part, n in sizes.items()))

@@ -1,122 +1,163 @@
 """
-The attention mask in blocks, for FlexAttention on CUDA, and example by example, for long sequences on CPU.
+The attention mask in two forms that do less work than T x T, for training on packed sequences.
+
+    block_mask       for FlexAttention on CUDA: pairs of blocks of 128 tokens that hold nothing are left out
+    example_masks    for a CPU, where FlexAttention cannot train: one attention for each packed example
+
+    install(model)   # before ulysses.install, which wraps the mask and the attention that it finds
+
+Both come from the rule in model.py, and tests hold them equal to its dense mask.
+
+Shapes:  B sequences, T tokens, H heads, G key/value heads, hd head width, n blocks of a sequence
 """
 import functools
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-import model
-from model import dense_mask, is_vision, may_attend
+from model import attend as attend_dense, dense_mask, is_vision, may_attend
 
 
-def example_masks(example, branch, vision):
-    """The rule for whole rows, example by example: for each row [(length n of an example, (1, 1, n, n) bool)], with
-    None for padding. Ten packed examples attended to one after the other are a tenth of the work of T x T."""
-    rows = []
-    for ids in zip(example, branch, vision):
-        parts, begin = [], 0
-        for e, n in zip(*(x.tolist() for x in ids[0].unique_consecutive(return_counts=True))):
-            t, own = torch.arange(n, device=example.device), (x[begin:begin + n] for x in ids)
-            parts.append((n, may_attend(t[:, None], t[None], *own)[None, None] if e else None))
-            begin += n
-        rows.append(parts)
-    return rows
+# ---- on CUDA: blocks of pairs --------------------------------------------------------------------------------------
+
+def key_blocks(pairs):
+    """Pairs of blocks (B, n, n) as FlexAttention reads them: how many key blocks each query block has, (B, 1, n), and
+    the indices of all key blocks, those first, (B, 1, n, n). The 1 stands for all heads."""
+    indices = pairs.int().argsort(dim=-1, descending=True, stable=True).int()
+    return pairs.sum(-1, dtype=torch.int32)[:, None], indices[:, None]
 
 
 def block_mask(example, branch, vision, block=128):
-    """The rule for whole rows as a FlexAttention BlockMask: which blocks of 128 x 128 pairs hold any that may attend,
-    and which hold no other. Never T x T: a packed row is in order, so the ends of its blocks tell.
+    """The rule for packed sequences as a FlexAttention BlockMask: for every pair of a query block and a key block,
+    whether some of its pairs of tokens may attend and whether all may. Never T x T. example, branch, vision: (B, T).
 
-    A row is examples one after the other, each its trunk (branch 0, where all vision tokens are) and its branches one
-    after the other, then padding (0). So of two blocks, only the last example of the earlier can also be in the
-    later one, where it is the first; and of its branches, only the last.
+    A sequence holds examples 1, 2, ... in order, each its trunk (branch 0, with all its vision tokens) and then its
+    branches 1, 2, ...; last comes padding, example 0. So two blocks share at most one example: the last one of the
+    earlier block, which is the first one of the later. And they share at most one branch of it, besides the trunk.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-    B, T = example.shape
-    ids = [F.pad(x, (0, -T % block)) for x in (example, branch, vision)]
-    e, b, v = (x.unflatten(1, (-1, block)) for x in ids)  # (B, n, 128)
-    none, n = e.new_tensor(1 << 60), e.shape[1]
-    first, last = torch.where(e > 0, e, none).amin(2), e.amax(2)  # examples of a block, (B, n)
-    one = (first == last) & (e > 0).all(2)                        # there is but one, and no padding
-    of_last = (e == last[..., None]) & (e > 0)
-    lowest, highest = torch.where(of_last, b, none).amin(2), torch.where(of_last, b, 0).amax(2)  # its branches
-    lowest_own = torch.where(of_last & (b > 0), b, none).amin(2)                                 # without the trunk
-    sees, shown = torch.where(v, e, 0).amax(2), torch.where(v, e, none).amin(2)  # last and first example with vision
-    q, k = (slice(None), slice(None), None), (slice(None), None)  # x[q]: of the queries' block, x[k]: of the keys'
-    before = torch.ones(n, n, dtype=torch.bool, device=e.device).tril(-1)
-    some = before & (last[k] == first[q]) & ((lowest[k] == 0) | (highest[k] == b[..., 0][q]))
-    some |= before.T & (sees[q] == shown[k])
-    some |= torch.diag_embed(last > 0)
-    own = (lowest_own[k] == highest[k]) & (lowest[q] == highest[k]) & (highest[q] == highest[k])
-    full = before & (last[k] == last[q]) & ((highest[k] == 0) | own)
-    full |= (v.all(2)[q] & v.all(2)[k]) & (last[k] == last[q])
-    full &= one[q] & one[k]
-    listed = []
-    for kind in (some & ~full, full):
-        count = kind.sum(-1, dtype=torch.int32)[:, None]  # (B, 1, n): the same for all heads
-        listed += [count, kind.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]]
-    e, b, v = ids
+    T = example.shape[1]
+    example, branch, vision = (F.pad(x, (0, -T % block)) for x in (example, branch, vision))
+    e, b, v = (x.unflatten(1, (-1, block)) for x in (example, branch, vision))  # (B, n, 128)
 
-    def rule(row, head, i, j):
-        return may_attend(i, j, e[row], b[row], v[row])
-    return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=block, mask_mod=rule, seq_lengths=(T, T))
+    # 1. What each block holds, (B, n). Where nothing is selected the smallest is NONE and the largest 0.
+    NONE = 1 << 60
+    smallest = lambda x, selected: x.masked_fill(~selected, NONE).amin(2)
+    largest = lambda x, selected: x.masked_fill(~selected, 0).amax(2)
+    real = e > 0
+    first_example = smallest(e, real)
+    last_example = largest(e, real)
+    one_example = (first_example == last_example) & real.all(2)  # and no padding
+    in_last = real & (e == last_example[..., None])
+    min_branch = smallest(b, in_last)  # of the last example
+    max_branch = largest(b, in_last)
+    min_own_branch = smallest(b, in_last & (b > 0))  # the trunk left out
+    first_vision = smallest(e, v)  # the first example with vision tokens
+    last_vision = largest(e, v)
+    all_vision = v.all(2)
+
+    # 2. Pairs of blocks, (B, n, n): query blocks down, key blocks across.
+    query = lambda x: x[:, :, None]
+    key = lambda x: x[:, None, :]
+    n = e.shape[1]
+    key_first = torch.ones(n, n, dtype=torch.bool, device=e.device).tril(-1)  # the key block is the earlier one
+    reachable = (key(min_branch) == 0) | (key(max_branch) == query(b[..., 0]))  # in the trunk or the query's branch
+    some = key_first & (key(last_example) == query(first_example)) & reachable
+    some |= key_first.T & (query(last_vision) == key(first_vision))  # the only way to see a later block
+    some |= torch.diag_embed(last_example > 0)  # a token sees itself
+    one_branch = (query(min_branch) == key(max_branch)) & (query(max_branch) == key(max_branch))
+    trunk_or_that = (key(max_branch) == 0) | one_branch & (key(min_own_branch) == key(max_branch))
+    full = key_first & trunk_or_that | query(all_vision) & key(all_vision)
+    full &= (key(last_example) == query(last_example)) & query(one_example) & key(one_example)
+
+    # 3. For pairs in which only some may attend FlexAttention asks the rule, token by token.
+    def rule(sequence, head, q, k):
+        return may_attend(q, k, example[sequence], branch[sequence], vision[sequence])
+    return BlockMask.from_kv_blocks(*key_blocks(some & ~full), *key_blocks(full), BLOCK_SIZE=block,
+                                    mask_mod=rule, seq_lengths=(T, T))
 
 
 @functools.cache
 def compiled_flex():
-    """FlexAttention, compiled once for all layers and masks. Uncompiled it would quietly make T x T scores; a length
-    too many, and it is an error instead."""
-    from torch.nn.attention.flex_attention import flex_attention
+    """FlexAttention, compiled once for all layers and masks. Not compiled it would quietly make T x T scores, so more
+    lengths of sequences than the compiler keeps are an error."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex(q, k, v, mask):
+def attend_blocks(q, k, v, mask):
     """FlexAttention: within a compiled block as a part of it, else compiled by itself."""
-    from torch.nn.attention.flex_attention import flex_attention
     run = flex_attention if torch.compiler.is_compiling() else compiled_flex()
     # PyTorch 2.13 compiles it wrongly for CPUs where q and k are made in the same graph and are not dense in memory.
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return run(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def attend(q, k, v, mask=None):
-    """`model.attend` that also takes `example_masks` and a `block_mask`."""
-    if isinstance(mask, list):
-        return attend_examples(q, k, v, mask)
-    if hasattr(mask, "kv_indices"):
-        return flex(q, k, v, mask)
-    return model.attend(q, k, v, mask)
+# ---- on a CPU: one example after the other -------------------------------------------------------------------------
+
+def example_masks(example, branch, vision):
+    """The rule for packed sequences, example by example: for each sequence a list of (length, mask), the mask
+    (1, 1, length, length) bool, or None for padding. Ten examples of equal length are a tenth of the work of T x T."""
+    masks = []
+    for ids in zip(example, branch, vision):
+        numbers, lengths = ids[0].unique_consecutive(return_counts=True)
+        masks_of_sequence = []
+        begin = 0
+        for number, length in zip(numbers.tolist(), lengths.tolist()):
+            ids_of_example = [x[None, begin:begin + length] for x in ids]
+            masks_of_sequence.append((length, dense_mask(*ids_of_example) if number > 0 else None))
+            begin += length
+        masks.append(masks_of_sequence)
+    return masks
+
+
+def no_attention(q, k, v):
+    """Zeros, for padding. q, k and v have a gradient all the same: FSDP waits for a weight's on every rank."""
+    return 0 * (q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1))
 
 
 def attend_examples(q, k, v, masks):
-    """Attention example by example. masks: `example_masks`."""
-    def one(mask, q, k, v):
-        if mask is not None:
-            return model.attend(q, k, v, mask)
-        # Nothing, and yet q, k and v have a gradient: under FSDP a weight has one on all ranks or on none.
-        return 0 * (q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1))
-    rows = []
-    for parts, *qkv in zip(masks, *(x.split(1) for x in (q, k, v))):
-        lengths, masks_of_row = zip(*parts)
-        # split, not sliced: the gradient of a slice is as large as the whole it was cut from
-        rows.append(torch.cat([one(*each) for each in zip(masks_of_row, *(x.split(lengths, 2) for x in qkv))], 2))
-    return torch.cat(rows)
+    """Attention in packed sequences, one example after the other. masks: what `example_masks` returns."""
+    outputs = []
+    for examples, *qkv in zip(masks, q.split(1), k.split(1), v.split(1)):
+        lengths, masks_of_examples = zip(*examples)
+        # split, not slices: the gradient of a slice is as large as the tensor it was cut from
+        parts = [x.split(lengths, dim=2) for x in qkv]
+        outputs_of_examples = []
+        for mask, *part in zip(masks_of_examples, *parts):
+            outputs_of_examples.append(no_attention(*part) if mask is None else attend_dense(*part, mask))
+        outputs.append(torch.cat(outputs_of_examples, dim=2))
+    return torch.cat(outputs)
 
 
-def install(network):
-    """Set the mask and the attention of a Molmo2 for training: in blocks on CUDA; where FlexAttention cannot train,
-    example by example. In short rows many small calls would cost more than they save."""
-    cfg = network.cfg
-    if cfg.window:  # windows are added to a dense mask
+# ---- which of them, and where they go ------------------------------------------------------------------------------
+
+def mask_for(T, cuda):
+    """The function that makes the mask of sequences of T tokens: dense_mask, block_mask or example_masks."""
+    # In short sequences many small calls would cost more than they save.
+    if T <= 256:
+        return dense_mask
+    return block_mask if cuda else example_masks
+
+
+def attend(q, k, v, mask=None):
+    """`model.attend` for a mask of any form. q: (B, H, T, hd); k, v: (B, G, T, hd)."""
+    if isinstance(mask, list):
+        return attend_examples(q, k, v, mask)
+    if isinstance(mask, BlockMask):
+        return attend_blocks(q, k, v, mask)
+    return attend_dense(q, k, v, mask)
+
+
+def install(model):
+    """Set the mask of a Molmo2 and the attention of its decoder blocks for training, before ulysses.install."""
+    if model.cfg.window:  # a window is combined with a dense mask
         return
 
     def mask(tokens, example, branch):
-        vision = is_vision(tokens, cfg.vocab)
-        if tokens.shape[1] <= 256:
-            return dense_mask(example, branch, vision)
-        return block_mask(example, branch, vision) if tokens.is_cuda else example_masks(example, branch, vision)
-    network.mask = mask
-    for block in network.transformer.blocks:
+        make_mask = mask_for(tokens.shape[1], tokens.is_cuda)
+        return make_mask(example, branch, is_vision(tokens, model.cfg.vocab))
+    model.mask = mask
+    for block in model.transformer.blocks:
+        plain = block.self_attn.attend in (attend_dense, attend)
+        assert plain, "the attention is replaced already: call lib/flex.install before ulysses.install"
         block.self_attn.attend = attend

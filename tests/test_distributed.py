@@ -16,8 +16,7 @@ import pytest
 import torch
 from conftest import V, finish, log_of, losses_of, random_batch, random_tree, run, run_ranks, start, tiny_model
 
-from lib import distributed
-import pretrain
+from lib import distributed, flex
 import ulysses
 from lib.distributed import World
 from lib.flex import block_mask
@@ -455,6 +454,7 @@ def test_flex_attention_in_compiled_blocks():
     torch._dynamo.reset()
     counters.clear()
     plain, fast = tiny_model("qwen"), tiny_model("qwen")
+    flex.install(fast)
     distributed.shard_model(fast, World("cpu"), True, False, False)
     plain.mask = lambda tokens, example, branch: dense_mask(example, branch, is_vision(tokens, V))
     fast.mask = lambda tokens, example, branch: block_mask(example, branch, is_vision(tokens, V))

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
+from lib import budget, flex
 import model as M
 from lib import budget, flex
 from data import Dataset, collate, decode
@@ -282,3 +283,26 @@ def test_attention_example_by_example_is_attention():
         assert not out.masked_select(~here).any()
         for a, b in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), want):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T, form", [(40, torch.Tensor), (300, list)])
+def test_installed_masks_change_no_logits(T, form):
+    """Dense in short sequences, by example in long ones; what padding gives is used by nobody."""
+    plain, installed = tiny_model("qwen"), tiny_model("qwen")
+    flex.install(installed)
+    rng = torch.Generator().manual_seed(0)
+    example, branch, vision = (torch.stack(x) for x in zip(random_tree(rng, T), random_tree(rng, T)))
+    tokens = torch.where(vision, 1024, torch.randint(0, 1024, (2, T), generator=rng))  # 1024: <image_start>
+    assert isinstance(installed.mask(tokens, example, branch), form)
+    with torch.no_grad():
+        want, got = (m(tokens, example=example, branch=branch)[example > 0] for m in (plain, installed))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_the_seams_is_checked():
+    """The other way round, each rank would attend to its own part of a sequence and nobody would notice."""
+    model = tiny_model()
+    for block in model.transformer.blocks:
+        block.self_attn.attend = lambda q, k, v, mask: q  # as ulysses.install has done
+    with pytest.raises(AssertionError, match="before ulysses.install"):
+        flex.install(model)
