@@ -1,17 +1,19 @@
 """
-What a run will need, told before anything is loaded: parameters, memory of each device, operations of a step.
+An estimate of what a run needs, before anything is loaded: parameters, memory of each device, operations of a step.
 
     python longctx.py --config 7b --cp 8 --world 16 --dry_run    # on a laptop: the model is 15 GB of nothing
 
     --data, planned but not decoded    ─┐
-    or one long video that fills a row ─┴─► the micro-batch with most crops ─► a model on the meta device,
-                                            there and back ─► the most bytes that live at once
+    or one long video that fills T     ─┴─► the micro-batch with most crops ─► a model on the meta device,
+                                            forward and backward ─► the most bytes that live at once
 
-On the meta device tensors have shapes and no numbers. So the very code that trains runs, one block after the
-other, and every storage is counted when it is made and when it is freed. What FSDP adds is arithmetic, and is
-written out below.
+On the meta device tensors have shapes and no numbers. So the very code that trains runs, one block after the other,
+and every storage is counted when it is made and when it is freed. What FSDP adds is arithmetic, written out below.
+
+Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one, D width
 """
 import functools
+import math
 import random
 import resource
 import sys
@@ -22,36 +24,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-import model as network
 from model import ChunkedNLL, is_vision
 
 
-# ---- bytes that live at once -------------------------------------------------------------------------------
+# ---- bytes that live at once ---------------------------------------------------------------------------------------
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on: `now` of those still there, `peak` the most."""
+    """Counts the bytes of all storages made while it is on: `now` of those still alive, `peak` the most."""
 
     def __init__(self, known=()):
         super().__init__()
         self.now = self.peak = 0
-        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
+        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if storage not in self.seen:  # not a view
-                self.seen.add(storage)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, storage.nbytes())
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:  # so not a view
+                self.add(tensor.untyped_storage())
         return out
+
+    def add(self, storage):
+        self.seen.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.free, storage.nbytes())
 
     def free(self, n):
         self.now -= n
 
 
 class Attended(torch.autograd.Function):
-    """The memory of a fused attention, no numbers: it keeps inputs, output, and one number per query."""
+    """The memory of a fused attention, no numbers: it keeps its inputs, its output, and one number per query."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -60,8 +64,9 @@ class Attended(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx, grad):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def attended(q, k, v, mask=None):
@@ -70,118 +75,176 @@ def attended(q, k, v, mask=None):
 
 def autocast(model):
     """What torch.autocast does to a model with fp32 weights: only matrix products take and give bf16."""
-    for m in model.modules():
-        if isinstance(m, torch.nn.Linear):
-            m.bfloat16().register_forward_pre_hook(lambda m, args: (args[0].bfloat16(),))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bfloat16().register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
 
 
-def activations(model, rows, tokens, crops, windows, learned, recompute, sharded):
-    """Bytes of a forward and a backward pass on the meta device: {"activations": what the blocks leave for
-    the way back, "loss": head and logits on top, "way back": what that needs beyond both}. windows: (M, K).
-    `sharded`: gradients go as soon as they are made, as FSDP has it; else they are counted, and subtracted
-    here."""
-    cfg, long, counted = model.cfg, functools.partial(torch.empty, dtype=torch.long), [*model.parameters()]
-    for block in model.blocks():
-        if recompute:
+def count_bytes(model, recompute, sharded):
+    """Make a model on the meta device take and free memory as in training. Attention is a fused one; with `recompute`
+    blocks run under activation checkpointing; if `sharded`, FSDP frees a gradient as soon as it is made."""
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = attended
+    if recompute:
+        for block in model.blocks():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    for block in model.transformer.blocks:
-        block.self_attn.attend = attended
-    for p in counted:
+    for p in model.parameters():
         if sharded and p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    plain, network.attend = network.attend, attended  # the ViT's
-    try:
-        with torch.device("meta"), Alive(counted) as alive:
-            ids = long(rows, tokens)
-            x = model.transformer.wte.embedding[ids].flatten(0, 1)
-            pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
-            features = model.vision_backbone(pixels, long(*windows))
-            x = x.index_add(0, long(len(features)), features.to(x.dtype)).view(rows, tokens, -1)
-            x = model.transformer(x, ids, None).flatten(0, 1)[long(learned)]
-            kept = alive.now
-            loss = ChunkedNLL.apply(x, model.lm_head.weight, long(learned), torch.empty(learned), 1e-4)
-            top = alive.peak
-            loss.backward()
-            gradients = sum(p.grad.nbytes for p in counted if p.grad is not None)
-    finally:
-        network.attend = plain
-    return {"activations": kept, "loss": top - kept, "way back": max(alive.peak - gradients - top, 0)}
 
 
-# ---- what FSDP and the optimiser add -----------------------------------------------------------------------
+def activations(model, sequences, tokens, crops, windows, has_loss, recompute, sharded):
+    """Bytes of a forward and a backward pass on the meta device: {"activations": what the blocks keep for the
+    backward pass, "loss": head and logits on top, "way back": what the backward pass needs beyond both}.
+    windows: (M, K); has_loss: tokens trained on. Gradients that stay are counted elsewhere, and subtracted here."""
+    cfg = model.cfg
+    parameters = list(model.parameters())
+    ids = functools.partial(torch.empty, dtype=torch.long)
+    count_bytes(model, recompute, sharded)
+    with torch.device("meta"), Alive(parameters) as alive:
+        pos = ids(sequences, tokens)
+        x = model.transformer.wte.embedding[pos].flatten(0, 1)  # (B·T, D)
+        pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
+        features = model.vision_backbone(pixels, ids(*windows))
+        x = x.index_add(0, ids(len(features)), features.to(x.dtype)).view(sequences, tokens, -1)
+        x = model.transformer(x, pos, None).flatten(0, 1)[ids(has_loss)]
+        after_blocks = alive.now
+        loss = ChunkedNLL.apply(x, model.lm_head.weight, ids(has_loss), torch.empty(has_loss), 1e-4)
+        forward_peak = alive.peak
+        loss.backward()
+        gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    return {"activations": after_blocks, "loss": forward_peak - after_blocks,
+            "way back": max(alive.peak - gradients - forward_peak, 0)}
+
+
+# ---- what FSDP and the optimiser add -------------------------------------------------------------------------------
 
 def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1):
     """Bytes of one rank, {what: n}. model: on the meta device, used up; optimizers: of its parameters; shape:
-    dict(rows, tokens, crops, windows (M, K), learned) of a micro-batch before it is cut for `cp` ranks."""
-    ours = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    moments = sum(p.numel() * (2 if isinstance(o, torch.optim.AdamW) else 1)
-                  for o in optimizers for g in o.param_groups for p in g["params"])
-    shards = min(ranks, 8) if ranks % min(ranks, 8) == 0 else ranks  # the ranks of a node (distributed.py)
+    dict(rows=B, tokens=T, crops, windows=(M, K), learned) of a micro-batch before it is cut for `cp` ranks."""
     numbers = sum(p.numel() for p in model.parameters())
-    use = {"weights": 4 * numbers // shards, "gradients": 4 * sum(p.numel() for p in ours) // shards,
-           "optimiser": 4 * moments // shards}
+    trained = moments = 0
+    for optimizer in optimizers:
+        n = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        trained += n
+        moments += n * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)  # Muon keeps momentum alone
+    shards = 8 if ranks % 8 == 0 else ranks  # a node's ranks, or all of them (lib/distributed.py)
+    use = {"weights": 4 * numbers // shards, "gradients": 4 * trained // shards, "optimiser": 4 * moments // shards}
     if ranks > 1:
-        blocks = [sum(p.numel() for p in b.parameters()) for b in model.blocks()]
-        rest, wide = numbers - sum(blocks), 2 if bf16 else 4
-        # this block, the next one, what is in no block
-        use["gathered weights"] = wide * (rest + 2 * max(blocks))
-        # as made, and in fp32 to be summed
-        use["gradients to share"] = (wide + 4) * max(rest, max(blocks)) + wide * rest
+        sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
+        outside = numbers - sum(sizes)  # in no block: embedding, head, connector
+        wide = 2 if bf16 else 4
+        # FSDP gathers this block and the next one. A gradient is as it was made, then in fp32 to be summed.
+        use["gathered weights"] = wide * (outside + 2 * max(sizes))
+        use["gradients to share"] = (wide + 4) * max(outside, max(sizes)) + wide * outside
     elif bf16:
         use["bf16 weights"] = 2 * numbers
-    if bf16:
-        model.bfloat16() if ranks > 1 else autocast(model)
-    crops, (m, k) = shape["crops"], shape["windows"]
-    use |= activations(model, shape["rows"], shape["tokens"] // cp, -(-crops // cp), (-(-m // cp), k),
-                       min(shape["learned"], shape["rows"] * shape["tokens"] // cp), recompute, ranks > 1)
-    return use
+    if bf16 and ranks > 1:
+        model.bfloat16()
+    elif bf16:
+        autocast(model)
+    m, k = shape["windows"]
+    rank_tokens = shape["tokens"] // cp
+    windows = (math.ceil(m / cp), k)
+    has_loss = min(shape["learned"], shape["rows"] * rank_tokens)
+    return use | activations(model, shape["rows"], rank_tokens, math.ceil(shape["crops"] / cp), windows, has_loss,
+                             recompute, ranks > 1)
+
+
+# ---- operations of a step ------------------------------------------------------------------------------------------
+
+def allowed_pairs(example, branch, vision):
+    """How many (query, key) pairs the rule allows in (B, T) ids, counted from the lengths of trunks and branches."""
+    real = example > 0
+    sequence = torch.arange(len(example), device=example.device)[:, None].expand_as(example)
+    ids = torch.stack([sequence[real], example[real], branch[real]], 1)
+    pieces, length = ids.unique(dim=0, return_counts=True)  # a piece is a trunk or a branch
+    trees, tree_of_piece = pieces[:, :2].unique(dim=0, return_inverse=True)
+    is_trunk = pieces[:, 2] == 0
+    trunk_length = length.new_zeros(len(trees)).index_add(0, tree_of_piece, length * is_trunk)
+    # Backwards: a token sees those before it in its piece and itself, and in a branch the whole trunk too.
+    backwards = length * (length + 1) // 2 + length * trunk_length[tree_of_piece] * ~is_trunk
+    # Forwards: of each two vision tokens of an example the earlier one sees the later.
+    vision_ids = sequence[vision & real] * (1 << 32) + example[vision & real]
+    _, n_vision = vision_ids.unique(return_counts=True)
+    forwards = n_vision * (n_vision - 1) // 2
+    return int(backwards.sum() + forwards.sum())
+
+
+def flops(cfg, crops, windows, tokens, pairs, has_loss):
+    """Floating-point operations of one forward pass, {part: n}; a training step takes three times as many.
+    windows: (M, K); pairs: (query, key), as the mask allows; has_loss: tokens trained on, where the head runs."""
+    # A matrix product takes 2 operations a weight and token, attention 4 a pair and channel (q kᵀ, and the sum).
+    P = cfg.patches
+    width = cfg.vit_width
+    vit_heads = cfg.vit_heads * cfg.vit_head_dim  # channels of all heads
+    vit_block = 8 * P * width * vit_heads + 4 * P * width * cfg.vit_mlp + 4 * P * P * vit_heads
+    vit = 2 * P * cfg.patch ** 2 * 3 * width + (max(cfg.vit_features) + 1) * vit_block
+
+    M, K = windows
+    features = len(cfg.vit_features) * width
+    pooling = 2 * features * vit_heads + K * (4 * features * vit_heads + 4 * vit_heads) + 2 * vit_heads ** 2
+    projector = 4 * vit_heads * cfg.projector_mlp + 2 * cfg.projector_mlp * cfg.width
+
+    heads = cfg.heads * cfg.head_dim
+    kv_heads = cfg.kv_heads * cfg.head_dim
+    weights = cfg.layers * cfg.width * (2 * heads + 2 * kv_heads + 3 * cfg.mlp)
+    return dict(vit=crops * vit, connector=M * (pooling + projector), decoder=2 * tokens * weights,
+                attention=cfg.layers * 4 * heads * pairs, head=2 * cfg.width * cfg.vocab * has_loss)
 
 
 def step_flops(batch, cfg, freeze):
-    """Operations of a forward and a backward pass; a frozen ViT is passed once, the rest three times."""
-    ids = batch["example"], batch["branch"], is_vision(batch["tokens"], cfg.vocab)
-    of = flops(cfg, len(batch["crops"]), tuple(batch["pool"].shape), int((batch["example"] > 0).sum()),
-               allowed_pairs(*ids), int((batch["weights"] > 0).sum()))
-    return sum(n * (1 if part == "vit" and part in freeze else 3) for part, n in of.items())
+    """Operations of a forward and a backward pass; a frozen ViT has a forward pass alone, a third of that."""
+    pairs = allowed_pairs(batch["example"], batch["branch"], is_vision(batch["tokens"], cfg.vocab))
+    tokens = int((batch["example"] > 0).sum())
+    has_loss = int((batch["weights"] > 0).sum())
+    forward = flops(cfg, len(batch["crops"]), tuple(batch["pool"].shape), tokens, pairs, has_loss)
+    return sum(n * (1 if part == "vit" and part in freeze else 3) for part, n in forward.items())
 
+
+# ---- the estimate --------------------------------------------------------------------------------------------------
 
 def long_video(planner):
-    """A row's plan: a video of as many frames as leave room for an answer of an eighth of the row."""
-    video = dict(id="v", video="v.mp4", duration=planner.max_frames / 2, annotations=[
-        dict(task="video_caption", prompt="Describe.", answer="x" * (planner.seq_len // 8))])
-    return planner.plan(video, ".", random.Random(0))[0]
+    """Plans of one sequence: a video of as many frames as leave room for an answer of an eighth of the sequence."""
+    annotation = dict(task="video_caption", prompt="Describe.", answer="x" * (planner.seq_len // 8))
+    video = dict(id="v", video="v.mp4", duration=planner.max_frames / 2, annotations=[annotation])
+    plans, _ = planner.plan(video, ".", random.Random(0))
+    return plans
 
 
 def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
-    """Print parameters, operations and memory of the steps of a run. model: on the meta device, used up;
-    batches: what a rank may get at a time, before it is cut; empty_step(): the least a process does."""
-    dp, micro, b = ranks // cfg.cp, len(batches[0]["tokens"]), max(batches, key=lambda b: len(b["crops"]))
-    per_row = sum(step_flops(b, model.cfg, cfg.freeze) for b in batches) / len(batches) / micro
-    work = per_row * cfg.global_batch
-    shape = dict(rows=micro, tokens=cfg.seq_len, crops=len(b["crops"]), windows=tuple(b["pool"].shape),
-                 learned=int((b["weights"] > 0).sum()))
-    sizes = {part: sum(p.numel() for _, p in ps) for part, ps in model.parts().items()}
+    """Print parameters, operations and memory of the steps of a run. model: on the meta device, used up; batches:
+    what a rank may get at a time, before it is cut; empty_step(): the least a process does."""
+    dp = ranks // cfg.cp
+    micro_batch = len(batches[0]["tokens"])
+    largest = max(batches, key=lambda batch: len(batch["crops"]))
+    shape = dict(rows=micro_batch, tokens=cfg.seq_len, crops=len(largest["crops"]),
+                 windows=tuple(largest["pool"].shape), learned=int((largest["weights"] > 0).sum()))
+    per_batch = sum(step_flops(batch, model.cfg, cfg.freeze) for batch in batches) / len(batches)
+    work = per_batch / micro_batch * cfg.global_batch
+    turns = math.ceil(cfg.global_batch / (dp * micro_batch))
+    sizes = {part: sum(p.numel() for _, p in named) for part, named in model.parts().items()}
     print(f"{model.num_params():,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in sizes.items()))
-    print(f"a step: {cfg.global_batch} rows of {cfg.seq_len:,} tokens; {micro} at a time on each of "
-          f"{dp} x {cfg.cp} ranks, {-(-cfg.global_batch // dp // micro)} times; {work:.3g} operations, "
-          f"{work / ranks:.3g} a rank")
+    print(f"a step: {cfg.global_batch} sequences of {cfg.seq_len:,} tokens; {micro_batch} at a time on each of "
+          f"{dp} x {cfg.cp} ranks, {turns} times; {work:.3g} operations, {work / ranks:.3g} a rank")
     print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, "
-          f"{shape['learned']:,} learned")
+          f"{shape['learned']:,} tokens trained on")
     use = memory(model, optimizers, shape, cuda, cfg.recompute, ranks, cfg.cp)
     if not cuda:
         use = {"python and torch": resident(empty_step)} | use
-        # as seen in stages 1 and 2 of small: glibc, 40 to 1,000 steps
-        use["held by malloc"] = use["activations"] // 3
-    total = sum(use.values()) / 2 ** 30
+        use["held by malloc"] = use["activations"] // 3  # measured: stages 1 and 2 of small, glibc, 40 to 1,000 steps
     for what, n in use.items():
         print(f"  {what:<20}{n / 2 ** 30:8.3f} GB")
-    fits = f": {'fits' if total < 0.95 * cfg.gpu_memory else 'does not fit'} in {cfg.gpu_memory:g} GB"
-    print(f"  {'together':<20}{total:8.3f} GB a rank" + fits * cuda)
+    total = sum(use.values()) / 2 ** 30
+    verdict = "fits" if total < 0.95 * cfg.gpu_memory else "does not fit"
+    print(f"  {'together':<20}{total:8.3f} GB a rank" + (f": {verdict} in {cfg.gpu_memory:g} GB" if cuda else ""))
 
+
+# ---- what a run took, and what a card could do ---------------------------------------------------------------------
 
 def resident(step):
-    """Bytes this process takes after `step()`, which loads all code of a step (elsewhere than on Linux: the
-    most it took)."""
+    """Bytes this process takes after `step()`, which loads all code of a step (not on Linux: the most it took)."""
     step()
     try:
         with open("/proc/self/statm") as f:
@@ -189,8 +252,6 @@ def resident(step):
     except OSError:
         return peak_memory("cpu")
 
-
-# ---- what a run took, and what a card could do -------------------------------------------------------------
 
 # Dense bf16 products per second, as the makers state them. Another card gets no MFU rather than a wrong one.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -206,33 +267,5 @@ def peak_memory(device):
     """The most memory this process had so far, bytes: of the card, or of the computer."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def allowed_pairs(example, branch, vision):
-    """How many (query, key) pairs the rule allows in rows (B, T), counted from the lengths of trunks and branches."""
-    rows = torch.arange(len(example), device=example.device)[:, None].expand_as(example)
-    here = example > 0
-    ids = torch.stack([rows[here], example[here], branch[here]], 1)
-    pieces, length = ids.unique(dim=0, return_counts=True)  # a trunk or a branch each
-    trees, tree = pieces[:, :2].unique(dim=0, return_inverse=True)
-    trunk = length.new_zeros(len(trees)).index_add(0, tree, length * (pieces[:, 2] == 0))
-    seen = rows[vision & here] * (1 << 32) + example[vision & here]
-    v = seen.unique(return_counts=True)[1]
-    behind = length * (length + 1) // 2 + length * trunk[tree] * (pieces[:, 2] > 0)
-    return int(behind.sum() + (v * (v - 1) // 2).sum())
-
-
-def flops(cfg, crops, windows, tokens, pairs, learned):
-    """Floating-point operations of one forward pass, {part: n}; a training step takes three times as many.
-    windows: (M, K); pairs: what the mask allows; learned: positions where the head runs."""
-    p, d, a = cfg.patches, cfg.vit_width, cfg.vit_heads * cfg.vit_head_dim
-    blocks = max(cfg.vit_features) + 1
-    vit = 2 * p * cfg.patch ** 2 * 3 * d + blocks * (8 * p * d * a + 4 * p * d * cfg.vit_mlp + 4 * p * p * a)
-    f, (m, k) = len(cfg.vit_features) * d, windows
-    pooling, inner = 2 * f * a + k * (4 * f * a + 4 * a) + 2 * a * a, cfg.projector_mlp
-    window = pooling + 4 * a * inner + 2 * inner * cfg.width
-    heads, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    linears = cfg.layers * 2 * cfg.width * (2 * heads + 2 * kv + 3 * cfg.mlp)
-    return dict(vit=crops * vit, connector=m * window, decoder=tokens * linears,
-                attention=cfg.layers * 4 * heads * pairs, head=2 * cfg.width * cfg.vocab * learned)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
