@@ -96,7 +96,7 @@ def attend_blocks(q, k, v, mask):
 
 def example_masks(example, branch, vision):
     """The rule for packed sequences, example by example: for each sequence a list of (length, mask), the mask
-    (1, 1, length, length) bool, or None for padding. Ten examples of equal length are a tenth of the work of T x T."""
+    (1, 1, length, length) bool, or None for padding. Ten examples of one length are a tenth of the work of T x T."""
     masks = []
     for ids in zip(example, branch, vision):
         numbers, lengths = ids[0].unique_consecutive(return_counts=True)
@@ -133,7 +133,8 @@ def attend_examples(q, k, v, masks):
 
 def mask_for(T, cuda):
     """The function that makes the mask of sequences of T tokens: dense_mask, block_mask or example_masks."""
-    # In short sequences many small calls would cost more than they save.
+    # FlexAttention on CUDA does not compile for fewer than 128 queries: it takes its decoding kernel, which has no
+    # valid choice of blocks there. And on a CPU many small calls cost more in short sequences than they save.
     if T <= 256:
         return dense_mask
     return block_mask if cuda else example_masks

@@ -285,6 +285,13 @@ def test_attention_example_by_example_is_attention():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_short_sequences_get_a_dense_mask():
+    """FlexAttention on CUDA does not compile below 128 tokens, and no test on a CPU can see that: so the rule is tested."""
+    for T in (1, 16, 127, 128, 256):
+        assert flex.mask_for(T, cuda=True) is flex.mask_for(T, cuda=False) is dense_mask
+    assert flex.mask_for(257, cuda=True) is block_mask and flex.mask_for(257, cuda=False) is example_masks
+
+
 @pytest.mark.parametrize("T, form", [(40, torch.Tensor), (300, list)])
 def test_installed_masks_change_no_logits(T, form):
     """Dense in short sequences, by example in long ones; what padding gives is used by nobody."""
