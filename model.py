@@ -19,7 +19,7 @@ Seams: what other files replace in a built model, and by which function. Nothing
     the same two, vision_backbone.forward  ulysses.install               context parallelism; after lib/flex.install
     block.forward                          lib/distributed.shard_model   activation checkpointing; then compile
     vision_backbone.image_vit.forward      sft.cache_features            a frozen ViT encodes each crop once
-    attend of every module, block.forward  lib/budget.count_bytes        memory without numbers, on the meta device
+    all attend, block.forward              lib/budget.count_bytes        memory without numbers, on the meta device
 
 Shapes:  B sequences in the batch, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
          visual token, D width, H heads, G key/value heads, hd head width, S keys, V vocabulary
@@ -472,8 +472,8 @@ class Molmo2(nn.Module):
             elif name.endswith("positional_embedding"):  # so that the ViT need not learn first what is next to what
                 p.copy_(waves(self.cfg.crop // self.cfg.patch, p.shape[1]) / 2)
             else:
-                # 0.02 suits widths of thousands. With it a narrow matrix shrinks its input, and image features would be
-                # a million times fainter than the embedding they are added to. 1/sqrt(inputs) keeps the size.
+                # 0.02 suits widths of thousands. A narrow matrix would shrink its input with it, and image features
+                # would be a million times fainter than the embedding they are added to. 1/sqrt(inputs) keeps sizes.
                 nn.init.normal_(p, std=0.02 if "wte." in name or p.shape[1] >= 1024 else p.shape[1] ** -0.5)
         if only is not None:  # blocks are new only if everything is
             return
@@ -494,8 +494,8 @@ class Molmo2(nn.Module):
         return n + self.lm_head.weight.numel() if self.cfg.tie else n
 
     def parts(self):
-        """{"vit", "connector", "decoder"}: the parameters that share a learning rate, [(name, parameter)]. The EXTRA
-        rows are new, as the connector is, and train with it."""
+        """{"vit", "connector", "decoder"}: [(name, parameter)] that share a learning rate. The EXTRA rows are new, as
+        the connector is, and train with it."""
         parts = {"vit": [], "connector": [], "decoder": []}
         for name, p in self.named_parameters():
             is_new = name.startswith("vision_backbone") or name.endswith("new_embedding")
@@ -510,8 +510,7 @@ class Molmo2(nn.Module):
     def check(self, tokens, crops, pool, others, features=None):
         """Fail with the numbers in hand before a shape error fails without them."""
         for name, x in others.items():
-            same = x is None or x.shape == tokens.shape
-            assert same, f"{name} is {tuple(x.shape)}, tokens are {tuple(tokens.shape)}"
+            assert x is None or x.shape == tokens.shape, f"{name} is {tuple(x.shape)}, tokens {tuple(tokens.shape)}"
         n = int((tokens == self.cfg.image_token).sum())
         m = 0 if pool is None else len(pool)
         assert n == m, f"{n} <image> tokens but {m} pooled windows: was a sequence cut, or media left out?"
