@@ -286,7 +286,7 @@ def test_attention_example_by_example_is_attention():
 
 
 def test_short_sequences_get_a_dense_mask():
-    """FlexAttention on CUDA does not compile below 128 tokens, and no test on a CPU can see that: so the rule is tested."""
+    """FlexAttention on CUDA does not compile below 128 tokens. A CPU cannot show that, so the rule is tested."""
     for T in (1, 16, 127, 128, 256):
         assert flex.mask_for(T, cuda=True) is flex.mask_for(T, cuda=False) is dense_mask
     assert flex.mask_for(257, cuda=True) is block_mask and flex.mask_for(257, cuda=False) is example_masks
@@ -313,3 +313,21 @@ def test_the_order_of_the_seams_is_checked():
         block.self_attn.attend = lambda q, k, v, mask: q  # as ulysses.install has done
     with pytest.raises(AssertionError, match="before ulysses.install"):
         flex.install(model)
+
+
+def test_decoding_keeps_away_from_cudnn(monkeypatch):
+    """On CUDA alone, while a single token is decoded, and in nobody else's attention."""
+    flags = lambda: [getattr(torch.backends.cuda, name + "_sdp_enabled")() for name in ("cudnn", "flash", "math")]
+    assert flags() == [True] * 3
+    with M.without_cudnn(torch.device("cpu")):
+        assert flags() == [True] * 3
+    with M.without_cudnn(torch.device("cuda")):
+        assert flags() == [False, True, True]
+    assert flags() == [True] * 3
+    model, calls = tiny_model("qwen"), []
+    plain = M.without_cudnn
+    monkeypatch.setattr(M, "without_cudnn", lambda device: plain(torch.device("cuda")))
+    model.transformer.register_forward_pre_hook(lambda module, args: calls.append(flags()[0]))
+    for _ in model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3):
+        assert flags() == [True] * 3
+    assert calls == [True, False, False]  # the prompt, and two tokens
