@@ -16,8 +16,9 @@ import pytest
 import torch
 from conftest import V, finish, log_of, losses_of, random_batch, random_tree, run, run_ranks, start, tiny_model
 
-from lib import distributed, flex
+import pretrain
 import ulysses
+from lib import distributed, flex
 from lib.distributed import World
 from lib.flex import block_mask
 from model import IMAGE, Molmo2, dense_mask, is_vision

@@ -8,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import budget, flex
 import model as M
 from lib import budget, flex
 from data import Dataset, collate, decode

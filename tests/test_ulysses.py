@@ -37,10 +37,16 @@ def check_attention(rank, ranks):
         got.backward(seed_grad[:, :, here])
         pairs = [(got, out[:, :, here])] + [(a.grad, b.grad[:, :, here]) for a, b in zip(mine, (q, k, v))]
         for i, (a, b) in enumerate(pairs):
-            if G >= ranks or i < 2:  # the output, and the gradient of q
-                assert torch.equal(a, b), (seed, i)
-            else:
-                torch.testing.assert_close(a, b, rtol=0, atol=5e-6)
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (seed, i)
+
+
+def loss_and_gradients(model, batch):
+    """All in one vector."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, z_loss=1e-3)
+    loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([x.detach().flatten() for x in (loss, *grads)])
 
 
 def check_model(rank, ranks, style):
