@@ -10,9 +10,8 @@ Data: lines of JSONL in, packed batches out.
     batch      what Molmo2.forward takes
 
 One record with two annotations, as `--config small` sees it: an image, "What do you see?" and "Point to the circle."
-The trunk costs 19 tokens once, however many annotations there are. Each branch continues from the position where the
-trunk ends, and sees the trunk and itself: model.may_attend has the rule. Only answers are trained on, captions with
-weight 1 and points with weight 2:
+The trunk costs 19 tokens, however many annotations there are. Each branch goes on from its last position, and sees the
+trunk and itself (model.may_attend). Only answers are trained on, captions with weight 1 and points with weight 2:
 
   tokens  bos <low_res_image_start> <image>x16 <image_end> | ..   assistant\n A      circle | ..   assistant\n <point
   branch  0   0                     0          0           | 1    1           1      1      | 2    2           2
@@ -573,8 +572,7 @@ class Stream:
                 "max_frames": p.max_frames, "max_crops": p.max_crops, "point_format": p.cfg.point_format,
                 "token_weights": p.token_weights}
         for name, dataset in self.sets.items():
-            contents = dataset.lines.contents
-            used[f"dataset {name}"] = f"{len(dataset)} rows at {self.rates[name]:.6%}, contents {contents}"
+            used[f"dataset {name}"] = f"{len(dataset)} rows at {self.rates[name]:.6%}, contents {dataset.lines.contents}"
         return used
 
     def draw(self, k):
@@ -666,8 +664,7 @@ class Stream:
     def sequences_per_draw(self, sample=64):
         """How many sequences a draw fills, judged by the first ones: for what a run will see of each dataset."""
         state = self.start()
-        tokens = 0
-        crops = 0
+        tokens = crops = 0
         for k in range(sample):
             name = self.draw(k)
             for plan in self.plans_of_draw(name, state, []):
