@@ -21,6 +21,7 @@ the sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Without them
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -69,7 +70,9 @@ def assign(cost):
         distance = np.full(m, np.inf)  # of the shortest path from `start` to each column, in reduced costs
         previous = np.full(m, -1)      # the column before it on that path
         visited = np.zeros(m, bool)
-        row, column, travelled = start, -1, 0.0
+        row = start
+        column = -1  # none yet
+        travelled = 0.0
         while True:  # visit the nearest columns until one is free
             path = travelled + cost[row] - row_price[row] - column_price
             shorter = ~visited & (path < distance)
@@ -119,8 +122,8 @@ def point_f1(predicted, true, hits):
     """(precision, recall, F1) of points: (n, d) and (m, d) coordinates, and hits(i, j): whether the i-th lies in what
     the j-th marks. First matched by least total distance, as published; a match that misses is no hit."""
     pairs = assign([[math.dist(p, t) for t in true] for p in predicted]) if len(predicted) and len(true) else []
-    n_hits = sum(bool(hits(i, j)) for i, j in pairs)
-    return precision_recall_f1(n_hits, len(predicted), len(true))
+    hit_pairs = [(i, j) for i, j in pairs if hits(i, j)]
+    return precision_recall_f1(len(hit_pairs), len(predicted), len(true))
 
 
 def parse_number(text):
@@ -193,19 +196,20 @@ def hota(frames):
 
     frames: [(true ids, predicted ids, hits)], hits: (true, predicted) bool, whether the point lies in the mask.
     """
-    true_frames, pred_frames = Counter(), Counter()  # how many frames each object, and each track, is in
+    true_frames = Counter()  # how many frames each object is in
+    pred_frames = Counter()  # and each track
     for true_ids, pred_ids, _ in frames:
         true_frames.update(true_ids)
         pred_frames.update(pred_ids)
-    row = {i: k for k, i in enumerate(true_frames)}
-    column = {i: k for k, i in enumerate(pred_frames)}
+    row = dict(zip(true_frames, itertools.count()))     # of an object in the tables below
+    column = dict(zip(pred_frames, itertools.count()))  # of a track
     # (objects, tracks): the frames of both, added
     lengths = np.add.outer(np.array(list(true_frames.values()), float), np.array(list(pred_frames.values()), float))
 
     def each_frame():
         for true_ids, pred_ids, hits in frames:
             hits = np.asarray(hits, float).reshape(len(true_ids), len(pred_ids))
-            yield [row[i] for i in true_ids], [column[i] for i in pred_ids], hits
+            yield list(map(row.get, true_ids)), list(map(column.get, pred_ids)), hits
 
     # 1. How alike each object and each track are over the whole clip: a Jaccard index. A hit shared with others
     # counts less: one over all hits of its object and of its point in that frame.
@@ -222,10 +226,11 @@ def hota(frames):
             matched[rows[i], columns[j]] += hits[i, j]
 
     # 3. Detection: matches among all objects and predictions. Association: how pure the matched tracks are.
-    n_true, n_pred, n_matched = true_frames.total(), pred_frames.total(), matched.sum()
-    if n_true + n_pred == 0:
+    n_points = true_frames.total() + pred_frames.total()
+    n_matched = matched.sum()
+    if n_points == 0:
         return 1.0, 1.0, 1.0
-    detection = n_matched / (n_true + n_pred - n_matched)
+    detection = n_matched / (n_points - n_matched)
     association = (matched * matched / np.maximum(lengths - matched, 1e-9)).sum() / max(n_matched, 1)
     return math.sqrt(detection * association), float(detection), float(association)
 
@@ -315,10 +320,12 @@ class Question:
         self.kind = next((kind for kind in MEDIA if kind in record), None)
         self.path = None if self.kind in (None, "images") else inside_folder(folder, record[self.kind])
         self.check(annotation)
-        # From here on times count from the start of the clip, as the model counts.
+        # from here on times count from the start of the clip, as the model counts.
         self.annotation = annotation = in_clip(annotation, record)
         if "messages" in annotation:
-            self.prompt, self.truth = (message["content"] for message in annotation["messages"][:2])
+            question, answer, *_ = annotation["messages"]  # of a longer conversation the first turn
+            self.prompt = question["content"]
+            self.truth = answer["content"]
         elif "options" in annotation:
             self.prompt, self.truth = multiple_choice(annotation["question"], annotation["options"],
                                                       annotation["correct"])
@@ -361,7 +368,8 @@ class Question:
         return self.drawn(key(p)) if key(p) in self.masks else None
 
     def drawn(self, which):
-        mask, (w, h) = self.masks[which], self.size(which[1])
+        mask = self.masks[which]
+        w, h = self.size(which[1])
         if "polygon" in mask:
             image = Image.new("1", (w, h))
             ImageDraw.Draw(image).polygon([(x * w, y * h) for x, y in mask["polygon"]], 1)
@@ -409,12 +417,13 @@ def score_points(q, text):
     def place(p):
         if q.kind == "video":
             return [round(100 * v, 1) for v in (p["t"] / last, p["x"], p["y"])]
-        return [1e4 * p.get("image", 0), 100 * p["x"], 100 * p["y"]]  # points of two images are never matched
+        return [1e4 * p.get("image", 0), 100 * p["x"], 100 * p["y"]]  # images are too far apart to be matched
 
     def hits(i, j):
-        p, true = predicted[i], q.points[j]
-        same_time = q.kind != "video" or abs(p["t"] - true["t"]) < 0.05  # the same half second, whatever its digits
-        return same_time and q.hits(p, true)
+        p = predicted[i]
+        if q.kind == "video" and abs(p["t"] - q.points[j]["t"]) >= 0.05:  # another half second, whatever its digits
+            return False
+        return q.hits(p, q.points[j])
     precision, recall, f1 = point_f1([place(p) for p in predicted], [place(t) for t in q.points], hits)
     scores = dict(precision=precision, recall=recall, f1=f1)
     if not q.points:
@@ -459,13 +468,14 @@ def half_second(p):
 def score_track(q, text, segmenter=None):
     """Tracking: points of every frame that has a true or a predicted one, HOTA, and J, F with a segmenter."""
     predicted = [p for p in parse_points(text, "video") if "t" in p]
-    times = sorted({half_second(p) for p in [*predicted, *q.points]})
-    frames, scores = [], []
+    times = sorted({*map(half_second, predicted), *map(half_second, q.points)})
+    frames = []  # for `hota`
+    scores = []  # (precision, recall, F1) of each frame
     n_hits = 0
     for t in times:
         true = [p for p in q.points if half_second(p) == t]
-        first_of_id = {p["id"]: p for p in reversed(predicted) if half_second(p) == t}  # an id counts once a frame
-        points = list(first_of_id.values())
+        first_of_id = {p["id"]: p for p in reversed(predicted) if half_second(p) == t}
+        points = list(first_of_id.values())  # an id that comes twice in a frame counts once
         hits = np.array([[q.hits(p, o) for p in points] for o in true]).reshape(len(true), len(points))
         scores.append(point_f1([(p["x"], p["y"]) for p in points], [(o["x"], o["y"]) for o in true],
                                lambda i, j: hits[j, i]))
@@ -488,7 +498,7 @@ def score_masks(q, predicted, times, segmenter):
     objects = sorted({o["id"] for o in q.points})
     tracks = list(segmented)
     empty = np.zeros(frames[0].shape[:2], bool)
-    table = {}
+    table = {}  # (object, track) -> (J, F, J&F)
     for i in objects:
         true = {half_second(o): q.mask(o) for o in q.points if o["id"] == i}
         for j in tracks:
@@ -520,13 +530,15 @@ def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, ma
     """({"task metric": mean}, [one result per question: where, task, prompt, answer, truth, scores])."""
     prompts = [Prompt(q.task, q.where, q.record, q.folder, q.prompt) for q in questions]
     texts = answers(model, planner, prompts, lambda task: max_new_tokens or LIMITS.get(task, 64), batch, world)
-    values, results = {}, []
+    values = {}  # "task metric" -> a value per question
+    results = []
     for q, text in zip(questions, texts):
         try:
             scores = score(q, text, judge, segmenter)
         except JudgeError as e:
             print(f"error: {e}; {q.where} and what follows is not judged", file=sys.stderr)
-            scores, judge = dict(not_judged=1.0), None
+            scores = dict(not_judged=1.0)
+            judge = None  # the rest gets word overlap
         for name, value in scores.items():
             values.setdefault(f"{q.task} {name}", []).append(value)
         results.append(dict(where=q.where, task=q.task, prompt=q.prompt, answer=text, truth=q.truth or q.points,
@@ -562,7 +574,8 @@ def scene_scores(questions, texts):
     true caption that the predicted one names, each as often as it is there.
     """
     n_hits = n_true = n_predicted = n_named = n_objects = 0
-    counts_right, nones_right = [], []
+    counts_right = []
+    nones_right = []
     for q, text in zip(questions, texts):
         if q.task == "counting":
             counts_right.append(text == q.truth)
@@ -645,7 +658,8 @@ def print_table(scores):
 
 def main():
     args = parse_flags()
-    scores, predictions = {}, {}
+    scores = {}       # checkpoint -> {"task metric": mean}
+    predictions = {}  # checkpoint -> what `evaluate` says of each question
     try:
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
         segmenter = load_function(args.segmenter) if args.segmenter else None
@@ -657,7 +671,7 @@ def main():
             model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24)
             limit = args.max_new_tokens
             if limit is None and model.cfg.crop < 378:
-                limit = 256  # a small model that never ends its answer
+                limit = 256  # a small model may never end its answer
             scores[folder], predictions[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
                                                            limit)
     except (OSError, ValueError, BadRecord, BadMedia, BadCheckpoint, ImportError, AttributeError) as e:

@@ -102,9 +102,10 @@ def answers(model, planner, prompts, limit, batch=32, world=None):
     texts = {}  # index of a prompt -> its answer
     for indices in batches[world.rank::world.size] if world else batches:
         plans = []
-        for prompt in [prompts[i] for i in indices]:
+        for i in indices:
+            prompt = prompts[i]
             plan = planner.question(prompt.record, prompt.folder, [dict(role="user", content=prompt.text)])
-            plan.where = prompt.where
+            plan.where = prompt.where  # an image that cannot be decoded is reported under this name
             plans.append(plan)
         free_tokens = planner.seq_len - max(plan.n_tokens for plan in plans)
         longest = min(limit(prompts[indices[0]].task), free_tokens)
@@ -113,7 +114,7 @@ def answers(model, planner, prompts, limit, batch=32, world=None):
             _, where, _, detail = failed[0]
             raise BadMedia(f"{where}: {detail}")
         texts.update(zip(indices, replies))
-    text_of = {}
+    text_of = {}  # the same, of all ranks
     for texts_of_rank in world.gather(texts) if world else [texts]:
         text_of |= texts_of_rank
     return [text_of[i] for i in range(len(prompts))]
@@ -160,7 +161,8 @@ class Chat:
         self.messages.append(dict(role="user", content=question))
         plan = self.planner.question(self.record, self.folder, self.messages)
         self.encode(plan)
-        tok, device = self.planner.tokenizer, self.features.device
+        tok = self.planner.tokenizer
+        device = self.features.device
         tokens, pos, branch = (torch.from_numpy(x)[None].to(device) for x in (plan.tokens, plan.pos, plan.branch))
         generator = torch.Generator(device).manual_seed(seed)
         ids = []

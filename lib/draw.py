@@ -14,7 +14,8 @@ from lib.media import load_frames, load_image, video_duration
 
 def colour_of(i):
     """A colour per id, neighbours far apart."""
-    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i * 0.381966 % 1, 0.9, 1.0))  # steps of the golden angle
+    hue = i * 0.381966 % 1  # steps of the golden angle never come close to an earlier hue
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.9, 1.0))
 
 
 def draw_points(pixels, points, trails=(), side=640):
@@ -31,6 +32,7 @@ def draw_points(pixels, points, trails=(), side=640):
     image = image.resize(size, Image.NEAREST if scale > 1 else Image.BILINEAR)
     pen = ImageDraw.Draw(image)
     radius = max(min(image.size) / 40, 5)
+    # trails lie under the points; each is black with its colour inside, to be seen on any background
     for i, places in trails:
         line = [(x * image.width, y * image.height) for x, y in places]
         if len(line) > 1:
@@ -51,7 +53,7 @@ def at_time(points, t, gap=1.0):
     shown = []
     for i in sorted({p["id"] for p in points}):
         track = sorted((p for p in points if p["id"] == i and "t" in p), key=lambda p: p["t"])
-        earlier = [p for p in track if p["t"] <= t + 1e-6]
+        earlier = [p for p in track if p["t"] <= t + 1e-6]  # times are rounded: a point at t is one
         later = track[len(earlier):]
         if not earlier:
             continue
@@ -100,16 +102,19 @@ def draw_video(path, points, out, rate=10):
     ids = sorted({p["id"] for p in nearest})
     shown = [at_time(nearest, t) for t in times]  # the points of each frame
     sheet_frames = sorted({round(p["t"] * rate) for p in nearest}) or [0]
-    if len(sheet_frames) > 12:
+    if len(sheet_frames) > 12:  # evenly spaced, the first and the last among them
         sheet_frames = [sheet_frames[round(k * (len(sheet_frames) - 1) / 11)] for k in range(12)]
     sheet = []
     with av.open(out, "w") as container:
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
         for k, pixels in enumerate(load_frames(path, times)):
             recent = shown[max(k - 2 * rate, 0):k + 1]
-            image = draw_points(pixels, shown[k], [(i, trail) for i in ids for trail in trails_of(recent, i)])
+            trails = []
+            for i in ids:
+                trails += [(i, places) for places in trails_of(recent, i)]
+            image = draw_points(pixels, shown[k], trails)
             image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
-            if k == 0:
+            if k == 0:  # only now the size is known
                 stream.width, stream.height = image.size
                 stream.bit_rate = 4_000_000
                 stream.pix_fmt = "yuv420p"

@@ -48,12 +48,11 @@ def outline(shape, radius, angle):
         corners = np.array([(-1.3, -0.35), (1.3, -0.35), (1.3, 0.35), (-1.3, 0.35)])
     else:  # corners around a circle, at one distance or at two in turn
         n, distances = {"circle": (32, (0.85, 0.85)), "star": (10, (1.25, 0.45))}[shape]
-        corners = []
+        corners = np.zeros((n, 2))
         for k in range(n):
             distance = distances[k % 2]
             turn = 2 * math.pi * k / n
-            corners.append((distance * math.sin(turn), -distance * math.cos(turn)))
-        corners = np.array(corners)
+            corners[k] = distance * math.sin(turn), -distance * math.cos(turn)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return corners @ rotation * radius
 
@@ -190,7 +189,7 @@ def pointing(rng, scene, colour, shape):
         label = plural(label)
         prompts = POINT_ALL_PROMPTS
     points = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(found)]
-    masks = [dict(id=i, polygon=o["polygon"]) for i, o in enumerate(found)]
+    masks = [dict(id=i, polygon=o["polygon"]) for i, o in enumerate(found)]  # in held-out records alone
     return dict(task="image_pointing", prompt=rng.choice(prompts).format(label), label=label, points=points,
                 masks=masks)
 
@@ -689,13 +688,12 @@ def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0, prefix=""
              f"toy {seed} clip {seconds}", i, held_out, seconds) for i in range(held_out + clips)]
     # spawned, not forked: a copy of a process with threads can wait for ever for a lock that one of them held
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        records = list(pool.map(film, jobs, chunksize=64))
-    for name, column in (("clips", 0), ("tracks", 1), ("stills", 2)):
-        path = os.path.join(temporary, f"{prefix}{name}.jsonl")
-        write_lines(path, [without_masks(of_clip[column]) for of_clip in records[held_out:]])
-    for name, column in (("clips", 0), ("tracks", 1)):
-        path = os.path.join(temporary, "eval", f"{prefix}{name}.jsonl")
-        write_lines(path, [of_clip[column] for of_clip in records[:held_out]])
+        records = list(pool.map(film, jobs, chunksize=64))  # three of each clip
+    for name, of_all_clips in zip(("clips", "tracks", "stills"), zip(*records)):
+        file = f"{prefix}{name}.jsonl"
+        write_lines(os.path.join(temporary, file), map(without_masks, of_all_clips[held_out:]))
+        if name != "stills":  # a still teaches to find things in a frame; nothing asks for it alone
+            write_lines(os.path.join(temporary, "eval", file), of_all_clips[:held_out])
     return finish(temporary, folder, recipe)
 
 
@@ -717,19 +715,23 @@ FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.4, clips=2.4, tracks
                long_clips=3.0, long_tracks=6.0)
 
 
+def paths(folder, names):
+    return [os.path.join(folder, name + ".jsonl") for name in names]
+
+
 def files(folder, stage):
     """The JSONL files a stage trains on, written on first use."""
     write_world(folder)
     for name, options in CLIPS.items():
         if any(file.startswith(name + "/") for file in TRAIN[stage]):
             write_clips(os.path.join(folder, name), **options)
-    return [os.path.join(folder, file + ".jsonl") for file in TRAIN[stage]]
+    return paths(folder, TRAIN[stage])
 
 
 def held_out(folder, stage):
     """The JSONL files of a stage's held-out records, with masks."""
     files(folder, stage)
-    return [os.path.join(folder, file + ".jsonl") for file in HELD_OUT[stage]]
+    return paths(folder, HELD_OUT[stage])
 
 
 # ---- from points to masks: the toy world's own segmenter ---------------------------------------------------
