@@ -320,7 +320,7 @@ class Question:
         self.kind = next((kind for kind in MEDIA if kind in record), None)
         self.path = None if self.kind in (None, "images") else inside_folder(folder, record[self.kind])
         self.check(annotation)
-        # from here on times count from the start of the clip, as the model counts.
+        # from here on times count from the start of the clip, as the model counts
         self.annotation = annotation = in_clip(annotation, record)
         if "messages" in annotation:
             question, answer, *_ = annotation["messages"]  # of a longer conversation the first turn
@@ -368,6 +368,7 @@ class Question:
         return self.drawn(key(p)) if key(p) in self.masks else None
 
     def drawn(self, which):
+        """The mask of a key, from its polygon or its runs."""
         mask = self.masks[which]
         w, h = self.size(which[1])
         if "polygon" in mask:

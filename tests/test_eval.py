@@ -652,8 +652,8 @@ def test_the_command_evaluates_as_its_flags_say(command, tmp_path):
     assert (len(questions), judge, segmenter, batch, limit) == (4, None, None, 32, 256)
     *_, given, (_, _, questions, judge, segmenter, batch, limit) = command(
         "good", "--data", "rows.jsonl", "--limit", "3", "--batch", "2", "--max_new_tokens", "5", "--tiles", "7",
-        "--max_frames", "9", "--segmenter", "lib.toy:segment", "--judge_url", "http://localhost:1/v1", "--judge_model",
-        "m")
+        "--max_frames", "9", "--segmenter", "lib.toy:segment", "--judge_url", "http://localhost:1/v1",
+        "--judge_model", "m")
     assert given == (("cpu", 7, 9), dict(usual_tiles=24)) and segmenter is toy.segment
     assert (len(questions), judge.model, batch, limit) == (3, "m", 2, 5)
     *_, (*_, limit) = command("large", "--data", "rows.jsonl", "--out", "e.json")

@@ -491,7 +491,7 @@ def test_every_share_of_the_scores_has_its_own_denominator(tmp_path, monkeypatch
     # Scene a has a red circle at 0.2 and a red star at 0.6, scene b a blue bar at 0.5.
     said, asked = [], dict(a=[], b=[])
     for scene, answer, task, true in (
-            ("a", "a red circle and a green star", "image_caption", dict(answer="I see a red circle and a red star.")),
+            ("a", "a red circle and a green star", "image_caption", dict(answer="A red circle and a red star.")),
             ("b", "a blue star", "image_caption", dict(answer="There is a blue bar.")),
             # two in the circle count once, and the star was missed
             ("a", "<point 0.2, 0.5, 0> <point 0.22, 0.5, 1> <point 0.4, 0.5, 2>", "image_pointing", at(0.2, 0.6)),
