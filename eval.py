@@ -302,7 +302,7 @@ class Judge:
         return precision, recall, harmonic(precision, recall)
 
 
-# ---- the truth about a record --------------------------------------------------------------------------------
+# ---- the truth about a record ------------------------------------------------------------------------------
 
 def key(p):
     """What tells the points of an annotation apart, and their masks: (time, image, id)."""

@@ -48,7 +48,7 @@ def load(folder, device="cpu", tiles=None, max_frames=None, usual_tiles=8):
     return model, Planner(tokenizer, model.cfg, model.cfg.max_positions, tiles, max_frames=max_frames)
 
 
-# ---- many questions in batches -------------------------------------------------------------------------------
+# ---- many questions in batches -----------------------------------------------------------------------------
 
 class Prompt(NamedTuple):
     """One question about one record."""
@@ -120,7 +120,7 @@ def answers(model, planner, prompts, limit, batch=32, world=None):
     return [text_of[i] for i in range(len(prompts))]
 
 
-# ---- one conversation ------------------------------------------------------------------------------------------
+# ---- one conversation --------------------------------------------------------------------------------------
 
 class Chat:
     """Questions about the same media, one after the other. kind: "image", "images" or "video"."""
@@ -181,7 +181,7 @@ class Chat:
         yield text[yielded:]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -138,7 +138,7 @@ def inside(polygon, x, y):
     return hit
 
 
-# ---- questions about scenes ----------------------------------------------------------------------------------
+# ---- questions about scenes --------------------------------------------------------------------------------
 
 CAPTION_PROMPTS = ("Describe the image.", "What is in this picture?", "Write a caption.", "What do you see?",
                    "Tell me about this image.", "List the shapes from left to right.")
@@ -401,7 +401,7 @@ def write_clip(path, clip, rate=4):
         container.mux(stream.encode())
 
 
-# ---- questions about clips -----------------------------------------------------------------------------------
+# ---- questions about clips ---------------------------------------------------------------------------------
 
 def motion(o):
     """What an object does, as a caption puts it."""
