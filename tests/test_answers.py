@@ -9,7 +9,7 @@ import torch
 from conftest import picture, tiny_model
 
 from lib.media import BadMedia
-from sample import answer, answers
+from sample import Prompt, answer, answers
 
 
 # what these tests use of the product, named here alone
@@ -107,7 +107,7 @@ TASKS = ("image_qa", "counting", "text", "counting", "video_qa")
 
 def test_thirteen_questions_of_four_tasks(planner):
     """Without ranks: tasks are not mixed in a batch, each with its own limit, none larger than asked for."""
-    asked = [(TASKS[i % 5], f"f:{i}", {}, "", f"Number {i}?") for i in range(13)]
+    asked = [Prompt(TASKS[i % 5], f"f:{i}", {}, "", f"Number {i}?") for i in range(13)]
     limits = {"image_qa": 3, "counting": 2, "text": 5, "video_qa": 10 ** 6}
     model = Parrot(planner, lambda q: planner.tokenizer.encode(f"<{q}>"))
     texts = answers(model, planner, asked, limits.get, batch=2)
@@ -124,7 +124,7 @@ def test_thirteen_questions_of_four_tasks(planner):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("n", [0, 1, 2, 13])
 def test_ranks_answer_every_question_once_and_all_know_all_answers_in_order(planner, ranks, n):
-    asked = [(TASKS[i % 5], f"f:{i}", {}, "", f"Number {i}?") for i in range(n)]
+    asked = [Prompt(TASKS[i % 5], f"f:{i}", {}, "", f"Number {i}?") for i in range(n)]
     models = [Parrot(planner, lambda q: planner.tokenizer.encode(f"{q} Yes.") if "3" not in q else [])
               for _ in range(ranks)]
     told = Ranks(ranks).run(lambda world: answers(models[world.rank], planner, asked, lambda task: 30, 2, world))
@@ -140,7 +140,7 @@ def test_the_question_whose_image_cannot_be_read_is_named(planner, tmp_path, ran
     picture(tmp_path / "0.png", "red", (300, 300))
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[:len(whole) // 2])
-    asked = [("image_qa", f"f:{i}", dict(image=f"{i}.png"), str(tmp_path), "What?") for i in (0, 1)]
+    asked = [Prompt("image_qa", f"f:{i}", dict(image=f"{i}.png"), str(tmp_path), "What?") for i in (0, 1)]
     model = Parrot(planner, lambda q: [5])
     with pytest.raises(BadMedia, match="f:1: .*1.png"):
         Ranks(ranks).run(lambda world: answers(model, planner, asked, lambda task: 3, batch, world))

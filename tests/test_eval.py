@@ -579,7 +579,7 @@ def test_each_question_counts_once_in_the_mean_of_its_task(tmp_path, monkeypatch
     assert records[4]["truth"] == [dict(x=0.5, y=0.5, id=0)] and records[4]["scores"]["f1"] == 0.6667
     model, planner, said, limit, batch, world = asked[0]
     assert (model, planner, batch, world) == ("model", "planner", 5, "world")
-    assert said == [(q.task, q.where, q.row, q.folder, q.prompt) for q in questions]
+    assert said == [(q.task, q.where, q.record, q.folder, q.prompt) for q in questions]
     assert {task: limit(task) for task in (*TASKS, "other")} == dict(
         image_caption=448, image_pointing=192, multi_image_pointing=192, counting=192, image_qa=64, multi_image_qa=64,
         video_caption=2048, video_qa=64, video_pointing=2048, video_tracking=4096, text=64, other=64)
@@ -652,8 +652,8 @@ def test_the_command_evaluates_as_its_flags_say(command, tmp_path):
     assert (len(questions), judge, segmenter, batch, limit) == (4, None, None, 32, 256)
     *_, given, (_, _, questions, judge, segmenter, batch, limit) = command(
         "good", "--data", "rows.jsonl", "--limit", "3", "--batch", "2", "--max_new_tokens", "5", "--tiles", "7",
-        "--max_frames", "9", "--segmenter", "toy:segment", "--judge_url", "http://localhost:1/v1", "--judge_model",
-        "m")
+        "--max_frames", "9", "--segmenter", "lib.toy:segment", "--judge_url", "http://localhost:1/v1",
+        "--judge_model", "m")
     assert given == (("cpu", 7, 9), dict(usual_tiles=24)) and segmenter is toy.segment
     assert (len(questions), judge.model, batch, limit) == (3, "m", 2, 5)
     *_, (*_, limit) = command("large", "--data", "rows.jsonl", "--out", "e.json")
@@ -668,7 +668,7 @@ def test_without_data_the_toy_worlds_held_out_lines_are_asked(command, tmp_path,
 
 
 @pytest.mark.parametrize("flags, message", [(["--data", "none.jsonl"], "none.jsonl"),
-                                            (["--data", "rows.jsonl", "--segmenter", "toy:nothing"], "nothing"),
+                                            (["--data", "rows.jsonl", "--segmenter", "lib.toy:nothing"], "nothing"),
                                             (["--data", "rows.jsonl", "--segmenter", "nowhere:f"], "nowhere")])
 def test_what_cannot_be_evaluated_is_said_in_one_line(command, capsys, flags, message):
     with pytest.raises(SystemExit) as e:

@@ -13,9 +13,10 @@ from conftest import picture, png, tiny_model, video, write_lines
 import eval as evaluation
 import sample
 from data import Planner
+from lib.draw import at_time, colour_of, draw, draw_points, draw_video
 from lib.media import BadMedia, load_frames
 from model import Molmo2
-from sample import Chat, answer, answers, at_time, colour_of, draw, draw_points, draw_video, main, prompt_batch
+from sample import Chat, Prompt, answer, answers, main, prompt_batch
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_chat_looks_once_and_answers_as_if_it_looked_again(asked, names, monke
     monkeypatch.setattr(model.vision_backbone, "forward", lambda *a: looks.append(1) or encode(*a))
     for k, question in enumerate(("What is it?", "And where?")):
         text = "".join(chat.ask(question, max_new_tokens=6))
-        batch, _ = prompt_batch([planner.question(chat.row, chat.folder, chat.messages[:2 * k + 1])],
+        batch, _ = prompt_batch([planner.question(chat.record, chat.folder, chat.messages[:2 * k + 1])],
                                 planner.cfg)
         seen = len(looks)
         ids = [int(i) for i in model.generate(**batch, max_new_tokens=6, stop=(planner.tokenizer.eos,))]
@@ -156,7 +157,7 @@ def test_each_answer_goes_to_its_question_and_is_as_long_as_its_task_allows(aske
     """Questions of a task are asked together; the texts come back in the order of the questions."""
     model, planner, folder = asked
     row = medium(folder, "image")[1]
-    ask = [(task, f"f:{i}", row, str(folder), f"{i}?") for i, task in enumerate(
+    ask = [Prompt(task, f"f:{i}", row, str(folder), f"{i}?") for i, task in enumerate(
         ["image_qa", "counting", "image_qa", "counting", "image_qa"])]
     model.lm_head = Script(planner.tokenizer, ("one", "three three"), ("zero", "two two two"), ["four"])
     assert answers(model, planner, ask, lambda task: 99, 2) == ["zero", "one", "two two two", "three three", "four"]
@@ -177,7 +178,7 @@ def test_media_that_cannot_be_decoded_are_an_error_and_no_answer(asked):
     paths, row = medium(folder, "image")
     (folder / "a.png").write_bytes(png(30, 24))  # a header alone
     with pytest.raises(BadMedia, match="f:7: .*a.png"):
-        answers(model, planner, [("image_qa", "f:7", row, str(folder), "What?")], lambda task: 9)
+        answers(model, planner, [Prompt("image_qa", "f:7", row, str(folder), "What?")], lambda task: 9)
     with pytest.raises(BadMedia, match="a.png"):
         next(Chat(model, planner, paths).ask("What?"))
 
@@ -185,7 +186,7 @@ def test_media_that_cannot_be_decoded_are_an_error_and_no_answer(asked):
 def test_a_batch_answers_as_each_question_alone(asked):
     model, planner, folder = asked
     kinds = [medium(folder, kind)[1] for kind in ("image", "images", "video")]
-    asked = [("image_qa", f"f:{i}", row, str(folder), q) for i, (row, q) in enumerate(
+    asked = [Prompt("image_qa", f"f:{i}", row, str(folder), q) for i, (row, q) in enumerate(
         zip(kinds * 2, ("What?", "How many stars are there?", "Hm", "Where is the red one?", "So?", "Which way?")))]
     alone = [answers(model, planner, [one], lambda task: 8)[0] for one in asked]
     assert answers(model, planner, asked, lambda task: 8, batch=4) == alone and len(set(alone)) > 3

@@ -14,6 +14,7 @@ from PIL import Image
 import eval as evaluation
 from lib import toy
 from data import Dataset, format_points
+from lib.draw import contact_sheet
 from lib.media import load_frames, load_image, video_duration
 from lib.records import parse_record
 
@@ -43,7 +44,7 @@ def test_every_line_is_a_row_with_its_picture(folder):
 
 def test_the_same_seed_draws_the_same_world(folder, tmp_path):
     again = toy.write_world(str(tmp_path / "toy"), scenes=40, held_out=20, texts=10)
-    for name in ("points.jsonl", "eval/geometry.json", "images/00025." + ("png" if os.path.exists(
+    for name in ("points.jsonl", "eval/scenes.jsonl", "images/00025." + ("png" if os.path.exists(
             os.path.join(folder, "images/00025.png")) else "jpg")):
         assert open(os.path.join(again, name), "rb").read() == open(os.path.join(folder, name), "rb").read()
     other = toy.write_world(str(tmp_path / "other"), scenes=40, held_out=20, texts=10, seed=1)
@@ -99,6 +100,11 @@ def test_a_point_beside_a_shape_is_no_hit():
                                                                                                 0.1)
 
 
+def scene_question(folder, task, **a):
+    Image.new("RGB", (100, 80), (90, 90, 90)).save(folder / "a.png")
+    return evaluation.Question(dict(image="a.png"), dict(a, task=task, prompt="Where?"), str(folder), "f:1")
+
+
 class Oracle:
     """Stands in for generation: answers from the annotations, wrongly where it is told to."""
 
@@ -131,9 +137,11 @@ def test_wrong_answers_lower_the_toy_scores_and_right_ones_do_not(folder, monkey
     assert (scores["point_precision"] < 0.9) == (doubled or not scores["point_hit"])
 
 
-def test_a_phrase_names_one_object():
-    two = [dict(colour="red", shape="star")] * 2
-    assert evaluation.named("a red star", two) == [True, False] and evaluation.named("a red star and a red star", two) == [True, True]
+def test_a_phrase_names_one_object(tmp_path):
+    q = scene_question(tmp_path, "image_caption", answer="There is a red star, a red star and a blue bar.")
+    recall = lambda text: evaluation.scene_scores([q], [text])["caption_recall"]
+    assert recall("a red star") == 1 / 3 and recall("a red star and a red star") == 2 / 3
+    assert recall("three times a red star, a red star, a red star") == 2 / 3 and recall("a blue star") == 0
 
 
 # ---- the whole world, as every run trains on it ------------------------------------------------------------
@@ -338,13 +346,16 @@ def wraps(polygon, x, y):
 
 
 def test_points_lie_in_the_outlines_that_score_them(folder):
-    geometry = json.load(open(os.path.join(folder, "eval", "geometry.json")))
     checked = 0
     for r in rows(os.path.join(folder, "eval", "scenes.jsonl")):
-        for p in (p for a in r["annotations"] for p in a.get("points", [])):
-            inside = [o for o in geometry[r["id"]] if wraps(o["polygon"], p["x"], p["y"])]
-            assert [(o["x"], o["y"]) for o in inside] == [(p["x"], p["y"])]
-            checked += 1
+        outlines = [m["polygon"] for m in next(a["masks"] for a in r["annotations"]
+                                               if a.get("label") in ("shape", "shapes"))]
+        for a in r["annotations"]:
+            assert [m["id"] for m in a.get("masks", [])] == [p["id"] for p in a.get("points", [])]
+            for p, m in zip(a.get("points", []), a.get("masks", [])):
+                assert [o for o in outlines if wraps(o, p["x"], p["y"])] == [m["polygon"]]
+                checked += 1
+    assert not any("masks" in a for r in rows(os.path.join(folder, "points.jsonl")) for a in r["annotations"])
     for r in rows(os.path.join(folder, "eval", "pairs.jsonl")):
         for a in r["annotations"]:
             masks = {(m["image"], m["id"]): m["polygon"] for m in a.get("masks", [])}
@@ -495,45 +506,47 @@ def test_a_film_shows_each_shape_where_and_when_the_clip_says(clips, tmp_path):
 
 def test_every_share_of_the_scores_has_its_own_denominator(tmp_path, monkeypatch):
     box = lambda x: [[x - 0.1, 0.4], [x + 0.1, 0.4], [x + 0.1, 0.6], [x - 0.1, 0.6]]
-    shape = lambda colour, shape, x: dict(colour=colour, shape=shape, x=x, y=0.5, polygon=box(x))
-    geometry = dict(a=[shape("red", "circle", 0.2), shape("red", "star", 0.6)], b=[shape("blue", "bar", 0.5)])
-    ask = lambda task, **a: dict(a, task=task, prompt=f"{len(said)}?")
+    at = lambda *xs: dict(points=[dict(x=x, y=0.5, id=i) for i, x in enumerate(xs)],
+                          masks=[dict(id=i, polygon=box(x)) for i, x in enumerate(xs)])
+    # Scene a has a red circle at 0.2 and a red star at 0.6, scene b a blue bar at 0.5.
     said, asked = [], dict(a=[], b=[])
     for scene, answer, task, true in (
-            ("a", "a red circle and a green star", "image_caption", dict(answer="")),
-            ("b", "a blue star", "image_caption", dict(answer="")),
+            ("a", "a red circle and a green star", "image_caption", dict(answer="A red circle and a red star.")),
+            ("b", "a blue star", "image_caption", dict(answer="There is a blue bar.")),
             # two in the circle count once, and the star was missed
-            ("a", "<point 0.2, 0.5, 0> <point 0.22, 0.5, 1> <point 0.4, 0.5, 2>", "image_pointing",
-             dict(points=[dict(x=0.2, y=0.5, id=0), dict(x=0.6, y=0.5, id=1)])),
+            ("a", "<point 0.2, 0.5, 0> <point 0.22, 0.5, 1> <point 0.4, 0.5, 2>", "image_pointing", at(0.2, 0.6)),
             # in a shape that was not asked for
-            ("a", "<point 0.2, 0.5, 0>", "image_pointing", dict(points=[dict(x=0.6, y=0.5, id=0)])),
-            ("b", "<point 0.5, 0.55, 0>", "image_pointing", dict(points=[dict(x=0.5, y=0.5, id=0)])),
-            ("a", "There are none.", "image_pointing", dict(points=[])),
-            ("b", "<point 0.5, 0.55, 0>", "image_pointing", dict(points=[])),
-            ("b", "There are none.", "image_pointing", dict(points=[])),
-            ("b", "There are none.", "image_pointing", dict(points=[])),
+            ("a", "<point 0.2, 0.5, 0>", "image_pointing", at(0.6)),
+            ("b", "<point 0.5, 0.55, 0>", "image_pointing", at(0.5)),
+            ("a", "There are none.", "image_pointing", at()),
+            ("b", "<point 0.5, 0.55, 0>", "image_pointing", at()),
+            ("b", "There are none.", "image_pointing", at()),
+            ("b", "There are none.", "image_pointing", at()),
             ("a", "2", "counting", dict(answer="2")), ("a", "2", "counting", dict(answer="3")),
             ("b", "0", "counting", dict(answer="1")), ("b", "", "counting", dict(answer="1")),
             ("b", "11", "counting", dict(answer="1"))):
-        asked[scene].append(ask(task, **true))
-        said.append((scene, asked[scene][-1]["prompt"], answer))
-    (tmp_path / "geometry.json").write_text(json.dumps(geometry))
+        prompt = f"{len(said)}?"
+        asked[scene].append(dict(true, task=task, prompt=prompt))
+        said.append((f"{scene}.png", prompt, answer))
+    for scene in asked:
+        Image.new("RGB", (100, 80)).save(tmp_path / f"{scene}.png")
     (tmp_path / "scenes.jsonl").write_text("".join(json.dumps(dict(id=s, image=f"{s}.png", annotations=a)) + "\n"
                                                    for s, a in asked.items()))
-    known = {(scene, prompt): answer for scene, prompt, answer in said}
-    monkeypatch.setattr(evaluation, "answers", lambda model, planner, asked, *_: [known[s, p] for _, s, _, _, p in asked])
+    known = {(image, prompt): answer for image, prompt, answer in said}
+    monkeypatch.setattr(evaluation, "answers", lambda model, planner, prompts, *_: [
+        known[p.record["image"], p.text] for p in prompts])
     assert evaluation.evaluate_scenes(None, None, str(tmp_path), 9) == pytest.approx(dict(
         point_hit=2 / 4, point_precision=2 / 5, count_accuracy=1 / 5, none_accuracy=3 / 4, caption_recall=1 / 3,
         scenes=2))
     first = evaluation.evaluate_scenes(None, None, str(tmp_path), 1)  # the first scene alone
     assert first["scenes"] == 1 and first["point_hit"] == 1 / 3 and first["caption_recall"] == 1 / 2
+    none = evaluation.evaluate_scenes(None, None, str(tmp_path), 0)
+    assert none["scenes"] == 0 and none["point_hit"] == 0
 
 
 def test_a_contact_sheet_marks_what_is_true_and_what_was_said(tmp_path):
-    Image.new("RGB", (100, 80), (90, 90, 90)).save(tmp_path / "a.png")
-    ask = dict(task="image_pointing", prompt="Where?", points=[dict(x=0.2, y=0.3, id=0)])
-    evaluation.contact_sheet(str(tmp_path), [(dict(id="a", image="a.png"), ask, "<point 0.7, 0.6, 0>")], {},
-                      str(tmp_path / "sub" / "sheet.png"))
+    q = scene_question(tmp_path, "image_pointing", points=[dict(x=0.2, y=0.3, id=0)])
+    contact_sheet(evaluation.scene_cells([q], ["<point 0.7, 0.6, 0>"]), str(tmp_path / "sub" / "sheet.png"))
     page = np.asarray(Image.open(tmp_path / "sub" / "sheet.png"))[3:153, 5:155].astype(int)
     marked = np.abs(page - 90).sum(-1) > 60
     y, x = np.nonzero(marked)

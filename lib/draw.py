@@ -1,0 +1,167 @@
+"""
+Drawing: the points and tracks of an answer on a copy of the image or the video, and contact sheets.
+"""
+import colorsys
+import math
+import os
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lib.media import load_frames, load_image, video_duration
+
+
+def colour_of(i):
+    """A colour per id, neighbours far apart."""
+    hue = i * 0.381966 % 1  # steps of the golden angle never come close to an earlier hue
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.9, 1.0))
+
+
+def draw_points(pixels, points, trails=(), side=640):
+    """A copy of an image (H, W, 3) with its points, numbered by id, and trails: [(id, [(x, y)])]. A PIL image whose
+    longer side is `side`, or as it is if it is larger than twice that."""
+    image = Image.fromarray(pixels)
+    longest = max(image.size)
+    scale = 1
+    if longest < side:
+        scale = side // longest  # small images are enlarged until a number can be read
+    elif longest < 2 * side:
+        scale = side / longest
+    size = [max(round(n * scale), 2) for n in image.size]
+    image = image.resize(size, Image.NEAREST if scale > 1 else Image.BILINEAR)
+    pen = ImageDraw.Draw(image)
+    radius = max(min(image.size) / 40, 5)
+    # trails lie under the points; each is black with its colour inside, to be seen on any background
+    for i, places in trails:
+        line = [(x * image.width, y * image.height) for x, y in places]
+        if len(line) > 1:
+            pen.line(line, "black", max(int(radius * 0.7), 3), joint="curve")
+            pen.line(line, colour_of(i), max(int(radius * 0.4), 1), joint="curve")
+    for p in points:
+        x, y = p["x"] * image.width, p["y"] * image.height
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], colour_of(p["id"]), "black",
+                    max(int(radius / 4), 1))
+        pen.text((x + radius, y + radius / 2), str(p["id"]), "white", stroke_width=2, stroke_fill="black",
+                 font_size=2.4 * radius)
+    return image
+
+
+def at_time(points, t, gap=1.0):
+    """The points of all tracks at t seconds: on the line between two points of one id at most `gap` seconds apart. A
+    point without such a neighbour is shown for a quarter of a second."""
+    shown = []
+    for i in sorted({p["id"] for p in points}):
+        track = sorted((p for p in points if p["id"] == i and "t" in p), key=lambda p: p["t"])
+        earlier = [p for p in track if p["t"] <= t + 1e-6]  # times are rounded: a point at t is one
+        later = track[len(earlier):]
+        if not earlier:
+            continue
+        before = earlier[-1]
+        if later and later[0]["t"] - before["t"] <= gap:
+            after = later[0]
+            share = (t - before["t"]) / (after["t"] - before["t"])
+            shown.append(dict(before, x=before["x"] + share * (after["x"] - before["x"]),
+                              y=before["y"] + share * (after["y"] - before["y"])))
+        elif t - before["t"] < 0.25:
+            shown.append(before)
+    return shown
+
+
+def trails_of(frames, i):
+    """The lines along which id i moved through the points of some frames: [[(x, y)]]. A new one begins after each
+    time the id was away."""
+    trails = [[]]
+    for points in frames:
+        places = [(p["x"], p["y"]) for p in points if p["id"] == i]
+        if places:
+            trails[-1] += places
+        elif trails[-1]:
+            trails.append([])
+    return trails
+
+
+def save_sheet(images, path):
+    """One page of images of one size, four in a row."""
+    w, h = images[0].size
+    rows = math.ceil(len(images) / 4)
+    page = Image.new("RGB", (w * min(len(images), 4), h * rows), "white")
+    for k, image in enumerate(images):
+        page.paste(image, (k % 4 * w, k // 4 * h))
+    page.save(path)
+
+
+def draw_video(path, points, out, rate=10):
+    """Write the video to `out` at `rate` frames a second with its points, each with its trail of the last two
+    seconds; and OUT.png, a contact sheet of up to twelve times at which there are points."""
+    duration = video_duration(path)
+    times = np.arange(0, duration, 1 / rate)
+    # a point moves to the frame nearest to its time, so that the frame shows it; one after the end is not drawn
+    nearest = [dict(p, t=min(round(p["t"] * rate), len(times) - 1) / rate) for p in points
+               if p.get("t", math.inf) < duration + 1 / rate]
+    ids = sorted({p["id"] for p in nearest})
+    shown = [at_time(nearest, t) for t in times]  # the points of each frame
+    sheet_frames = sorted({round(p["t"] * rate) for p in nearest}) or [0]
+    if len(sheet_frames) > 12:  # evenly spaced, the first and the last among them
+        sheet_frames = [sheet_frames[round(k * (len(sheet_frames) - 1) / 11)] for k in range(12)]
+    sheet = []
+    with av.open(out, "w") as container:
+        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+        for k, pixels in enumerate(load_frames(path, times)):
+            recent = shown[max(k - 2 * rate, 0):k + 1]
+            trails = []
+            for i in ids:
+                trails += [(i, places) for places in trails_of(recent, i)]
+            image = draw_points(pixels, shown[k], trails)
+            image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
+            if k == 0:  # only now the size is known
+                stream.width, stream.height = image.size
+                stream.bit_rate = 4_000_000
+                stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+            if k in sheet_frames:
+                cell = image.resize((image.width // 2, image.height // 2))
+                ImageDraw.Draw(cell).text((4, 2), f"{times[k]:.1f} s", "white", stroke_width=2, stroke_fill="black",
+                                          font_size=16)
+                sheet.append(cell)
+        container.mux(stream.encode())
+    save_sheet(sheet, out + ".png")
+
+
+def draw(kind, paths, points, out):
+    """Draw the points of an answer; returns the files written."""
+    if kind == "video":
+        draw_video(paths[0], points, out)
+        return [out, out + ".png"]
+    files = [out]
+    if kind == "images":
+        files = [f"{os.path.splitext(out)[0]}_{k}.png" for k in range(len(paths))]
+    for k, (path, file) in enumerate(zip(paths, files)):
+        draw_points(load_image(path), [p for p in points if p.get("image", k) == k]).save(file)
+    return files
+
+
+def contact_sheet(cells, path, columns=6, side=150, text_height=46):
+    """A page of questions about images: true points as circles, predicted ones as crosses, prompt and answer below.
+    cells: [(image file, prompt, answer, true points, predicted points)]."""
+    rows = math.ceil(len(cells) / columns)
+    page = Image.new("RGB", (columns * (side + 10), rows * (side + text_height)), "white")
+    pen = ImageDraw.Draw(page)
+    for k, (file, prompt, text, true, predicted) in enumerate(cells):
+        left = k % columns * (side + 10) + 5
+        top = k // columns * (side + text_height) + 3
+        with Image.open(file) as image:
+            page.paste(image.convert("RGB").resize((side, side)), (left, top))
+        for p in true:
+            x, y = left + p["x"] * side, top + p["y"] * side
+            pen.ellipse([x - 7, y - 7, x + 7, y + 7], outline="black", width=3)
+            pen.ellipse([x - 6, y - 6, x + 6, y + 6], outline="white", width=1)
+        for p in predicted:
+            x, y = left + p["x"] * side, top + p["y"] * side
+            for colour, width in (("black", 4), ("white", 2)):
+                pen.line([x - 5, y, x + 5, y], colour, width)
+                pen.line([x, y - 5, x, y + 5], colour, width)
+        for line, words in enumerate([prompt[:27], text[:27], text[27:54]]):
+            pen.text((left, top + side + 1 + 13 * line), words, fill="black" if line else (0, 80, 160))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    page.save(path)
