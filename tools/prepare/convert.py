@@ -555,17 +555,17 @@ def eval_tracks(row, name):
 # ---- the table ---------------------------------------------------------------------------------------------
 
 class Recipe(NamedTuple):
-    """How one set is made.
+    """How one set is made. What a user has to get by hand, and where from, is in datasets.tsv.
 
+    media: "url" in the rows, "embedded" in the rows, "youtube" (a mirror that the repository lists), "archive"
+    of a repository, by "hand", or "none".
     rows: where its annotations are. ("hub", repo, config, split[, rows to a page]): rows of the hub; ("file",
     repo, pattern): files in a repository; ("here", pattern): files put into the set's own folder. None given
-    means what datasets.tsv names. media: "url" in the rows, "embedded" in the rows, "youtube" (a mirror that
-    the repository lists), "archive" of a repository, by "hand", or "none".
+    means what datasets.tsv names.
     """
     convert: callable
     media: str
     rows: tuple = ()
-    note: str = ""        # what is by hand, and where from
     archives: tuple = ()  # (repo, pattern): unpacked into the set's folder
 
 
@@ -576,7 +576,7 @@ def hub(repo, config="default", split="train", *page):
 
 def files(repo, *patterns):
     """Files of a hub repository."""
-    return tuple(("file", repo, p) for p in patterns)
+    return tuple(("file", repo, pattern) for pattern in patterns)
 
 
 def links(repo):
@@ -585,40 +585,30 @@ def links(repo):
 
 
 def cauldron(config):
-    """Academic sets that need logins or archives elsewhere: here with their pictures inside the rows."""
+    """Academic sets that need logins or archives elsewhere: here with their images inside the rows."""
     return Recipe(conversations, "embedded", hub("HuggingFaceM4/the_cauldron", config))
 
 
 def mantis_of(folder):
-    """Sets of several pictures: rows in one repository, pictures in an archive of another."""
-    return Recipe(mantis, "archive", hub(f"allenai/molmo2-mantis-instruct-{folder}"), "",
-                  (("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip"),))
+    """Sets of several images: rows in one repository, images in an archive of another."""
+    images = ("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip")
+    return Recipe(mantis, "archive", hub(f"allenai/molmo2-mantis-instruct-{folder}"), (images,))
 
 
 def llava_video(kind, *sets):
     """Folders by length and set, each with its questions and its videos."""
     repo = "lmms-lab/LLaVA-Video-178K"
-    return Recipe(dialogue_of_video, "archive", files(repo, *(f"*_{s}/*_{kind}_*.json" for s in sets)), "",
-                  tuple((repo, f"*_{s}/*.tar.gz") for s in sets))
+    questions = files(repo, *(f"*_{s}/*_{kind}_*.json" for s in sets))
+    return Recipe(dialogue_of_video, "archive", questions, tuple((repo, f"*_{s}/*.tar.gz") for s in sets))
 
 
-def by_hand(note, convert=plain, file="annotations.*"):
+def by_hand(convert=plain, file="annotations.*"):
     """Annotations and videos both put there by the user."""
-    return Recipe(convert, "hand", (("here", file),), note)
+    return Recipe(convert, "hand", (("here", file),))
 
-
-def tracking(note, *archives):
-    """The tracking schema, rows of the hub; videos by hand unless the hub has an archive."""
-    return Recipe(tracks, "archive" if archives else "hand", (), note, archives)
-
-
-YOUTUBE = "YouTube, of which some are gone; name the files by their ids"
-# Their rows count these frames, 6 to a second, whatever rate was filmed at.
-DECIMATED = ("only every n-th frame, n = round(its fps / 6), fps in video_original_fps.json of hub "
-             "repository allenai/molmo2-{}, as a folder of pictures or a file of 6 frames a second")
 
 RECIPES = {
-    # pictures behind URLs
+    # images behind URLs
     "pixmo-cap": Recipe(pixmo_caption, "url"),
     "pixmo-ask-model-anything": Recipe(pixmo_question, "url"),
     "pixmo-cap-qa": Recipe(pixmo_dialogue, "url"),
@@ -626,27 +616,29 @@ RECIPES = {
     "pixmo-count": Recipe(pixmo_points, "url"),
     "molmo2-multiimageqa": Recipe(pairs, "url"),
     "molmo2-multiimagepoint": Recipe(several_points, "url"),
-    # pictures inside the rows
+    # images inside the rows
     "cosyn-point": Recipe(cosyn_points, "embedded"),
-    **{f"cosyn-{kind}": Recipe(pairs, "embedded")
-       for kind in ("chart", "document", "math", "table", "diagram", "music", "chemical")},
     "molmo2-synmultiimageqa": Recipe(pairs, "embedded"),
     "chartqa": Recipe(asked, "embedded"),
     "scienceqa": Recipe(asked, "embedded"),
     "docvqa": Recipe(asked, "embedded", hub("HuggingFaceM4/DocumentVQA")),
     "textvqa": Recipe(asked, "embedded", hub("lmms-lab/textvqa")),
     "a-okvqa": Recipe(asked, "embedded", hub("HuggingFaceM4/A-OKVQA")),
-    **{name: cauldron(config) for name, config in {
-        "vqa-v2": "vqav2", "tallyqa": "tallyqa", "st-vqa": "st_vqa", "ok-vqa": "okvqa", "ai2d": "ai2d",
-        "infographicvqa": "infographic_vqa", "tabmwp": "tabmwp", "plotqa": "plotqa", "dvqa": "dvqa",
-        "figureqa": "figureqa"}.items()},
-    # pictures in archives of the hub, or by hand
+    "vqa-v2": cauldron("vqav2"),
+    "tallyqa": cauldron("tallyqa"),
+    "st-vqa": cauldron("st_vqa"),
+    "ok-vqa": cauldron("okvqa"),
+    "ai2d": cauldron("ai2d"),
+    "infographicvqa": cauldron("infographic_vqa"),
+    "tabmwp": cauldron("tabmwp"),
+    "plotqa": cauldron("plotqa"),
+    "dvqa": cauldron("dvqa"),
+    "figureqa": cauldron("figureqa"),
+    # images in archives of the hub, or by hand
     "llava-665k-multi": mantis_of("llava_665k_multi"),
     "nlvr2": mantis_of("nlvr2"),
     "spot-the-difference": mantis_of("spot-the-diff"),
-    "pixmo-clocks": Recipe(clock_face, "hand", (),
-                           "the rows name watch faces of facer.io and hold no picture; put "
-                           "drawn faces there as <example_id>.png"),
+    "pixmo-clocks": Recipe(clock_face, "hand"),
     # text
     "tulu-v2-sft-mixture": Recipe(chat, "none"),
     "molmo2-hardcodes": Recipe(identity, "none"),
@@ -654,107 +646,68 @@ RECIPES = {
     "molmo2-askmodelanything": Recipe(asked_of_video, "youtube"),
     "molmo2-videocapqa": Recipe(asked_of_video, "youtube"),
     "molmo2-videosubtitleqa": Recipe(asked_of_video, "youtube"),
-    "molmo2-videopoint": Recipe(
-        video_points, "youtube", (), "videos of MammalNet: mammalnet.s3.amazonaws.com/trimmed_video.tar.gz",
-        (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),)),
+    "molmo2-videopoint": Recipe(video_points, "youtube", (),
+                                (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),)),
     # videos in archives of the hub
-    "funqa": Recipe(asked_of_video, "archive", files("fesvhtr/FunQA", "*FunQA_train.json"), "",
+    "funqa": Recipe(asked_of_video, "archive", files("fesvhtr/FunQA", "*FunQA_train.json"),
                     (("fesvhtr/FunQA", "*train.zip"),)),
     "llava-video-academic-mc": llava_video("mc", "nextqa", "perceptiontest"),
     "llava-video-academic-oe": llava_video("oe", "nextqa", "activitynetqa"),
+    "mevis": Recipe(tracks, "archive", (), (("FudanCVL/MeViS", "MeViS_release.zip"),)),
     # annotations from the hub, videos by hand
-    "molmo2-cap": Recipe(video_captions, "hand", (),
-                         YOUTUBE + "; also LLaVA-Video-178K, InternVid, Koala, HD-VILA"),
-    "cinepile": Recipe(listed, "hand", (), YOUTUBE),
-    "social-iq2": Recipe(asked_of_video, "hand", (), YOUTUBE),
-    "camerabench": Recipe(listed, "hand", hub("allenai/Molmo2-CameraBenchTrain"),
-                          "the videos of CameraBench"),
-    "tgif": Recipe(asked_of_video, "hand", files("allenai/Molmo2-TGIF", "Train_*_question.csv"),
-                   "TGIF-Release: GIFs at Tumblr, many of them gone; as <gif_name>.gif or .mp4"),
-    "tvqa": Recipe(tvqa, "hand", files("allenai/Molmo2-TVQA", "*train*.jsonl", "*subtitles*.jsonl"),
-                   "tvqa.cs.unc.edu, after a form: frames at 3 a second, to be made into <vid_name>.mp4"),
-    "countix": Recipe(repetitions, "hand", files("allenai/Molmo2-Countix", "countix_train*.csv"),
-                      "clips of Kinetics, under the rows' video_path"),
-    "newsvideoqa": Recipe(asked_of_video, "hand", files("allenai/Molmo2-NewsVideoQA", "*train*.json"),
-                          "the videos of NewsVideoQA as <uni_clipped_id>.mp4"),
-    "motionbench-train": Recipe(motion_caption, "hand", files("zai-org/MotionBench", "*aption*train*.jsonl"),
-                                "hub repository zai-org/MotionBench, unpacked"),
+    "molmo2-cap": Recipe(video_captions, "hand"),
+    "cinepile": Recipe(listed, "hand"),
+    "social-iq2": Recipe(asked_of_video, "hand"),
+    "camerabench": Recipe(listed, "hand", hub("allenai/Molmo2-CameraBenchTrain")),
+    "tgif": Recipe(asked_of_video, "hand", files("allenai/Molmo2-TGIF", "Train_*_question.csv")),
+    "tvqa": Recipe(tvqa, "hand", files("allenai/Molmo2-TVQA", "*train*.jsonl", "*subtitles*.jsonl")),
+    "countix": Recipe(repetitions, "hand", files("allenai/Molmo2-Countix", "countix_train*.csv")),
+    "newsvideoqa": Recipe(asked_of_video, "hand", files("allenai/Molmo2-NewsVideoQA", "*train*.json")),
+    "motionbench-train": Recipe(motion_caption, "hand", files("zai-org/MotionBench", "*aption*train*.jsonl")),
     # annotations by hand too, in the form they are published in
-    "next-qa": by_hand("NExT-QA; videos of VidOR", asked_of_video, "train.csv"),
-    "intentqa": by_hand("IntentQA; videos of VidOR", asked_of_video, "train.csv"),
-    "sutd-trafficqa": by_hand("SUTD-TrafficQA, after a form", asked_of_video, "R2_train.jsonl"),
-    "clevrer": by_hand("clevrer.csail.mit.edu: questions and video_train.zip", listed, "train.json"),
-    "star": by_hand("STAR; videos of Charades", star, "STAR_train.json"),
-    "perception-test": by_hand("github.com/google-deepmind/perception_test", listed, "all_train.json"),
-    "qvhighlights": by_hand("github.com/jayleicn/moment_detr", moments, "highlight_train_release.jsonl"),
-    # and in the form asked for here
-    "paxion": by_hand("questions: hub repository allenai/Molmo2-Paxion; videos: Something-Something v2 and "
-                      "Ego4D, each with its own licence"),
-    "sports-qa": by_hand("videos: hub repository HopLeeTop/Sports-QA; questions: figshare 57448480"),
-    "video-localized-narratives": by_hand(
-        "google.github.io/video-localized-narratives: text_output/oops_train; videos of OOPS"),
-    "video-localized-narratives-caption": by_hand(
-        "hub repository allenai/Molmo2-VideoLocalizedNarrativesCaptionHf; videos of OVIS, UVO, OOPS"),
-    "kinetics": by_hand("github.com/cvdfoundation/kinetics-dataset"),
-    "moments-in-time": by_hand("moments.csail.mit.edu, after a form"),
-    "ego4d": by_hand("ego4d-data.org, after signing its licence"),
-    "epic-kitchens": by_hand("epic-kitchens.github.io, with its licence"),
-    "charades-sta": by_hand("videos: Charades of prior.allenai.org; sentences: github.com/jiyanggao/TALL"),
-    "coin": by_hand("coin-dataset.github.io; " + YOUTUBE),
-    "activitynet": by_hand("activity-net.org; " + YOUTUBE),
-    "youcook2": by_hand("youcook2.eecs.umich.edu; " + YOUTUBE),
-    "how2qa": by_hand("How2QA; " + YOUTUBE),
-    "roadtextvqa": by_hand("RoadTextVQA of CVIT, IIIT Hyderabad"),
-    # points in videos
-    **{name: Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"),
-                    f"the videos of {name.removeprefix('academic-video-point-')}, as the rows' video_name"
-                    + (": files or folders of frames, unless that set has them already" * bool(rate)
-                       or ", made of its frames at their own rate"))
-       for name, (_, rate) in ACADEMIC.items()},
-    # tracks: a clip is a video, part of one, or a folder of frames
-    "molmo2-videotrack": tracking("16 sets, several after a form; the table is on the hub's page of "
-                                  "allenai/Molmo2-VideoTrack"),
-    "mevis": tracking("", ("FudanCVL/MeViS", "MeViS_release.zip")),
-    "refvos": tracking("Refer-YouTube-VOS: Codalab 29139, with an account: train.zip"),
-    "revos": tracking("ReVOS: JPEGImages.zip, on request"),
-    "vicas": tracking("hub repository kumuji/ViCaS: folders videos, videos2, videos3; each under the part of "
-                      "its name before _, and " + DECIMATED.format("vicas")),
-    "lv-vis": tracking("LV-VIS: train.zip, at a drive"),
-    "yt-vis": tracking("YouTube-VIS: Codalab, with an account: train.zip"),
-    "burst": tracking("hub repository chengyenhsieh/TAO-Amodal, after accepting its terms: frames/, "
-                      + DECIMATED.format("burst")),
-    "ref-davis17": tracking("DAVIS-2017-trainval-480p.zip of ETH: JPEGImages"),
-    "moca-video": tracking("MoCA of the Visual Geometry Group, Oxford: the frames"),
-    "trackingnet": tracking("hub repository SilvioGiancola/TrackingNet: 12 parts of 90 GB, unpacked"),
-    "lasot": tracking("hub repository l-lt/LaSOT: a zip per class, unpacked"),
-    "got-10k": tracking("GOT-10k, with an account"),
-    "webuav": tracking("WebUAV-3M, after a form"),
-    "vasttrack": tracking("VastTrack: 82 parts at a drive"),
-    "tnl2k": tracking("TNL2K: 14 zips at a drive"),
-    "tnllt": tracking("TNLLT: a tar in parts at a drive"),
-    "latot": tracking("LaTOT: a rar at a drive"),
-    "webuot": tracking("WebUOT-1M, at a drive"),
-    "lvos-v1": tracking("LVOS v1, at a drive"),
-    "lvos-v2": tracking("LVOS v2, at a drive"),
-    "uw-cot220": tracking("UW-COT220, at a drive"),
+    "next-qa": by_hand(asked_of_video, "train.csv"),
+    "intentqa": by_hand(asked_of_video, "train.csv"),
+    "sutd-trafficqa": by_hand(asked_of_video, "R2_train.jsonl"),
+    "clevrer": by_hand(listed, "train.json"),
+    "star": by_hand(star, "STAR_train.json"),
+    "perception-test": by_hand(listed, "all_train.json"),
+    "qvhighlights": by_hand(moments, "highlight_train_release.jsonl"),
 }
+# and in the form asked for here
+for name in ("paxion", "sports-qa", "video-localized-narratives", "video-localized-narratives-caption",
+             "kinetics", "moments-in-time", "ego4d", "epic-kitchens", "charades-sta", "coin", "activitynet",
+             "youcook2", "how2qa", "roadtextvqa"):
+    RECIPES[name] = by_hand()
+for kind in ("chart", "document", "math", "table", "diagram", "music", "chemical"):
+    RECIPES[f"cosyn-{kind}"] = Recipe(pairs, "embedded")
+# points in videos
+for name in ACADEMIC:
+    RECIPES[name] = Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"))
+# tracks: a clip is a video, part of one, or a folder of frames
+for name in ("molmo2-videotrack", "refvos", "revos", "vicas", "lv-vis", "yt-vis", "burst", "ref-davis17",
+             "moca-video", "trackingnet", "lasot", "got-10k", "webuav", "vasttrack", "tnl2k", "tnllt", "latot",
+             "webuot", "lvos-v1", "lvos-v2", "uw-cot220"):
+    RECIPES[name] = Recipe(tracks, "hand")
 
-# Held out: what `python -m tools.prepare data eval` makes. No training set may have a picture of the first two.
+# Held out: what `python -m tools.prepare data eval` makes. No training set may have an image of the first two.
 EVALS = {
     "pixmo-points-eval": Recipe(eval_points, "url", hub("allenai/pixmo-points-eval", "default", "test", 2)),
     "pixmo-count": Recipe(eval_count, "url", hub("allenai/pixmo-count", "default", "validation")
                           + hub("allenai/pixmo-count", "default", "test")),
     "molmo2-capeval": Recipe(eval_captions, "archive", hub("allenai/Molmo2-CapEval", "default", "test"),
-                             "whole videos of BDD100K and Ego4D, which are not in the repository",
                              (("allenai/Molmo2-CapEval", "vimeo_videos.zip"),)),
     "molmo2-videopointeval": Recipe(eval_video_points, "youtube",
                                     hub("allenai/Molmo2-VideoPointEval", "default", "val", 10)),
     # without links of its own; those of its training set are the nearest
     "molmo2-videocounteval": Recipe(
         eval_count, "youtube", hub("allenai/Molmo2-VideoCountEval", "default", "val")
-        + links("allenai/Molmo2-VideoPoint"), YOUTUBE),
-    "molmo2-videotrackeval": Recipe(
-        eval_tracks, "hand", sum((hub("allenai/Molmo2-VideoTrackEval", domain, "test", 10) for domain in
-                                  ("animal", "person", "sports", "dance", "misc")), ()),
-        "APTv2, PersonPath22, SportsMOT, DanceTrack and SA-V, several after a form"),
+        + links("allenai/Molmo2-VideoPoint")),
+    "molmo2-videotrackeval": Recipe(eval_tracks, "hand", tuple(
+        hub("allenai/Molmo2-VideoTrackEval", domain, "test", 10)[0]
+        for domain in ("animal", "person", "sports", "dance", "misc"))),
+}
+EVALS_BY_HAND = {  # datasets.tsv has training sets alone
+    "molmo2-capeval": "whole videos of BDD100K and Ego4D, which are not in the repository",
+    "molmo2-videocounteval": "YouTube, of which some are gone; name the files by their ids",
+    "molmo2-videotrackeval": "APTv2, PersonPath22, SportsMOT, DanceTrack and SA-V, several after a form",
 }

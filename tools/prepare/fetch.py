@@ -31,8 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from requests.packages import urllib3
 from tqdm import tqdm
 
 from lib.media import BadMedia, image_size, inside_folder, open_video
@@ -40,7 +38,7 @@ from lib.media import BadMedia, image_size, inside_folder, open_video
 
 TRIES, PAUSE = 5, 1.0      # of a request; seconds before the second try
 PER_HOST, WORKERS = 4, 16  # requests at a time
-PICTURE_BYTES = 64 << 20   # a picture's file may have
+IMAGE_BYTES = 64 << 20   # an image's file may have
 RESERVE = 1 << 30          # bytes of disk that stay free
 WHOLE = 20_000             # rows that are read a page at a time; more come as parquet
 
@@ -115,27 +113,6 @@ def is_public(address):
     return ipaddress.ip_address(address.split("%")[0]).is_global
 
 
-class PublicConnection(urllib3.connection.HTTPSConnection):
-    """Says nothing to a private address. `Net.allow` has looked the name up, but a name may lead elsewhere a
-    moment later (DNS rebinding); here the connection stands."""
-
-    def _new_conn(self):
-        sock = super()._new_conn()
-        if not is_public(sock.getpeername()[0]):
-            sock.close()
-            raise NetError(f"{self.host} is a private address")
-        return sock
-
-
-class PublicAdapter(HTTPAdapter):
-    """A session's connections, of the class above. A proxy, if the user has one, is connected to as is."""
-
-    def init_poolmanager(self, *args, **kwargs):
-        super().init_poolmanager(*args, **kwargs)
-        pool = type("PublicPool", (urllib3.HTTPSConnectionPool,), dict(ConnectionCls=PublicConnection))
-        self.poolmanager.pool_classes_by_scheme = dict(https=pool)
-
-
 class Net:
     """Requests as this file makes them: https to public addresses alone, redirects followed by hand, the
     token sent to the hub alone, four at a time to one host."""
@@ -157,7 +134,9 @@ class Net:
             return self.hosts.setdefault(origin(url)[1], threading.BoundedSemaphore(PER_HOST))
 
     def allow(self, url):
-        """NetError unless a URL is https and its host public: no data, no redirect reaches into a network."""
+        """NetError unless a URL is https and its host public: no data, no redirect reaches into a network.
+        A name may lead elsewhere a moment later (DNS rebinding): a private host then has no certificate for it,
+        and is told nothing."""
         scheme, host, port = origin(url)
         if (scheme, host, port) in self.own:
             return  # as the user set it
@@ -180,9 +159,6 @@ class Net:
             raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set")
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
-            self.local.session.mount("https://", PublicAdapter())
-            for scheme, host, port in self.own:  # as the user set it
-                self.local.session.mount(f"{scheme}://{host}{port and f':{port}' or ''}/", HTTPAdapter())
 
         def send():
             target, linked = url, (None, None)
@@ -353,7 +329,7 @@ class Manifest:
             self.learn(entry)
 
 
-def is_picture(path):
+def is_image(path):
     """BadMedia unless a file is a picture: hosts send pages in place of those that are gone."""
     image_size(path)
 
@@ -436,7 +412,7 @@ def hub_page(net, repo, config, split, offset, length):
     return page
 
 
-def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows: False, cache=None):
+def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows, may_ask_again: False, cache=None):
     """The rows of a set on the hub, each a dict, `length` to a page, some pages ahead. keep(rows) puts
     pictures inside them on the disk, and asks for the page once more when their links have expired. Large
     sets come as parquet files, into `cache`."""
@@ -456,7 +432,9 @@ def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows:
                                                 min(length, total - at))))
             at, page = (0, first) if first else (waiting[0][0], waiting.popleft()[1].result())
             first = None
-            while keep(page["rows"]):
+            for may_ask_again in (True, True, False):
+                if not keep(page["rows"], may_ask_again):
+                    break
                 page = hub_page(net, repo, config, split, at, min(length, total - at))
             yield from (r["row"] for r in page["rows"])
             if not waiting:
@@ -479,5 +457,5 @@ def parquet_rows(net, repo, config, split, keep, cache):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
             rows = [dict(row_idx=number + i, row=row) for i, row in enumerate(batch.to_pylist())]
             number += len(rows)
-            keep(rows)
+            keep(rows, False)
             yield from (r["row"] for r in rows)
