@@ -756,7 +756,8 @@ def select(names, registry):
             found = [(n, False) for n, e in registry.items()
                      if name in (n, e["group"], e["sft_group"], *e["stage"].split(","))]
         if not found:
-            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `python -m tools.prepare list` shows them")
+            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `python -m tools.prepare list` "
+                            "shows them")
         chosen += [c for c in found if c not in chosen]
     return chosen
 
