@@ -1,7 +1,7 @@
 """
-Making data: people say what they see, open language models help, filters check, people decide.
+Making data: people narrate videos, open language models help, filters check, people decide.
 
-    caption   video ─► narration ─► clips with times ─► their frames described ─► one dense caption ─► checks
+    caption   video ─► narration ─► clips with times ─► frames described ─► one dense caption ─► checks
     qa        caption ─► questions ─► answered from the caption, and without it ─► filters
     review    a page on this machine: accept, edit, reject; place points, track frame by frame (review.py)
     report    what each step let through, and what not and why
@@ -13,12 +13,12 @@ Making data: people say what they see, open language models help, filters check,
     python -m tools.annotate review clips/qa.jsonl --who ann
     python -m tools.annotate report clips/qa.jsonl
 
-FILE.jsonl trains as it is: the lines that passed, with the decisions of people applied. FILE.work/ beside it
-has rows.jsonl, every line and why it was left out; decisions.jsonl, to which people only append; and
-requests/, the answers of servers by the hash of what was asked: a run that was stopped repeats none of them.
+FILE.jsonl trains as it is: the records that passed, with the decisions of people applied. FILE.work/ beside it
+has rows.jsonl, every record and why it was left out; decisions.jsonl, to which people only append; and
+requests/, the answers of servers by the hash of the request: a run that was stopped repeats none of them.
 
 Nothing is distilled from a closed model: such hosts and names are refused. --allow_closed lets them through
-and marks the rows, and training leaves marked rows out. ANNOTATE_API_KEY is sent to servers that want a key.
+and marks the records, and training leaves marked records out. ANNOTATE_API_KEY is sent to servers that want a key.
 """
 import argparse
 import base64
@@ -94,6 +94,7 @@ def parse_bool(text):
     return match[2].lower() == "true"
 
 
+# These texts are in the hash of a request: change a word, and all requests of its step are sent again.
 PROMPTS = dict(
     describe="This is the frame at {t:g} s of a video. Describe in two or three sentences what can be seen: "
              "people, things, how they look and where they are, actions, written text. Nothing else.",
@@ -178,7 +179,7 @@ class Client:
         if self.stop.is_set():
             raise Unusable("stopped")
         try:
-            response = requests.post(url, headers=self.headers, timeout=(10, self.timeout),
+            response = requests.post(url, headers=self.headers, timeout=(10, self.timeout),  # to connect; to answer
                                      allow_redirects=False, **request)  # a redirect could lead to any host
         except requests.RequestException as e:
             trouble.append(type(e).__name__)
@@ -223,7 +224,7 @@ def read_reply(reply):
         choice = reply["choices"][0]
         message = choice["message"]
         end = choice.get("finish_reason")
-        text = (message.get("content") or "").rpartition("</think>")[2]
+        text = (message.get("content") or "").rpartition("</think>")[2]  # a model that reasons does so first
     except (LookupError, TypeError, AttributeError):
         return "", "no answer of the protocol"
     if message.get("refusal") or end == "content_filter" or REFUSAL.match(text):
@@ -275,6 +276,7 @@ class Served:
             if problem not in ("invalid JSON", "empty answer"):
                 break
             trouble = [problem]
+            # The second request is another one, or the cache would give the same answer.
             messages = [*messages, dict(role="assistant", content=text),
                         dict(role="user", content="That cannot be read. Only what was asked for, please.")]
         raise Unusable(f"{step}: {problem}")
@@ -369,6 +371,7 @@ def read_narration(path, duration):
         match = re.search(rf"{STAMP}\s*-->\s*{STAMP}[^\n]*\n(.+)", block, re.S)
         if not match:
             continue
+        # <i>tags</i> and line breaks go
         text = " ".join(re.sub(r"<[^>]*>", "", match[7]).split())
         start = seconds_of(*match.groups()[:3])
         end = seconds_of(*match.groups()[3:6])
@@ -426,6 +429,7 @@ def narration_of(path, duration, speech_model, narrator):
         sound = sound_of(path)
     if not sound:
         return [], []
+    # Speech models name times after the end, or none at all.
     segments = []
     for segment in speech_model.transcribe(name, sound):
         end = duration if segment["end"] is None else min(segment["end"], duration)
@@ -441,6 +445,7 @@ def cut_clips(segments, duration, longest):
     clips = [[]]
     begin = 0.0
     for segment in sorted(segments, key=lambda s: s["start"]):
+        # segments that begin together stay together, or a clip would last no time
         if clips[-1] and segment["end"] - begin > longest and segment["start"] > begin:
             clips.append([])
             begin = segment["start"]
@@ -464,6 +469,7 @@ def faults(text, shortest, language):
     elif len(words) > 1200:
         yield "too long"
     if len(words) >= 8:
+        # a text that goes in circles has few different runs of four words
         runs = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
         if len(set(runs)) < 0.6 * len(runs) or len(set(words)) < 0.15 * len(words):
             yield "repetition"
@@ -509,6 +515,7 @@ def describe_frames(record, args, lm, own_model):
         image = jpeg(pixels, 768)
         if own_model:
             text, who = own_model(image)
+            # frames described on two days have two notes
             if who not in record["provenance"]:
                 record["provenance"].append(who)
         else:
@@ -647,6 +654,7 @@ def question_annotations(caption, task, record_id, n, lm):
         else:
             annotations.append(dict(task=task, prompt=str(proposed)[:200], answer="",
                                     left_out="questions: malformed"))
+    # Yes/no questions come last: how many may pass depends on the others.
     passed = []
     for question in sorted(questions, key=is_yes_no):
         annotation = as_annotation(question, task, record_id)
@@ -670,6 +678,7 @@ def question_record(record, args, lm):
     caption = captions[0]["answer"]
     task = captions[0]["task"].replace("_caption", "_qa")
     annotations = question_annotations(caption, task, record["id"], args.questions, lm)
+    # what a question is about; not frames and narration, which are in the file of captions
     media = ("id", *MEDIA, "start", "end", "duration", "width", "height", "subtitles")
     made = {field: record[field] for field in media if field in record}
     made["caption"] = caption
@@ -703,9 +712,11 @@ class StandIn:
         pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"), float)
         shapes = []
         for colour, rgb in toy.COLOURS.items():
+            # JPEG moves a colour by less than 40 levels
             y, x = np.nonzero(np.abs(pixels - rgb).max(-1) < 40)
-            if len(x) <= pixels.size / 300:
+            if len(x) <= pixels.size / 300:  # a hundredth of the image, which has 3 numbers to a pixel
                 continue
+            # spread along the short and the long axis
             width, length = np.sqrt(np.linalg.eigvalsh(np.cov([x, y])))
             radius = np.quantile(np.hypot(x - x.mean(), y - y.mean()), 0.99)
             if length > 2 * width:
@@ -765,6 +776,7 @@ class StandIn:
         """Whether the sentence that shares most words with the question has those of the answer, too."""
         words = content_words(question["question"])
         sentences = [content_words(sentence) for sentence in re.split(r"(?<=[.!?])\s+", caption)]
+        # a question without any word of the caption has its first sentence
         nearest = max(sentences, key=lambda sentence: len(words & sentence))
         if is_yes_no(question):
             return (words <= nearest) == question["answer"].lower().startswith("yes")
@@ -796,6 +808,7 @@ def write_records(args, records):
     """Keep the records in FILE.work/, write FILE, and print what was left out."""
     work = Work(args.out)
     if "sample" in args:  # for people to judge the whole by
+        # by a hash, so that a second run draws the same
         drawn = sorted(records, key=lambda record: digest("sample", record["id"]))
         for record in drawn[:math.ceil(args.sample * len(records))]:
             record["sample"] = True
@@ -866,8 +879,10 @@ def run_review(args):
     server = Reviewer(args.file, args.who or getpass.getuser(), args.port)
     url = f"http://127.0.0.1:{server.server_port}/"
     print(f"reviewing {args.file} as {server.who}: {url}   (Ctrl-C ends it)", flush=True)
+    # a closed terminal ends it as Ctrl-C does: with FILE written
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.default_int_handler)
+    # the page is served only below, but connections wait until then
     if args.open:
         webbrowser.open(url)
     try:
@@ -916,6 +931,7 @@ def request_counts(folder):
 def step_yields(reasons, total):
     """[(step, left out, go on, share)] of the steps that left something out."""
     left = total
+    # as a reason names its step, the order of STEPS tells how many went on
     yields = [("made", "", total, "100%")]
     for step in STEPS:
         dropped = sum(n for reason, n in reasons.items() if reason.partition(":")[0] == step)
@@ -999,6 +1015,7 @@ def write_narrations(folder):
         text = record["annotations"][0]["answer"]
         if i % 5 == 4:
             text = WRONG[i // 5 % len(WRONG)]
+        # "a red bar moves left and a star stays" -> two sentences, each with a time of its own
         text = re.sub(r"(, | and )a ", ". A ", text)
         sentences = re.split(r"(?<=\.) ", text)
         seconds = record["duration"] / len(sentences)
@@ -1025,6 +1042,7 @@ def run_demo(args):
         shown = shlex.join(command).replace(shlex.join(videos), f"{videos[0]} ...")
         print(f"\n$ python -m tools.annotate {shown}", flush=True)
         main(command)
+    # as small as training can be: that the files train is all it shows
     train = ["pretrain.py", "--config", "small", "--steps", "2", "--global_batch", "4", "--micro_batch", "2",
              "--seq_len", "512", "--data", captions, qa, "--out", os.path.join(args.out, "run")]
     print("\n$ python", shlex.join(train), flush=True)
@@ -1051,29 +1069,8 @@ def number(kind, low, high=math.inf):
     return read
 
 
-def add_caption_flags(flag):
-    flag("videos", nargs="+", help="videos, each with .srt, .vtt, .txt or sound beside it, or sound in it")
-    flag("--narrator", default="unknown", help="who spoke or wrote the narration [unknown]")
-    flag("--asr_url", help="server of /audio/transcriptions, for narrations that are sound")
-    flag("--asr_model", default="whisper-large-v3", help="its model [whisper-large-v3]")
-    flag("--asr_licence", default="Apache-2.0", help="licence of that model [Apache-2.0]")
-    flag("--checkpoint", help="folder of one of our own checkpoints, which then describes the frames")
-    flag("--device", default="cpu", help="of that checkpoint: cpu, cuda or mps [cpu]")
-    flag("--clip_seconds", type=number(float, 1), default=30.0,
-         help="longest clip; cut where narration pauses [30]")
-    flag("--frames", type=number(int, 1), default=8,
-         help="frames of a clip to describe, at most one a second [8]")
-    flag("--language", default="en", choices=(*LANGUAGES, "any"), help="of the captions [en]")
-
-
-def add_qa_flags(flag):
-    flag("file", help="JSONL file with captions")
-    flag("--questions", type=number(int, 1), default=12, help="asked for per caption [12]")
-    flag("--sample", type=number(float, 0, 1), default=0.1,
-         help="share of lines marked for people to check [0.1]")
-
-
 def add_model_flags(flag):
+    """Of the commands that use a language model."""
     flag("--out", required=True, help="JSONL file to write; its folder must hold the media")
     flag("--url", required=True, help="OpenAI-compatible server, e.g. http://localhost:8000/v1; "
                                       "stand-in = rules for the toy world, no model")
@@ -1082,19 +1079,6 @@ def add_model_flags(flag):
     flag("--concurrency", type=number(int, 1, 256), default=8, help="clips or lines worked on at a time [8]")
     flag("--timeout", type=number(float, 0.1, 86400), default=120.0, help="seconds to wait for an answer [120]")
     flag("--allow_closed", action="store_true", help="let closed models through; their records are marked")
-
-
-def add_review_flags(flag):
-    flag("file", help="JSONL file, made here or elsewhere")
-    flag("--who", help="name under which decisions are kept [the login]")
-    flag("--port", type=number(int, 0, 65535), default=0, help="of 127.0.0.1 [a free one]")
-    flag("--open", action=argparse.BooleanOptionalAction, default=True, help="open it in a browser [yes]")
-
-
-def add_demo_flags(flag):
-    flag("--out", default=os.path.join("out", "annotate"), help="folder [out/annotate]")
-    flag("--clips", type=number(int, 1), default=20, help="toy clips [20]")
-    flag("--review", action=argparse.BooleanOptionalAction, default=True, help="end with the page [yes]")
 
 
 def parse(argv):
@@ -1107,15 +1091,34 @@ def parse(argv):
         subparser.set_defaults(run=run)
         return subparser.add_argument
 
-    caption = command("caption", run_caption, "narrated videos to dense captions")
-    add_caption_flags(caption)
-    add_model_flags(caption)
-    qa = command("qa", run_qa, "captions to questions, filtered")
-    add_qa_flags(qa)
-    add_model_flags(qa)
-    add_review_flags(command("review", run_review, "a page to accept, edit, reject and place points"))
-    command("report", run_report, "what each step let through, as a page")("file", help="JSONL file")
-    add_demo_flags(command("demo", run_demo, "all of it on toy videos"))
+    flag = command("caption", run_caption, "narrated videos to dense captions")
+    flag("videos", nargs="+", help="videos, each with .srt, .vtt, .txt or sound beside it, or sound in it")
+    flag("--narrator", default="unknown", help="who spoke or wrote the narration [unknown]")
+    flag("--asr_url", help="server of /audio/transcriptions, for narrations that are sound")
+    flag("--asr_model", default="whisper-large-v3", help="its model [whisper-large-v3]")
+    flag("--asr_licence", default="Apache-2.0", help="licence of that model [Apache-2.0]")
+    flag("--checkpoint", help="folder of one of our own checkpoints, which then describes the frames")
+    flag("--device", default="cpu", help="of that checkpoint: cpu, cuda or mps [cpu]")
+    flag("--clip_seconds", type=number(float, 1), default=30.0, help="longest clip; cut at pauses [30]")
+    flag("--frames", type=number(int, 1), default=8, help="of a clip to describe, at most one a second [8]")
+    flag("--language", default="en", choices=(*LANGUAGES, "any"), help="of the captions [en]")
+    add_model_flags(flag)
+    flag = command("qa", run_qa, "captions to questions, filtered")
+    flag("file", help="JSONL file with captions")
+    flag("--questions", type=number(int, 1), default=12, help="asked for per caption [12]")
+    flag("--sample", type=number(float, 0, 1), default=0.1, help="share of lines people shall check [0.1]")
+    add_model_flags(flag)
+    flag = command("review", run_review, "a page to accept, edit, reject and place points")
+    flag("file", help="JSONL file, made here or elsewhere")
+    flag("--who", help="name under which decisions are kept [the login]")
+    flag("--port", type=number(int, 0, 65535), default=0, help="of 127.0.0.1 [a free one]")
+    flag("--open", action=argparse.BooleanOptionalAction, default=True, help="open it in a browser [yes]")
+    flag = command("report", run_report, "what each step let through, as a page")
+    flag("file", help="JSONL file")
+    flag = command("demo", run_demo, "all of it on toy videos")
+    flag("--out", default=os.path.join("out", "annotate"), help="folder [out/annotate]")
+    flag("--clips", type=number(int, 1), default=20, help="toy clips [20]")
+    flag("--review", action=argparse.BooleanOptionalAction, default=True, help="end with the page [yes]")
     return parser.parse_args(argv)
 
 

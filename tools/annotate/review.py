@@ -41,6 +41,7 @@ def digest(*parts):
 def write_whole(path, text):
     """A file that is there to the end or not at all."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    # two threads, or two runs, may write at a time
     aside = f"{path}.{os.getpid()}.{threading.get_ident()}"
     with open(aside, "w", encoding="utf-8") as f:
         f.write(text)
@@ -107,6 +108,7 @@ class Work:
             write_whole(self.mark, self.contents())
         with open(self.made, encoding="utf-8") as f:
             records = [json.loads(line) for line in f]
+        # two records may be about one video, and have no id
         names = collections.Counter()
         for record in records:
             name = str(record.get("id") or record.get(kind_of(record), "text"))
@@ -131,6 +133,7 @@ class Work:
 
     def append(self, decision):
         """A decision, at the end of the log and on disk before this returns."""
+        # one write of a line that ends: a crash leaves at most half a line
         line = json.dumps(decision).encode() + b"\n"
         with open(self.log, "a+b") as f:
             size = f.seek(0, os.SEEK_END)
@@ -162,20 +165,21 @@ class Work:
         """Write FILE: what passed and what people said of it. Returns (lines, annotations) of it."""
         self.check()
         finished = []
+        n_annotations = 0
         decisions = self.decisions()
         for record in self.records():
             of_record = decisions.get(record.pop("name"), {})
             passed = [a for a in settled(record, of_record) if "left_out" not in a]
             if not passed:
                 continue
-            people = sorted({(d["who"], d["when"][:10]) for d in of_record.values()})
-            if people:
-                record["provenance"] = record.get("provenance", []) + [
-                    dict(step="review", by="people", who=who, date=date) for who, date in people]
+            for who, date in sorted({(d["who"], d["when"][:10]) for d in of_record.values()}):
+                reviewed = dict(step="review", by="people", who=who, date=date)
+                record["provenance"] = [*record.get("provenance", []), reviewed]
             finished.append(dict(record, annotations=[without(a, OWN) for a in passed]))
+            n_annotations += len(passed)
         write_whole(self.file, to_lines(finished))
         write_whole(self.mark, self.contents())
-        return len(finished), sum(len(record["annotations"]) for record in finished)
+        return len(finished), n_annotations
 
 
 def without(annotation, fields):
@@ -185,6 +189,7 @@ def without(annotation, fields):
 def settled(record, decisions):
     """The annotations of a record after people's decisions {key: decision}, each with its status; those turned
     away have left_out."""
+    # what people added has a key that the page made: "new ..."
     added = [dict(decision["annotation"], key=key) for key, decision in decisions.items() if key.startswith("new ")]
     for annotation in record["annotations"] + added:
         decision = decisions.get(annotation["key"], {"verdict": "undecided"})
@@ -215,7 +220,7 @@ class Reviewer(http.server.ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as e:
             raise UserError(f"--port {port}: {e.strerror}; without --port a free one is taken") from None
-        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
+        self.hosts = {f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"}
 
     def handle_error(self, request, client_address):
         """A browser that went on to another record and did not wait is no error."""
@@ -269,6 +274,7 @@ class Reviewer(http.server.ThreadingHTTPServer):
         if verdict not in ("accept", "edit", "reject", "undecided"):
             raise BadRecord("wrong field", f"verdict {verdict!r}")
         with self.lock:
+            # under the lock: two windows may decide at a time
             annotations = {a["key"]: a for a in self.settled(record)}
             is_new = verdict == "edit" and re.fullmatch(r"new [\w-]{8,40}", key)
             if key not in annotations and not is_new:
@@ -346,6 +352,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def video(self, path):
         """A file, or the part of it that a player asks for, at most 8 MiB of it at a time."""
         size = os.path.getsize(path)
+        # a player asks for "bytes=0-" first and goes on from where the answer ended
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
         first = int(match[1])
         last = min(int(match[2] or size), first + (8 << 20), size - 1)

@@ -13,9 +13,9 @@ Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and w
           data/NAME.jsonl ◄─ as data.py accepts it ◄─ size, duration ◄─ its media: here, or fetched (fetch.py)
 
 A row is a line of a published table, an item what convert.py makes of it, a record a line of our JSONL. Rows go
-through one at a time, and the items of one image meet in one file of the spool, so that memory does not grow with
-a set. Whatever stops it, the same command again does what is missing: items are in the spool, media on the disk,
-partial files are continued, dead links are in data/media/manifest.jsonl and not tried again.
+through one at a time, and the items of one image meet in one of the spool's 64 files: memory holds one file.
+Whatever stops it, the same command again does what is missing: items are in the spool, media on the disk, partial
+files are continued, dead links are in data/media/manifest.jsonl and not tried again.
 
 Environment: HF_TOKEN (sets behind terms), HF_ENDPOINT (a mirror; one on this machine may be http, and serves
 everything), HF_HUB_OFFLINE=1 (only what is here), GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN (the video
@@ -171,13 +171,17 @@ def save(path, content):
     os.replace(f"{path}.part", path)
 
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
+FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+def frames_among(names):
+    return sorted(name for name in names if name.lower().endswith(FRAME_ENDINGS))
 
 
 class Shelf:
     """The media of one set that are on this disk, by the names rows use: with or without folder, with or
     without extension, some with the prefix of where they came from."""
-    ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".mpg", *IMAGE_ENDINGS, ".webp")
+    ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".mpg", *FRAME_ENDINGS, ".webp")
     SPELLINGS = ("{}", "v_{}", "ytb_{}", "vimeo_{}", "{}_2fps")
 
     def __init__(self, root, *folders):
@@ -191,8 +195,7 @@ class Shelf:
         for name in names:
             if not name.endswith(".part"):
                 self.files[self.stem(name)].append(os.path.join(folder, name))
-        images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
-        if len(images) > 1:
+        if len(frames_among(names)) > 1:
             self.folders[os.path.basename(folder)].append(folder)
 
     def stem(self, name):
@@ -205,6 +208,7 @@ class Shelf:
             name = spelling.format(base)
             paths = table.get(name, [])
             ending = "/" + os.path.join(folder, name).strip("/")
+            # "a/b/v1" beats "c/v1" for the name "b/v1"
             exact = [path for path in paths if f"/{self.stem(path)}".endswith(ending)]
             if exact or len(paths) == 1:
                 return min(exact or paths, key=lambda path: (path.count("/"), path))
@@ -222,7 +226,7 @@ class Shelf:
 def encode(root, folder, rate, first=0, last=None):
     """A folder of frames, or some of them, as an H.264 clip at `rate` a second; its path under root."""
     source = os.path.join(root, folder)
-    names = sorted(name for name in os.listdir(source) if name.lower().endswith(IMAGE_ENDINGS))
+    names = frames_among(os.listdir(source))
     key = f"{folder} {rate} {first} {last} {len(names)}"  # if frames are added or thinned, again
     name = f"media/encoded/{hashlib.sha256(key.encode()).hexdigest()[:24]}.mp4"
     path = os.path.join(root, name)
@@ -233,6 +237,7 @@ def encode(root, folder, rate, first=0, last=None):
         raise BadMedia(f"{folder}: has no frames {first} to {last}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with av.open(f"{path}.part", "w", format="mp4") as container:
+        # crf 20: hardly to be told from the frames
         stream = container.add_stream("libx264", rate=round(rate), options={"crf": "20"})
         width, height = image_size(os.path.join(source, names[0]))
         stream.width = width // 2 * 2  # yuv420p has a colour for every 2 x 2 pixels
@@ -301,11 +306,13 @@ class Spool:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in self.paths]
             for n, item in enumerate(items(counts)):
+                # text without media goes to any file
                 media = json.dumps(refs_of(item) or n)
                 try:
                     files[zlib.crc32(media.encode()) % BUCKETS].write(json.dumps(item, ensure_ascii=False) + "\n")
                 except UnicodeError:  # JSON can spell half a character, which is no text
                     counts["left out: not UTF-8"] += 1
+        # written last: a spool that was left half full is begun again
         save(self.done, json.dumps(dict(key=key, counts=counts)).encode())
         return counts
 
@@ -329,6 +336,7 @@ def merge(items):
         media = tuple(refs_of(item)) or n
         if not item["annotations"]:
             more[media] |= {k: v for k, v in item.items() if k not in ("annotations", "video")}
+        # two clips of one video stay two items
         elif (media, clip_key(item)) not in merged:
             merged[media, clip_key(item)] = item
         else:
@@ -358,6 +366,7 @@ class Maker:
         if not self.sources:
             configs = (entry.get("config") or "default").split(",")
             self.sources = tuple(("hub", entry["source"], config.strip(), entry["split"]) for config in configs)
+        # where rows name videos, a file of the same repository has their links
         if recipe.media == "youtube" and all(kind == "hub" for kind, *_ in self.sources):
             self.sources += convert.links(self.sources[0][1])
 
@@ -420,6 +429,7 @@ class Maker:
                     path = self.store(cell["bytes"])
                 cells.append((row, column, k, path))
         fetch_all(self.net, self.manifest, jobs, "images", fresh=True)
+        # links to images in rows are signed, and expire after an hour
         refused = [path for _, path, _ in jobs if "status 403" in self.manifest.why.get(path, "")]
         if refused and may_ask_again:
             return True
@@ -472,6 +482,7 @@ class Maker:
             except Skip as e:
                 counts[f"left out: {e}"] += 1
                 continue
+            # whatever a converter trips over costs its row alone; the first one is printed
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
                 counts["left out: not in the published schema"] += 1
                 if first_bad is None:
@@ -487,6 +498,7 @@ class Maker:
                     yield item
         if first_bad:
             print(f"{self.name}: rows not in the published schema, the first: {first_bad}")
+        # a few slips are clipped; more mean pixels where per cent were expected
         outside = convert.outside["outside"]
         total = convert.outside["seen"]
         if outside > 3 + 0.001 * total:
@@ -510,6 +522,7 @@ class Maker:
             self.unpack_archives()
             self.shelf = Shelf(self.root, *self.places, "media/youtube")
         written = 0
+        # a set that was there stays until the new one is complete
         out = os.path.join(self.root, self.name + ".jsonl")
         with open(f"{out}.part", "wb") as f:
             for items in spool.pieces(f"{self.name} media"):
@@ -571,6 +584,7 @@ class Maker:
         if "cut" in item:
             clip = item["video"]
             source, first, last = item["cut"]
+            # the clip itself is better than the video it is part of: its frames are those that were annotated
             for find in (self.shelf.file, self.shelf.folder):
                 found = find(clip) if clip != source else None
                 if found:
@@ -673,8 +687,8 @@ class Maker:
         return record | dict(annotations=annotations)
 
     def video_fields(self, item, found, frames):
-        """(fields of a video's record, from its header; the annotations, times shifted where the clip is part of
-        the file)"""
+        """(fields of a video's record, from its header; the annotations). Where the clip is part of the file, times
+        are shifted: they count from the start of the file."""
         if os.path.isdir(os.path.join(self.root, found)):
             found = encode(self.root, found, item["fps"], *(frames or ()))
             frames = None
@@ -693,6 +707,7 @@ class Maker:
             fields["start"] = round(start, 3)
             fields["end"] = fields["duration"] if last is None else round((last + 1) / item["fps"], 3)
             annotations = [shifted(annotation, start) for annotation in annotations]
+        # copies of videos may be shorter than those that were annotated
         if fields.get("start", 0) >= fields["duration"]:
             raise BadMedia("the video ends before the clip begins")
         if "end" in fields:
@@ -789,8 +804,7 @@ def make_set(net, args, name, evaluation, registry):
 
 
 def data(args):
-    """`python -m tools.prepare data`: set after set; 2 after a user's mistake, 1 if nothing came of one, 0
-    otherwise."""
+    """`python -m tools.prepare data`: set after set. 2 after a user's mistake, 1 if nothing came of a set."""
     registry = read_registry()
     net = Net()
     code = 0
@@ -804,6 +818,7 @@ def data(args):
             continue
         if written == 0:
             code = max(code, 1)
+        # a set that waits for its user is no failure, if another one was made
         total += written or 0
     return code if total else max(code, 1)
 
@@ -879,10 +894,10 @@ class MediaFile(NamedTuple):
     digest: str            # of its bytes
 
 
-def inspect(path, is_video):
+def inspect(path, as_video):
     """The MediaFile of a file that can be decoded to its end, or the reason why not."""
     try:
-        if not is_video:
+        if not as_video:
             height, width, _ = load_image(path).shape
             return MediaFile(width, height, None, file_digest(path))
         container, stream = open_video(path)
@@ -890,6 +905,7 @@ def inspect(path, is_video):
             width = stream.width
             height = stream.height
         seconds = video_duration(path)
+        # both ends: a file that was cut short fails at its last frame
         load_frames(path, [0.0, seconds])
         return MediaFile(width, height, seconds, file_digest(path))
     except (BadMedia, OSError, MemoryError) as e:
@@ -916,11 +932,10 @@ class Inspected:
 
     def inspect(self, wanted):
         """wanted: {path: whether it is a video}"""
-        paths = [path for path in wanted if path not in self.files]
-        kinds = [wanted[path] for path in paths]
+        new = {path: as_video for path, as_video in wanted.items() if path not in self.files}
         with ThreadPoolExecutor(self.workers) as pool:
-            self.files |= zip(paths, pool.map(inspect, paths, kinds))
-        for path in paths:
+            self.files |= zip(new, pool.map(inspect, new.keys(), new.values()))
+        for path in new:
             if isinstance(self.files[path], MediaFile):
                 self.copies[self.files[path].digest] += 1
 
@@ -937,6 +952,7 @@ class Inspected:
                 if self.copies[file.digest] >= PLACEHOLDER:
                     return "placeholder image"
                 continue
+            # containers round durations
             if abs(record.get("duration", file.seconds) - file.seconds) > 0.1:
                 return "another duration than the line says"
             for annotation in record["annotations"]:
@@ -951,6 +967,7 @@ def problems(dataset, inspected):
     for where, record, folder, problem in parse_lines(dataset):
         if record:
             content = {k: v for k, v in record.items() if k != "id"}
+            # lines that differ in their id alone are the same to training
             text = json.dumps(content, sort_keys=True)
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             try:

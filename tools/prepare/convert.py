@@ -161,7 +161,7 @@ def pixmo_question(row, name):
 def pixmo_dialogue(row, name):
     """`question` is a dialogue, "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]", `answer` its last turn."""
     _, *parts = re.split(r"\[(USER|ASSISTANT)\]", row["question"] + row["answer"])
-    roles = [role.lower() for role in parts[::2]]
+    roles = map(str.lower, parts[::2])
     messages = dialogue(zip(roles, parts[1::2]))
     yield image_item(row["image_url"], [dict(task="image_qa", messages=messages)])
 
@@ -240,7 +240,7 @@ def image_question(row, name):
         answer = field(row, "direct_answers", "answers", "label", "answer")
         if "direct_answers" in row and isinstance(answer, str):  # a list as text: "['a', 'b']"
             quoted = re.findall(r"'(.*?)'(?=[,\]])|\"(.*?)\"(?=[,\]])", answer)
-            answer = [single or double for single, double in quoted]
+            answer = list(map("".join, quoted))  # one of the two groups is empty
         annotations.append(qa("image_qa", question, answer))
     yield image_item(row["image"], annotations)
 
@@ -290,8 +290,8 @@ def clock_face(row, name):
 
 def chat(row, name):
     """A conversation. The system's words open the first question. Left out, as published: canned identities,
-    code, and text that is not English; the published columns for that are missing here, so fences and letters
-    decide."""
+    code, and text that is not English: the published columns for that are missing here, so that fences and
+    letters of other scripts decide."""
     turns = [(message["role"], message["content"].strip()) for message in row["messages"]]
     if re.search("hard_?coded", str(row.get("dataset") or row.get("source"))):
         raise Skip("canned identity")
@@ -338,8 +338,11 @@ VIDEO_NAMES = ("video", "video_id", "vid_name", "vid_filename", "video_path", "v
 def options_of(row):
     """Choices and the place of the right one, in any of the spellings around: ([...], i), or None. Of columns
     a0, a1, ... the answer is the number; of a list it may be the text."""
-    columns = [f"{stem}{i}" for stem in ("a", "option") for i in range(6)]
-    in_columns = [row[column] for column in columns if column in row]
+    in_columns = []
+    for stem in ("a", "option"):
+        for i in range(6):
+            if f"{stem}{i}" in row:
+                in_columns.append(row[f"{stem}{i}"])
     options = in_columns or row.get("options") or row.get("choices") or []
     for name in ("correct", "answer_idx", "answer_id", "answer_key_position", "correct_choice_idx", "answer"):
         answer = row.get(name)
@@ -382,22 +385,26 @@ def tvqa(row, name):
         yield from video_question(row, name)
 
 
+def texts_of(choices):
+    return [choice["choice"] for choice in choices]
+
+
 def question_list(row, name):
     """A video with a list of questions."""
     video = field(row, *VIDEO_NAMES)
     for question in field(row, "examples", "mc_question", "mc_qa_list", "questions"):
         choices = question.get("choices")
         if choices and isinstance(choices[0], dict):
-            right = [c["choice"] for c in choices if c["answer"] == "correct"]
+            right = [choice for choice in choices if choice["answer"] == "correct"]
             if len(right) != 1:
                 continue  # CLEVRER: several or none are right
-            question = dict(question, choices=[c["choice"] for c in choices], answer=right[0])
+            question = dict(question, choices=texts_of(choices), answer=right[0]["choice"])
         yield from video_question({"subtitles": row.get("subtitles"), **question}, name, video)
 
 
 def star(row, name):
     """Choices come as {choice_id, choice}, the answer as its text."""
-    yield from video_question(dict(row, choices=[c["choice"] for c in row["choices"]]), name)
+    yield from video_question(dict(row, choices=texts_of(row["choices"])), name)
 
 
 def video_dialogue(row, name):
@@ -492,6 +499,11 @@ SINGLE_OBJECT = {"trackingnet", "vasttrack", "got10k", "webuav", "lasot", "tnl2k
                  "latot", "uwcot", "lvosv1", "tnnlt"}
 
 
+def ids_of(row):
+    """{name of an object: its number}"""
+    return {str(mask): i for i, mask in enumerate(row["mask_id"])}
+
+
 def cut_of(row):
     """Where the clip is, if it is no file of its own: frames start_frame to end_frame of the video."""
     return [str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")]
@@ -505,7 +517,7 @@ def tracks(row, name):
     sampled = row.get("sampling_fps") or rate
     if rate % sampled:
         raise Skip("fps is no multiple of sampling_fps")
-    ids = {str(mask): i for i, mask in enumerate(row["mask_id"])}
+    ids = ids_of(row)
     points = []
     for frame in row["frame_trajectories"]:
         for point in structs(frame["points"]):
@@ -572,7 +584,9 @@ def eval_points(row, name):
     points = []
     for i, point in enumerate(structs(row["points"])):
         points.append(dict(x=share(point["x"], 100), y=share(point["y"], 100), id=i))
-    masks = [dict(id=i, rle=runs(mask)) for i, mask in enumerate((row.get("masks") or [])[:len(points)])]
+    masks = []
+    for i, mask in enumerate((row.get("masks") or [])[:len(points)]):
+        masks.append(dict(id=i, rle=runs(mask)))
     annotation = dict(task="image_pointing", style="pointing", label=row["label"].strip(), points=points,
                       masks=masks)
     yield image_item(row["image_url"], [annotation], sha256=[row.get("image_sha256")])
@@ -616,7 +630,7 @@ def eval_video_points(row, name):
 
 def eval_tracks(row, name):
     """A slot per frame of the clip: [x, y] in pixels, or null. One frame a second is evaluated, and kept."""
-    ids = {str(mask): i for i, mask in enumerate(row["mask_id"])}
+    ids = ids_of(row)
     shapes = {str(mask["object_id"]): mask["masks"] for mask in structs(row["masks"])}
     points = []
     masks = []

@@ -143,7 +143,7 @@ class Net:
     def allow(self, url):
         """NetError unless a URL is https and its host public: no data, no redirect reaches into a network.
         A name may lead elsewhere a moment later (DNS rebinding): a private host then has no certificate for it,
-        and is told nothing."""
+        and learns nothing from us."""
         scheme, host, port = origin(url)
         if (scheme, host, port) in self.trusted:
             return
@@ -161,8 +161,7 @@ class Net:
             raise NetError(f"{url[:200]}: {host} is a private address")
 
     def get(self, url, what, headers=None, tries=None):
-        """The response to a GET, its body not yet read; `linked`: (size, sha256) of a hub file, as far as it
-        reports them."""
+        """The response to a GET, its body not yet read; its `linked` is (size, sha256) of a file of the hub."""
         if self.offline:
             raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set")
         return patiently(lambda: self.follow(url, what, headers or {}), what, tries or TRIES, PAUSE)
@@ -321,6 +320,7 @@ def receive(net, response, part, have, what, most, url):
         total = int(length) + have if continues else int(length)
     room_for(part, total or 0)
     is_large = (total or 0) > 50 << 20
+    # a server that ignores the range sends all of it: from the start
     with open(part, "ab" if continues else "wb") as f, \
             tqdm(total=total, initial=f.tell(), unit="B", unit_scale=True, leave=False,
                  disable=None if is_large else True) as bar:
@@ -392,8 +392,8 @@ def is_video(path):
 
 def fetch_all(net, manifest, jobs, what, fresh=False):
     """Fetch [(url, path, options of `fetch`)] side by side; the manifest says which could not be had. Links
-    known to be dead are not tried, unless they are fresh; what may be the network's fault is tried the next
-    time."""
+    known to be dead are not tried, unless they are fresh. What may be the network's fault is not
+    known to be dead: the next run tries it again."""
     def fetch_one(job):
         url, path, options = job
         try:
@@ -418,8 +418,8 @@ def fetch_all(net, manifest, jobs, what, fresh=False):
 # ---- the hub -----------------------------------------------------------------------------------------------
 
 def hub_files(net, repo, patterns, kind="datasets"):
-    """The files of a hub repository that match, at its newest revision: [dict(url, name, size, sha256,
-    mark)]."""
+    """The files of a hub repository that match, at its newest revision, each as a dict of url,
+    name, size, sha256 and mark."""
     api = f"{net.hub}/api/{kind}/{repo}"
     info, _ = net.json(api, f"{kind} {repo}", "sha")
     revision = info["sha"]
@@ -482,6 +482,7 @@ def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows,
     """The rows of a set on the hub, each a dict, `length` to a page, some pages ahead. keep(rows, may_ask_again)
     puts images inside them on the disk; it returns True to have the page again, as links in it have expired.
     Large sets come as parquet files, into `cache`."""
+    # the first page tells how many rows there are
     page = hub_page(net, repo, config, split, 0, min(length, limit or length))
     total = page.get("num_rows_total", len(page["rows"]))
     if page.get("partial"):
