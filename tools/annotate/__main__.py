@@ -236,6 +236,18 @@ def read_reply(reply):
     return text, None
 
 
+def finite(value):
+    """A number of seconds, or None."""
+    if value is None or not math.isfinite(float(value)):
+        return None
+    return float(value)
+
+
+def bare(text):
+    """An answer without case, quotes and full stop."""
+    return text.strip(" .\"'").lower()
+
+
 class Served:
     """A model behind a server, for one record; `notes` becomes the record's provenance."""
 
@@ -304,18 +316,6 @@ class Served:
         if bare(answer) == bare(question["answer"]):
             return True
         return self.ask("agree", question=prompt, one=question["answer"], other=answer)
-
-
-def finite(value):
-    """A number of seconds, or None."""
-    if value is None or not math.isfinite(float(value)):
-        return None
-    return float(value)
-
-
-def bare(text):
-    """An answer without case, quotes and full stop."""
-    return text.strip(" .\"'").lower()
 
 
 def own_checkpoint(args):

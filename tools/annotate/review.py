@@ -88,6 +88,10 @@ def to_lines(records):
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+def without(annotation, fields):
+    return {k: v for k, v in annotation.items() if k not in fields}
+
+
 # ---- lines, decisions, and the file that trains ------------------------------------------------------------
 
 class Work:
@@ -180,10 +184,6 @@ class Work:
         write_whole(self.file, to_lines(finished))
         write_whole(self.mark, self.contents())
         return len(finished), n_annotations
-
-
-def without(annotation, fields):
-    return {k: v for k, v in annotation.items() if k not in fields}
 
 
 def settled(record, decisions):

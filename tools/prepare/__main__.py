@@ -48,7 +48,7 @@ from lib.media import BadMedia, image_size, inside_folder, load_frames, load_ima
 from lib.records import BadRecord, parse_record
 from tools.prepare import convert
 from tools.prepare.convert import EVALS, RECIPES, Skip
-from tools.prepare.fetch import (Manifest, Net, NetError, IMAGE_BYTES, UserError, fetch_all, fetch_files,
+from tools.prepare.fetch import (IMAGE_BYTES, Manifest, Net, NetError, UserError, fetch_all, fetch_files,
                                  file_digest, hub_files, hub_rows, is_image, is_video, origin, room_for)
 
 
@@ -129,18 +129,6 @@ def members_of(archive):
                 yield member.filename, member.file_size, functools.partial(archive.open, member)
 
 
-def unpack(path, folder):
-    """A zip or tar into a folder, plain files under it alone. A name that leads elsewhere is an error, and so is
-    a bomb: an archive that grows more than twenty times (and 1 GiB). Archives within it are unpacked too, and
-    count towards its growth; those within them are not."""
-    allowed = os.path.getsize(path) * 20 + GROWTH
-    files, allowed = unpack_one(path, folder, allowed)
-    for file in files:
-        if file.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")):
-            _, allowed = unpack_one(file, os.path.dirname(file), allowed)
-            os.remove(file)
-
-
 def unpack_one(path, folder, allowed):
     """(files of an archive, bytes that are still allowed of `allowed`)"""
     files = []
@@ -159,6 +147,18 @@ def unpack_one(path, folder, allowed):
             os.replace(f"{target}.part", target)
             files.append(target)
     return files, allowed
+
+
+def unpack(path, folder):
+    """A zip or tar into a folder, plain files under it alone. A name that leads elsewhere is an error, and so is
+    a bomb: an archive that grows more than twenty times (and 1 GiB). Archives within it are unpacked too, and
+    count towards its growth; those within them are not."""
+    allowed = os.path.getsize(path) * 20 + GROWTH
+    files, allowed = unpack_one(path, folder, allowed)
+    for file in files:
+        if file.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")):
+            _, allowed = unpack_one(file, os.path.dirname(file), allowed)
+            os.remove(file)
 
 
 # ---- media on this disk ------------------------------------------------------------------------------------
@@ -343,6 +343,32 @@ def merge(items):
             annotations = merged[media, clip_key(item)]["annotations"]
             annotations += [a for a in item["annotations"] if a not in annotations]
     return [item | more.get(media, {}) for (media, _), item in merged.items()]
+
+
+def image_cells(row):
+    """(column, place in its list, cell) of the images inside a row of the hub: {src} is a link, {bytes} a file."""
+    for column, value in row.items():
+        cells = value if isinstance(value, list) else [value]
+        for k, cell in enumerate(cells):
+            if isinstance(cell, dict) and ("src" in cell or "bytes" in cell):
+                yield column, k, cell
+
+
+def shifted(annotation, seconds):
+    """An annotation whose times are later by so many seconds."""
+    annotation = dict(annotation)
+    for field in ("points", "input_points", "masks"):
+        if field in annotation:
+            annotation[field] = [dict(entry, t=round(entry["t"] + seconds, 3)) for entry in annotation[field]]
+    return annotation
+
+
+def reason_of(e):
+    """What a failure is counted under: without the names in it."""
+    if isinstance(e, BadRecord):
+        return e.reason
+    text = re.sub(r"[('].*", "", str(e), flags=re.S).strip()
+    return text.split(": ", 1)[-1] if text.startswith(("/", "http")) else text
 
 
 class Maker:
@@ -713,32 +739,6 @@ class Maker:
         if "end" in fields:
             fields["end"] = min(fields["end"], fields["duration"])
         return fields, annotations
-
-
-def image_cells(row):
-    """(column, place in its list, cell) of the images inside a row of the hub: {src} is a link, {bytes} a file."""
-    for column, value in row.items():
-        cells = value if isinstance(value, list) else [value]
-        for k, cell in enumerate(cells):
-            if isinstance(cell, dict) and ("src" in cell or "bytes" in cell):
-                yield column, k, cell
-
-
-def shifted(annotation, seconds):
-    """An annotation whose times are later by so many seconds."""
-    annotation = dict(annotation)
-    for field in ("points", "input_points", "masks"):
-        if field in annotation:
-            annotation[field] = [dict(entry, t=round(entry["t"] + seconds, 3)) for entry in annotation[field]]
-    return annotation
-
-
-def reason_of(e):
-    """What a failure is counted under: without the names in it."""
-    if isinstance(e, BadRecord):
-        return e.reason
-    text = re.sub(r"[('].*", "", str(e), flags=re.S).strip()
-    return text.split(": ", 1)[-1] if text.startswith(("/", "http")) else text
 
 
 # ---- the commands ------------------------------------------------------------------------------------------

@@ -118,6 +118,15 @@ def is_public(address):
     return ipaddress.ip_address(address.split("%")[0]).is_global
 
 
+def linked_file(response):
+    """(size or None, sha256) of the file that the hub's answer leads to, or None where it reports none."""
+    size = response.headers.get("X-Linked-Size", "")
+    sha256 = response.headers.get("X-Linked-Etag", "").strip('W/"')
+    if len(sha256) != 64:
+        return None
+    return int(size) if size.isdigit() else None, sha256
+
+
 class Net:
     """Requests as this file makes them: https to public addresses alone, redirects followed by hand, the
     token sent to the hub alone, four at a time to one host."""
@@ -223,15 +232,6 @@ class Net:
                            f"page at {self.hub} and set HF_TOKEN to a token that may read it")
         if status not in (200, 206):
             raise NetError(f"{what}: status {status} {response.reason}")
-
-
-def linked_file(response):
-    """(size or None, sha256) of the file that the hub's answer leads to, or None where it reports none."""
-    size = response.headers.get("X-Linked-Size", "")
-    sha256 = response.headers.get("X-Linked-Etag", "").strip('W/"')
-    if len(sha256) != 64:
-        return None
-    return int(size) if size.isdigit() else None, sha256
 
 
 def room_for(path, size=0):
