@@ -1008,7 +1008,7 @@ WRONG = ("Um.", "a star a star a star a star a star a star a star",
 
 
 def write_narrations(folder):
-    """A narration beside each toy clip; every fifth has a fault that a check should find."""
+    """A narration beside each toy clip, as .srt; every fifth has a fault that a check should find."""
     with open(os.path.join(folder, "clips.jsonl")) as f:
         records = [json.loads(line) for line in f]
     for i, record in enumerate(records):
@@ -1019,15 +1019,10 @@ def write_narrations(folder):
         text = re.sub(r"(, | and )a ", ". A ", text)
         sentences = re.split(r"(?<=\.) ", text)
         seconds = record["duration"] / len(sentences)
-        timed = [f"00:00:{k * seconds:06.3f} --> 00:00:{(k + 1) * seconds:06.3f}\n{sentence}\n"
-                 for k, sentence in enumerate(sentences)]
-        base = os.path.splitext(os.path.join(folder, record["video"]))[0]
-        if i % 3 == 0:
-            write_whole(base + ".srt", "\n".join(f"{k}\n{block}" for k, block in enumerate(timed, 1)))
-        elif i % 3 == 1:
-            write_whole(base + ".vtt", "WEBVTT\n\n" + "\n".join(timed))
-        else:
-            write_whole(base + ".txt", text)
+        blocks = [f"{k + 1}\n00:00:{k * seconds:06.3f} --> 00:00:{(k + 1) * seconds:06.3f}\n{sentence}\n"
+                  for k, sentence in enumerate(sentences)]
+        base, _ = os.path.splitext(os.path.join(folder, record["video"]))
+        write_whole(base + ".srt", "\n".join(blocks))
     return [os.path.join(folder, record["video"]) for record in records]
 
 
