@@ -22,7 +22,7 @@ import pytest
 import requests
 import torch
 from PIL import Image
-from conftest import HERE, QUICK, ROOT, log_of, picture, run, tiny_model, video, write_lines
+from conftest import QUICK, ROOT, log_of, picture, run, tiny_model, video, write_lines
 
 from tools.annotate import __main__ as annotate
 from data import Dataset, Planner, Stream
@@ -808,46 +808,6 @@ def test_captions_are_checked_for_length_repetition_and_language(text, faults):
     assert list(annotate.faults(text, 8, "en")) == faults
 
 
-def labelled(written):
-    """(caption, pairs) of tests/qa_labelled.jsonl, of those written before or after the rules."""
-    with open(os.path.join(HERE, "qa_labelled.jsonl")) as f:
-        for row in map(json.loads, f):
-            wrong = lambda q: [o for o in q.get("options", []) if o != q["answer"]]
-            if row["written"] == written:
-                yield row["caption"], [dict(q, wrong=wrong(q)) for q in row["pairs"]]
-
-
-@pytest.mark.parametrize("written, labels, right, kept", [
-    ("before the rules", dict(good=41, unanswerable=17, blind=13, ambiguous=9, duplicate=9), 37, 39),
-    ("after the rules", dict(good=22, unanswerable=9, blind=8, ambiguous=7, duplicate=6), 19, 25)])
-def test_the_filters_on_pairs_labelled_by_hand(written, labels, right, kept):
-    """What the README states of the rule-based judge; its rules were not changed after the second set."""
-    lm, verdicts = annotate.StandIn(), Counter()
-    effect = {name: Counter() for name in labels if name != "good"}
-    for caption, pairs in labelled(written):
-        passed = []
-        for i, q in enumerate(pairs):
-            reason = annotate.why_not(q, passed, caption, lm)
-            passed += [] if reason else [q]
-            verdicts[q["label"], not reason] += 1
-            alone = dict(duplicate=any(annotate.alike(q, p) for p in pairs[:i]), blind=lm.guessable(q),
-                         ambiguous=lm.ambiguous(q["question"], caption),
-                         unanswerable=not lm.answerable(q, caption))
-            for name, fails in alone.items():
-                effect[name][q["label"]] += fails
-    with open(os.path.join(ROOT, "README.md")) as f:
-        told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.startswith("| ")]
-    for name, n in effect.items():
-        cells = [f"{n[name]} of {labels[name]}", str(n["good"]), str(n.total() - n[name] - n["good"])]
-        print(written, name, *cells, sep=" | ")
-        column = 1 + 3 * (written == "after the rules")
-        assert cells in [line[column:column + 3] for line in told if line[0].startswith(name)]
-    assert {label: verdicts[label, True] + verdicts[label, False] for label in labels} == labels
-    assert (verdicts["good", True], sum(n for (_, passed), n in verdicts.items() if passed)) == (right, kept)
-    for name, by_label in effect.items():  # each does more good than harm
-        assert 2 * by_label["good"] < by_label[name]
-
-
 def test_yes_and_no_stay_few_and_options_are_shuffled_by_the_row():
     questions = [dict(question=f"Is thing{i} red?", answer="yes", wrong=[]) for i in range(4)]
     questions[1:1] = [dict(question=f"What is thing{i} made of?", answer=f"stuff{i}", wrong=["a", "b"])
@@ -864,7 +824,7 @@ def test_yes_and_no_stay_few_and_options_are_shuffled_by_the_row():
 
     args = annotate.parse(["qa", "x.jsonl", "--out", "y.jsonl", "--url", "stand-in"])
     row = dict(video="a.mp4", annotations=[dict(task="video_caption", answer="c")])
-    make = lambda name: annotate.question_row(dict(row, id=name), args, Content())[0]["annotations"]
+    make = lambda name: annotate.question_record(dict(row, id=name), args, Content())[0]["annotations"]
     assert [a.get("left_out", "")[:6] for a in make("r")] == ["", "", "", "", "yes/no", "yes/no", "yes/no"]
     assert make("r") == make("r")
     places = Counter(a["correct"] for k in range(40) for a in make(f"row {k}")[:3])

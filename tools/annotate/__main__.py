@@ -1,7 +1,7 @@
 """
-Making data: people say what they see, open language models help, filters check, people decide.
+Making data: people narrate videos, open language models help, filters check, people decide.
 
-    caption   video ─► narration ─► clips with times ─► their frames described ─► one dense caption ─► checks
+    caption   video ─► narration ─► clips with times ─► frames described ─► one dense caption ─► checks
     qa        caption ─► questions ─► answered from the caption, and without it ─► filters
     review    a page on this machine: accept, edit, reject; place points, track frame by frame (review.py)
     report    what each step let through, and what not and why
@@ -13,12 +13,12 @@ Making data: people say what they see, open language models help, filters check,
     python -m tools.annotate review clips/qa.jsonl --who ann
     python -m tools.annotate report clips/qa.jsonl
 
-FILE.jsonl trains as it is: the lines that passed, with the decisions of people applied. FILE.work/ beside it
-has rows.jsonl, every line and why it was left out; decisions.jsonl, to which people only append; and
-requests/, the answers of servers by the hash of what was asked: a run that was stopped repeats none of them.
+FILE.jsonl trains as it is: the records that passed, with the decisions of people applied. FILE.work/ beside it
+has rows.jsonl, every record and why it was left out; decisions.jsonl, to which people only append; and
+requests/, the answers of servers by the hash of the request: a run that was stopped repeats none of them.
 
 Nothing is distilled from a closed model: such hosts and names are refused. --allow_closed lets them through
-and marks the rows, and training leaves marked rows out. ANNOTATE_API_KEY is sent to servers that want a key.
+and marks the records, and training leaves marked records out. ANNOTATE_API_KEY is sent to servers that want a key.
 """
 import argparse
 import base64
@@ -81,17 +81,20 @@ class Unusable(Exception):
 
 def parse_list(text):
     """The JSON list in an answer; ValueError if there is none."""
-    return json.loads(text[text.find("["):text.rfind("]") + 1])
+    begin = text.find("[")
+    end = text.rfind("]") + 1
+    return json.loads(text[begin:end])
 
 
 def parse_bool(text):
     """The JSON true or false that an answer is, fenced or not; ValueError if it is anything else."""
-    m = re.fullmatch(r"\W*(json)?\W*(true|false)\W*", text, re.I)
-    if not m:
+    match = re.fullmatch(r"\W*(json)?\W*(true|false)\W*", text, re.I)
+    if not match:
         raise ValueError(text)
-    return m[2].lower() == "true"
+    return match[2].lower() == "true"
 
 
+# These texts are in the hash of a request: change a word, and all requests of its step are sent again.
 PROMPTS = dict(
     describe="This is the frame at {t:g} s of a video. Describe in two or three sentences what can be seen: "
              "people, things, how they look and where they are, actions, written text. Nothing else.",
@@ -118,7 +121,7 @@ READ = dict(contradictions=parse_list, questions=parse_list, ambiguous=parse_boo
 
 
 def today():
-    """The date, as rows have it."""
+    """The date, as records have it."""
     return datetime.date.today().isoformat()
 
 
@@ -126,9 +129,11 @@ def check_server(url, model, allow_closed):
     """Whether what answers at a URL is closed. Closed ones are refused unless allowed, as is plain http."""
     try:
         parts = urllib.parse.urlsplit(url)
-        host, port = (parts.hostname or "").rstrip("."), parts.port or 80
+        host = (parts.hostname or "").rstrip(".")
+        port = parts.port or 80
     except ValueError:  # brackets that do not close, a port above 65535
-        host = port = None
+        host = None
+        port = None
     if not host or not port or parts.scheme not in ("http", "https"):
         raise UserError(f"{url}: not the URL of a server; e.g. http://localhost:8000/v1")
     if parts.scheme == "http" and not is_loopback(host):
@@ -137,26 +142,31 @@ def check_server(url, model, allow_closed):
     by_host = CLOSED_HOSTS.search(host)
     closed = bool(by_host or CLOSED_MODELS.search(model))
     if closed and not allow_closed:
-        raise UserError(f"{url}: {host if by_host else 'model ' + model} is a closed model's, whose answers "
-                        "are not to be distilled; use an open one; or --allow_closed marks the rows, and "
-                        "training leaves them out")
+        speaker = host if by_host else f"model {model}"
+        raise UserError(f"{url}: {speaker} is a closed model's, whose answers are not to be distilled; use an "
+                        "open one; or --allow_closed marks the records, and training leaves them out")
     return closed
 
 
 class Client:
-    """Asks servers. Every finished request is kept in `folder` by the hash of what was asked: asked once."""
+    """Sends requests to servers. Every finished one is cached in `folder`, by the hash of what was sent."""
 
     def __init__(self, args):
         self.folder = os.path.join(Work(args.out).folder, "requests")
-        self.timeout, self.allow_closed, self.stop = args.timeout, args.allow_closed, args.stop
-        self.locks, self.lost = {}, 0
+        self.timeout = args.timeout
+        self.allow_closed = args.allow_closed
+        self.stop = args.stop     # an Event: no further request is sent
+        self.locks = {}           # hash of a request -> Lock
+        self.lost = 0             # requests in a row without an answer
+        self.headers = {}
         key = os.environ.get("ANNOTATE_API_KEY")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
 
     def once(self, key, ask):
         """What ask() gave the first time, in this run or an earlier one."""
         path = os.path.join(self.folder, key + ".json")
-        with self.locks.setdefault(key, threading.Lock()):  # two rows may ask the same
+        with self.locks.setdefault(key, threading.Lock()):  # two records may lead to the same request
             if self.stop.is_set():
                 raise Unusable("stopped")
             if not os.path.exists(path):
@@ -164,43 +174,47 @@ class Client:
             with open(path, encoding="utf-8") as f:
                 return json.load(f)
 
+    def attempt(self, url, trouble, request):
+        """One POST; what goes wrong is appended to `trouble`."""
+        if self.stop.is_set():
+            raise Unusable("stopped")
+        try:
+            response = requests.post(url, headers=self.headers, timeout=(10, self.timeout),  # to connect; to answer
+                                     allow_redirects=False, **request)  # a redirect could lead to any host
+        except requests.RequestException as e:
+            trouble.append(type(e).__name__)
+            raise
+        if not response.ok:
+            trouble.append(str(response.status_code))
+        return response
+
     def send(self, step, url, trouble=(), **request):
         """{step, reply, trouble: what went wrong before, date}. Unusable where there is no reply, UserError
         where there will be none to other requests either."""
         trouble = list(trouble)
-
-        def attempt():
-            if self.stop.is_set():
-                raise Unusable("stopped")
-            try:
-                r = requests.post(url, headers=self.headers, timeout=(10, self.timeout),
-                                  allow_redirects=False, **request)  # a redirect could lead to any host
-            except requests.RequestException as e:
-                trouble.append(type(e).__name__)
-                raise
-            trouble.extend([] if r.ok else [str(r.status_code)])
-            return r
-
         try:
-            r = patiently(attempt, f"{step}: {url}")
-            self.lost = 0
+            response = patiently(lambda: self.attempt(url, trouble, request), f"{step}: {url}")
         except NetError as e:
             self.lost += 1
             if self.lost > 8:
                 raise UserError(f"{url}: no answer to {self.lost} requests in a row ({e}); the same command "
                                 "goes on where this one stopped") from None
             raise Unusable(f"{step}: no answer") from None
-        if r.is_redirect or r.status_code in (401, 403, 404):
-            raise UserError(f"{url}: status {r.status_code}, {r.text[:200]!r}; wrong URL, model or key?")
-        if not r.ok:
-            raise Unusable(f"{step}: status {r.status_code}")
+        self.lost = 0
+        if response.is_redirect or response.status_code in (401, 403, 404):
+            raise UserError(f"{url}: status {response.status_code}, {response.text[:200]!r}; wrong URL, model "
+                            "or key?")
+        if not response.ok:
+            raise Unusable(f"{step}: status {response.status_code}")
         try:  # JSON can spell half a character, which is no text
-            reply = json.loads(json.dumps(r.json(), ensure_ascii=False).encode(errors="replace"))
+            text = json.dumps(response.json(), ensure_ascii=False).encode(errors="replace")
+            reply = json.loads(text)
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict) or not {"choices", "segments", "text"} & reply.keys():
             raise Unusable(f"{step}: no answer of the protocol")
-        check_server(url, str(reply.get("model", "")), self.allow_closed)  # it says which model spoke
+        # the reply names the model that answered
+        check_server(url, str(reply.get("model", "")), self.allow_closed)
         return dict(step=step, reply=reply, trouble=trouble, date=today())
 
 
@@ -208,177 +222,236 @@ def read_reply(reply):
     """(text, why it cannot be used or None) of a chat completion."""
     try:
         choice = reply["choices"][0]
-        message, end = choice["message"], choice.get("finish_reason")
-        text = (message.get("content") or "").rpartition("</think>")[2]
+        message = choice["message"]
+        end = choice.get("finish_reason")
+        text = (message.get("content") or "").rpartition("</think>")[2]  # a model that reasons does so first
     except (LookupError, TypeError, AttributeError):
         return "", "no answer of the protocol"
     if message.get("refusal") or end == "content_filter" or REFUSAL.match(text):
         return text, "refusal"
     if end == "length" or len(text) > LONGEST:
         return text, "overlong answer"
-    return text, None if text.strip() else "empty answer"
+    if not text.strip():
+        return text, "empty answer"
+    return text, None
+
+
+def finite(value):
+    """A number of seconds, or None."""
+    if value is None or not math.isfinite(float(value)):
+        return None
+    return float(value)
+
+
+def bare(text):
+    """An answer without case, quotes and full stop."""
+    return text.strip(" .\"'").lower()
 
 
 class Served:
-    """What a model behind a server is asked about one row; `notes` says who did each step, for the row."""
+    """A model behind a server, for one record; `notes` becomes the record's provenance."""
 
     def __init__(self, client, url, model, licence):
-        self.client, self.url, self.model, self.licence = client, url.rstrip("/"), model, licence
-        self.notes = {}
+        self.client = client
+        self.url = url.rstrip("/")
+        self.model = model
+        self.licence = licence
+        self.notes = {}  # (step, model) -> who did it
 
     def note(self, step, model, date, **prompt):
-        closed = {"closed": True} if check_server(self.url, model, self.client.allow_closed) else {}
-        self.notes[step, model] = dict(step=step, by="model", model=model, licence=self.licence, date=date,
-                                       **prompt, **closed)
+        note = dict(step=step, by="model", model=model, licence=self.licence, date=date, **prompt)
+        if check_server(self.url, model, self.client.allow_closed):
+            note["closed"] = True
+        self.notes[step, model] = note
 
-    def ask(self, step, *pictures, **about):
-        """The answer to a step's prompt about JPEG pictures or what else it names, read as READ says. What is
-        empty or cannot be read is asked for once more; Unusable where no usable answer comes."""
-        url = lambda p: "data:image/jpeg;base64," + base64.b64encode(p).decode()
-        content = [dict(type="text", text=PROMPTS[step].format(**about)),
-                   *(dict(type="image_url", image_url=dict(url=url(p))) for p in pictures)]
-        messages, trouble = [dict(role="user", content=content)], []
+    def ask(self, step, *images, **fields):
+        """The answer to a step's prompt, with JPEG images or with `fields` filled in, parsed as READ says. An
+        answer that is empty or cannot be parsed is asked for once more; Unusable where none is usable."""
+        content = [dict(type="text", text=PROMPTS[step].format(**fields))]
+        for image in images:
+            url = "data:image/jpeg;base64," + base64.b64encode(image).decode()
+            content.append(dict(type="image_url", image_url=dict(url=url)))
+        messages = [dict(role="user", content=content)]
+        trouble = []
         for _ in range(2):
             body = dict(model=self.model, temperature=0, max_tokens=4096, messages=messages)
-            kept = self.client.once(digest(body), lambda: self.client.send(
+            cached = self.client.once(digest(body), lambda: self.client.send(
                 step, self.url + "/chat/completions", trouble, json=body))
-            text, why = read_reply(kept["reply"])
-            self.note(step, str(kept["reply"].get("model") or self.model), kept["date"],
-                      prompt=digest(PROMPTS[step])[:16])
-            if why is None:
+            text, problem = read_reply(cached["reply"])
+            model = str(cached["reply"].get("model") or self.model)
+            self.note(step, model, cached["date"], prompt=digest(PROMPTS[step])[:16])
+            if problem is None:
                 try:
                     return READ.get(step, str.strip)(text)
                 except (ValueError, RecursionError):
-                    why = "invalid JSON"
-            if why not in ("invalid JSON", "empty answer"):
+                    problem = "invalid JSON"
+            if problem not in ("invalid JSON", "empty answer"):
                 break
-            trouble = [why]
+            trouble = [problem]
+            # The second request is another one, or the cache would give the same answer.
             messages = [*messages, dict(role="assistant", content=text),
                         dict(role="user", content="That cannot be read. Only what was asked for, please.")]
-        raise Unusable(f"{step}: {why}")
+        raise Unusable(f"{step}: {problem}")
 
     def transcribe(self, name, sound):
         """[{start, end, text}] of an audio file; end is None where the server gives no times."""
         form = dict(model=self.model, response_format="verbose_json")
-        kept = self.client.once(digest(form, sound), lambda: self.client.send(
+        cached = self.client.once(digest(form, sound), lambda: self.client.send(
             "narration", self.url + "/audio/transcriptions", data=form, files=dict(file=(name, sound))))
-        self.note("narration", self.model, kept["date"])
-        seconds = lambda t: float(t) if t is not None and math.isfinite(float(t)) else None
+        self.note("narration", self.model, cached["date"])
         try:
-            parts = kept["reply"].get("segments") or [dict(start=0, end=None, text=kept["reply"]["text"])]
-            return [dict(start=seconds(s["start"]) or 0.0, end=seconds(s["end"]), text=s["text"].strip())
-                    for s in parts]
+            segments = cached["reply"].get("segments")
+            if not segments:
+                segments = [dict(start=0, end=None, text=cached["reply"]["text"])]
+            return [dict(start=finite(s["start"]) or 0.0, end=finite(s["end"]), text=s["text"].strip())
+                    for s in segments]
         except (LookupError, TypeError, ValueError, AttributeError):
             raise Unusable("narration: no answer of the protocol") from None
 
-    def answers(self, step, q, **known):
-        """Whether the model, which knows the rest alone, answers a question as the question's own answer."""
-        options = sorted([q["answer"], *q["wrong"]]) if q["wrong"] else []
-        asked = "Question: " + q["question"] + "".join(f"\n- {o}" for o in options)
-        said = self.ask(step, question=asked, **known)
-        same = lambda text: text.strip(" .\"'").lower()
-        return same(said) == same(q["answer"]) or self.ask("agree", question=asked, one=q["answer"],
-                                                           other=said)
+    def answers(self, step, question, **fields):
+        """Whether the model, given the fields alone, answers a question as the question's own answer does."""
+        options = sorted([question["answer"], *question["wrong"]]) if question["wrong"] else []
+        prompt = "Question: " + question["question"] + "".join(f"\n- {option}" for option in options)
+        answer = self.ask(step, question=prompt, **fields)
+        if bare(answer) == bare(question["answer"]):
+            return True
+        return self.ask("agree", question=prompt, one=question["answer"], other=answer)
 
 
 def own_checkpoint(args):
-    """describe(picture) -> (what one of our own checkpoints says it shows, provenance), kept like the answer
-    of a server."""
-    folder, lock, prompt = args.checkpoint, threading.Lock(), "Describe the image."
+    """describe(image) -> (what one of our own checkpoints answers, provenance), cached like a server's."""
+    folder = args.checkpoint
+    prompt = "Describe the image."
+    lock = threading.Lock()
+    client = Client(args)
     try:
-        client, model = Client(args), load(folder, args.device)
+        model = load(folder, args.device)
     except ValueError as e:
         raise UserError(str(e)) from None
     weights = os.path.realpath(folder), os.stat(folder).st_mtime_ns  # `latest` is another one next week
 
-    def look(picture):
-        with lock, tempfile.TemporaryDirectory() as aside:  # one picture at a time, whatever the concurrency
+    def ask(image):
+        with lock, tempfile.TemporaryDirectory() as aside:  # one image at a time, whatever the concurrency
             path = os.path.join(aside, "frame.jpg")
             with open(path, "wb") as f:
-                f.write(picture)
+                f.write(image)
             text = "".join(Chat(*model, [path]).ask(prompt))
         reply = dict(choices=[dict(message=dict(content=text))])
         return dict(step="describe", reply=reply, trouble=[], date=today())
 
-    def describe(picture):
-        kept = client.once(digest(weights, prompt, picture), lambda: look(picture))
-        text, why = read_reply(kept["reply"])
-        if why:
-            raise Unusable(f"describe: {why}")
+    def describe(image):
+        cached = client.once(digest(weights, prompt, image), lambda: ask(image))
+        text, problem = read_reply(cached["reply"])
+        if problem:
+            raise Unusable(f"describe: {problem}")
         return text.strip(), dict(step="describe", by="model", model=folder, licence="as its weights",
-                                  prompt=digest(prompt)[:16], date=kept["date"])
+                                  prompt=digest(prompt)[:16], date=cached["date"])
     return describe
 
 
 # ---- caption -----------------------------------------------------------------------------------------------
 
+STAMP = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d+)"  # 00:01:02,500 of .srt, or 01:02.500 of .vtt
+
+
+def seconds_of(hours, minutes, seconds):
+    """The parts of a STAMP in seconds."""
+    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+
+
 def read_narration(path, duration):
     """[{start, end, text}] of an .srt, .vtt or .txt file; plain text is about the whole video."""
     with open(path, encoding="utf-8-sig", errors="replace") as f:
-        text = f.read()
+        content = f.read()
     if path.endswith(".txt"):
-        return [dict(start=0.0, end=duration, text=" ".join(text.split()))] if text.strip() else []
-    seconds = lambda h, m, s: int(h or 0) * 3600 + int(m) * 60 + float(s.replace(",", "."))
-    stamp, out = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d+)", []
-    for block in re.split(r"\n\s*\n", text):
-        m = re.search(rf"{stamp}\s*-->\s*{stamp}[^\n]*\n(.+)", block, re.S)
-        said = " ".join(re.sub(r"<[^>]*>", "", m[7]).split()) if m else ""
-        if said and seconds(*m.groups()[:3]) < duration:
-            end = min(seconds(*m.groups()[3:6]), duration)
-            out.append(dict(start=seconds(*m.groups()[:3]), end=end, text=said))
-    return out
+        text = " ".join(content.split())
+        return [dict(start=0.0, end=duration, text=text)] if text else []
+    segments = []
+    for block in re.split(r"\n\s*\n", content):
+        match = re.search(rf"{STAMP}\s*-->\s*{STAMP}[^\n]*\n(.+)", block, re.S)
+        if not match:
+            continue
+        # <i>tags</i> and line breaks go
+        text = " ".join(re.sub(r"<[^>]*>", "", match[7]).split())
+        start = seconds_of(*match.groups()[:3])
+        end = seconds_of(*match.groups()[3:6])
+        if text and start < duration:
+            segments.append(dict(start=start, end=min(end, duration), text=text))
+    return segments
 
 
 def sound_of(path):
     """The first audio track of a video as the bytes of a WAV file, 16 kHz mono; None without one."""
-    out, (container, _) = io.BytesIO(), open_video(path)
-    with container, av.open(out, "w", format="wav") as wav:
+    sound = io.BytesIO()
+    container, _ = open_video(path)
+    with container, av.open(sound, "w", format="wav") as wav:
         if not container.streams.audio:
             return None
         stream = wav.add_stream("pcm_s16le", 16000, layout="mono")
-        turn = av.AudioResampler("s16", "mono", 16000)
+        resampler = av.AudioResampler("s16", "mono", 16000)
+        # None at the end makes resampler and encoder give what they still hold
         for frame in itertools.chain(container.decode(container.streams.audio[0]), [None]):
-            for part in turn.resample(frame):
+            for part in resampler.resample(frame):
                 wav.mux(stream.encode(part))
         wav.mux(stream.encode(None))
-    return out.getvalue()
+    return sound.getvalue()
 
 
-def narration_of(path, duration, ears, narrator):
-    """([{start, end, text}], provenance) of what was said about a video: text beside it, else speech beside
-    it or in it, which ears transcribe."""
+def file_beside(path, endings):
+    """The file of the same name with one of these endings, or None."""
     base = os.path.splitext(path)[0]
-    beside = lambda *endings: next((base + e for e in endings if os.path.exists(base + e)), None)
-    by = dict(by=STAND_IN) if narrator == STAND_IN else dict(by="people", who=narrator)
-    date = lambda file: datetime.date.fromtimestamp(os.path.getmtime(file)).isoformat()
-    text, recording = beside(".srt", ".vtt", ".txt"), beside(".wav", ".mp3", ".m4a", ".flac", ".ogg")
+    for ending in endings:
+        if os.path.exists(base + ending):
+            return base + ending
+    return None
+
+
+def file_date(path):
+    return datetime.date.fromtimestamp(os.path.getmtime(path)).isoformat()
+
+
+def narration_of(path, duration, speech_model, narrator):
+    """([{start, end, text}], provenance) of a video's narration: text beside it, else speech beside it or in
+    it, which the speech model transcribes."""
+    person = dict(by=STAND_IN) if narrator == STAND_IN else dict(by="people", who=narrator)
+    text = file_beside(path, (".srt", ".vtt", ".txt"))
     if text:
-        return read_narration(text, duration), [dict(step="narration", **by, date=date(text))]
-    if not ears:
+        return read_narration(text, duration), [dict(step="narration", **person, date=file_date(text))]
+    if not speech_model:
         return [], []
+    recording = file_beside(path, (".wav", ".mp3", ".m4a", ".flac", ".ogg"))
     if recording:
+        name = os.path.basename(recording)
         with open(recording, "rb") as f:
-            name, sound = os.path.basename(recording), f.read()
+            sound = f.read()
     else:
-        name, sound = "narration.wav", sound_of(path)
+        name = "narration.wav"
+        sound = sound_of(path)
     if not sound:
         return [], []
-    said = [dict(s, end=min(duration if s["end"] is None else s["end"], duration))
-            for s in ears.transcribe(name, sound) if s["text"] and s["start"] < duration]
-    return said, [dict(step="speech", **by, date=date(recording or path)), *ears.notes.values()]
+    # Speech models name times after the end, or none at all.
+    segments = []
+    for segment in speech_model.transcribe(name, sound):
+        end = duration if segment["end"] is None else min(segment["end"], duration)
+        if segment["text"] and segment["start"] < duration:
+            segments.append(dict(segment, end=end))
+    speech = dict(step="speech", **person, date=file_date(recording or path))
+    return segments, [speech, *speech_model.notes.values()]
 
 
-def cut_clips(said, duration, longest):
+def cut_clips(segments, duration, longest):
     """[(start, end, segments)]: the video, cut where a segment begins, into clips of at most `longest`
     seconds unless a segment alone is longer."""
-    clips, begin = [[]], 0.0
-    for s in sorted(said, key=lambda s: s["start"]):
-        if clips[-1] and s["end"] - begin > longest and s["start"] > begin:
+    clips = [[]]
+    begin = 0.0
+    for segment in sorted(segments, key=lambda s: s["start"]):
+        # segments that begin together stay together, or a clip would last no time
+        if clips[-1] and segment["end"] - begin > longest and segment["start"] > begin:
             clips.append([])
-            begin = s["start"]
-        clips[-1].append(s)
-    cuts = [0.0, *(c[0]["start"] for c in clips[1:]), duration]
-    return [(round(a, 3), round(b, 3), c) for a, b, c in zip(cuts, cuts[1:], clips)]
+            begin = segment["start"]
+        clips[-1].append(segment)
+    cuts = [0.0, *(clip[0]["start"] for clip in clips[1:]), duration]
+    return [(round(start, 3), round(end, 3), clip) for start, end, clip in zip(cuts, cuts[1:], clips)]
 
 
 # The commonest words of a language give it away. A caption in another one passes with --language any.
@@ -389,68 +462,94 @@ LANGUAGES = dict(en="the a an and of to in is it on with at for his her",
 
 
 def faults(text, shortest, language):
-    """What speaks against a narration or a caption by itself: length, repetition, language."""
+    """The faults of a narration or a caption by itself: length, repetition, language."""
     words = re.findall(r"\w+", text.lower())
-    if not shortest <= len(words) <= 1200:
-        yield "too short" if len(words) < shortest else "too long"
-    runs = list(zip(*(words[k:] for k in range(4))))
-    if len(words) >= 8 and (len(set(runs)) < 0.6 * len(runs) or len(set(words)) < 0.15 * len(words)):
-        yield "repetition"
-    hits = {name: sum(w in common.split() for w in words) for name, common in LANGUAGES.items()}
-    few = 0.04 * (len(words) - 20)  # a short text may do without any of them
-    if language != "any" and hits[language] < max(few, *hits.values()):
-        yield f"not in {language}"
+    if len(words) < shortest:
+        yield "too short"
+    elif len(words) > 1200:
+        yield "too long"
+    if len(words) >= 8:
+        # a text that goes in circles has few different runs of four words
+        runs = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+        if len(set(runs)) < 0.6 * len(runs) or len(set(words)) < 0.15 * len(words):
+            yield "repetition"
+    if language != "any":
+        hits = {}
+        for name, common in LANGUAGES.items():
+            common = common.split()
+            hits[name] = sum(word in common for word in words)
+        least = 0.04 * (len(words) - 20)  # a short text may do without any of them
+        if hits[language] < max(least, *hits.values()):
+            yield f"not in {language}"
 
 
-def clips_of(path, args, ears):
-    """The rows of a video, one per clip, with what was said in it and nothing seen yet; where that cannot be
-    had, one row that says why."""
+def clip_records(path, args, speech_model):
+    """The records of a video, one per clip, with its narration and no frame described yet; where that cannot be
+    had, one record with the reason."""
     name = os.path.relpath(os.path.abspath(path), os.path.dirname(os.path.abspath(args.out)))
+    problem = None
     try:
         duration = video_duration(path)
-        said, people = narration_of(path, duration, ears, args.narrator)
-    except (Unusable, BadMedia, av.FFmpegError) as e:
-        reason = str(e) if isinstance(e, Unusable) else "narration: unreadable video"
-        return [dict(id=name, video=name, annotations=[
-            dict(task="video_caption", answer="", left_out=reason)])]
-    return [dict(id=f"{name} {start:g}-{end:g}", video=name, start=start, end=end, narration=told, frames=[],
+        segments, provenance = narration_of(path, duration, speech_model, args.narrator)
+    except Unusable as e:
+        problem = str(e)
+    except (BadMedia, av.FFmpegError):
+        problem = "narration: unreadable video"
+    if problem:
+        annotation = dict(task="video_caption", answer="", left_out=problem)
+        return [dict(id=name, video=name, annotations=[annotation])]
+    return [dict(id=f"{name} {start:g}-{end:g}", video=name, start=start, end=end, narration=narration, frames=[],
                  duration=round(duration, 3), annotations=[dict(task="video_caption", answer="")],
-                 provenance=list(people))
-            for start, end, told in cut_clips(said, duration, args.clip_seconds)]
+                 provenance=list(provenance))
+            for start, end, narration in cut_clips(segments, duration, args.clip_seconds)]
 
 
-def caption_clip(row, args, lm, eyes=None):
-    """The row of a clip, with its caption; eyes(picture) describes the frames, if not the language model.
-    Where it cannot go on it keeps what it has, and says at which step."""
-    a = row["annotations"][0]
-    if "left_out" in a:
-        return row
-    start, narration = row["start"], " ".join(s["text"] for s in row["narration"])
+def describe_frames(record, args, lm, own_model):
+    """Fill in record["frames"], at most one a second, and who described them."""
+    start = record["start"]
+    # short of the end, where the last frame is still shown
+    length = max(record["end"] - start - 0.1, 0)
+    times = [round(float(t) + start, 2) for t in sample_times(length, args.frames, 1.0)]
+    path = os.path.join(os.path.dirname(args.out), record["video"])
+    for t, pixels in zip(times, load_frames(path, times)):
+        image = jpeg(pixels, 768)
+        if own_model:
+            text, who = own_model(image)
+            # frames described on two days have two notes
+            if who not in record["provenance"]:
+                record["provenance"].append(who)
+        else:
+            text = lm.ask("describe", image, t=t)
+        record["frames"].append(dict(t=t, text=text))
+
+
+def caption_record(record, args, lm, own_model=None):
+    """The record of a clip, with its caption; own_model(image) describes the frames, if not the language model.
+    Where it cannot go on it keeps what it has, and the step at which it stopped."""
+    annotation = record["annotations"][0]
+    if "left_out" in annotation:
+        return record
+    narration = " ".join(segment["text"] for segment in record["narration"])
     try:
-        for fault in faults(narration, 3, args.language) if narration else ["none"]:
-            raise Unusable(f"narration: {fault}")
-        times = sample_times(max(row["end"] - start - 0.1, 0), args.frames, 1.0)
-        times = [round(float(t) + start, 2) for t in times]
-        path = os.path.join(os.path.dirname(args.out), row["video"])
-        for t, pixels in zip(times, load_frames(path, times)):
-            picture = jpeg(pixels, 768)
-            text, who = eyes(picture) if eyes else (lm.ask("describe", picture, t=t), None)
-            row["frames"].append(dict(t=t, text=text))
-            row["provenance"] += [who] if who and who not in row["provenance"] else []
-        frames = "\n".join(f"{f['t']:g} s: {f['text']}" for f in row["frames"])
-        a["answer"] = lm.ask("merge", narration=narration, frames=frames)
-        for fault in faults(a["answer"], 8, args.language):
-            raise Unusable(f"check: {fault}")
-        against = lm.ask("contradictions", narration=narration, frames=frames)
-        row["contradictions"] = [str(c) for c in against]
-        if row["contradictions"]:
+        problems = list(faults(narration, 3, args.language)) if narration else ["none"]
+        if problems:
+            raise Unusable(f"narration: {problems[0]}")
+        describe_frames(record, args, lm, own_model)
+        frames = "\n".join(f"{frame['t']:g} s: {frame['text']}" for frame in record["frames"])
+        annotation["answer"] = lm.ask("merge", narration=narration, frames=frames)
+        problems = list(faults(annotation["answer"], 8, args.language))
+        if problems:
+            raise Unusable(f"check: {problems[0]}")
+        contradictions = lm.ask("contradictions", narration=narration, frames=frames)
+        record["contradictions"] = list(map(str, contradictions))
+        if record["contradictions"]:
             raise Unusable("check: narration and frames disagree")
     except Unusable as e:
-        a["left_out"] = str(e)
+        annotation["left_out"] = str(e)
     except BadMedia:
-        a["left_out"] = "describe: unreadable video"
-    row["provenance"] += lm.notes.values()
-    return row
+        annotation["left_out"] = "describe: unreadable video"
+    record["provenance"] += lm.notes.values()
+    return record
 
 
 # ---- questions and filters ---------------------------------------------------------------------------------
@@ -463,195 +562,241 @@ EMPTY = set("a an the of to in on at is are was were be been do does did has hav
 
 def stem(word):
     """A word without the endings that change least of its meaning; numbers as digits."""
-    if word in NUMBERS or len(word) < 4:
-        return NUMBERS.get(word, word)
-    for ending in ("ing", "en", "ed", "es", "s", "y", "e"):
-        if word.endswith(ending) and len(word) - len(ending) > 2:
-            return word[:-len(ending)]
+    if word in NUMBERS:
+        return NUMBERS[word]
+    if len(word) >= 4:
+        for ending in ("ing", "en", "ed", "es", "s", "y", "e"):
+            if word.endswith(ending) and len(word) - len(ending) > 2:
+                return word[:-len(ending)]
     return word
 
 
-def content(text):
+def content_words(text):
     """The words of a text that carry its meaning, as a set of stems."""
-    return {stem(w) for w in re.findall(r"[\w.]*\w", text.lower()) if w not in EMPTY}
+    words = re.findall(r"[\w.]*\w", text.lower())
+    return {stem(word) for word in words if word not in EMPTY}
 
 
-def is_yes_no(q):
+def is_yes_no(question):
     """Whether a question's answer is yes or no."""
-    return q["answer"].lower().strip(" .") in ("yes", "no")
+    return question["answer"].lower().strip(" .") in ("yes", "no")
 
 
-def alike(one, other):
-    """Whether two questions ask the same: the same answer, and most of their words."""
-    a, b = content(one["question"]), content(other["question"])
-    return content(one["answer"]) == content(other["answer"]) and len(a & b) >= 0.6 * len(a | b)
+def near_duplicates(question, other):
+    """Whether two questions mean the same: the same answer, and most of their words."""
+    if content_words(question["answer"]) != content_words(other["answer"]):
+        return False
+    words = content_words(question["question"])
+    other_words = content_words(other["question"])
+    return len(words & other_words) >= 0.6 * len(words | other_words)
 
 
-def why_not(q, kept, caption, lm):
-    """Why a question is left out, or None; what costs nothing first. kept: those of its row that passed."""
-    if any(alike(q, other) for other in kept):
+def reason_to_drop(question, passed, caption, lm):
+    """Why a question is left out, or None; what costs nothing first. passed: those of its record that passed."""
+    if any(near_duplicates(question, other) for other in passed):
         return "duplicate: near another one"
-    if is_yes_no(q) and 3 * (1 + sum(map(is_yes_no, kept))) > sum(not is_yes_no(k) for k in kept):
-        return "yes/no: more than one in four"
-    if lm.ask("ambiguous", question=q["question"], caption=caption):
+    if is_yes_no(question):
+        yes_no = sum(map(is_yes_no, passed))
+        if 3 * (yes_no + 1) > len(passed) - yes_no:
+            return "yes/no: more than one in four"
+    if lm.ask("ambiguous", question=question["question"], caption=caption):
         return "ambiguous: several meanings"
-    if not lm.answers("answerable", q, caption=caption):
+    if not lm.answers("answerable", question, caption=caption):
         return "unanswerable: not from the caption"
-    return "guessable: without looking" if lm.answers("guessable", q) else None
+    if lm.answers("guessable", question):
+        return "guessable: without looking"
+    return None
 
 
-def well_formed(q):
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def well_formed(proposed):
     """A proposed question with its fields in order, or None."""
-    filled = lambda v: isinstance(v, str) and v.strip()
-    wrong = q.get("wrong") or [] if isinstance(q, dict) else None
-    if not isinstance(wrong, list) or not all(map(filled, [q.get("question"), q.get("answer"), *wrong])):
+    if not isinstance(proposed, dict):
         return None
-    options = [o.strip() for o in (q["answer"], *wrong)]
-    if len({o.lower() for o in options}) < len(options):
+    wrong = proposed.get("wrong") or []
+    if not isinstance(wrong, list):
         return None
-    return dict(question=q["question"].strip(), answer=options[0], wrong=options[1:])
+    if not all(map(is_text, [proposed.get("question"), proposed.get("answer"), *wrong])):
+        return None
+    options = [option.strip() for option in (proposed["answer"], *wrong)]
+    if len({option.lower() for option in options}) < len(options):
+        return None
+    return dict(question=proposed["question"].strip(), answer=options[0], wrong=options[1:])
 
 
-def as_annotation(q, task, row_id):
-    """A question in the project's form. Where the right option stands is a function of the row's id."""
-    if not q["wrong"]:
-        return dict(task=task, prompt=q["question"], answer=q["answer"])
-    options = [q["answer"], *q["wrong"]]
-    random.Random(f"{row_id} {q['question']}").shuffle(options)
-    return dict(task=task, question=q["question"], options=options, correct=options.index(q["answer"]))
+def as_annotation(question, task, record_id):
+    """A question in the project's form. Where the right option stands is a function of the record's id."""
+    if not question["wrong"]:
+        return dict(task=task, prompt=question["question"], answer=question["answer"])
+    options = [question["answer"], *question["wrong"]]
+    random.Random(f"{record_id} {question['question']}").shuffle(options)
+    correct = options.index(question["answer"])
+    return dict(task=task, question=question["question"], options=options, correct=correct)
 
 
-def question_row(row, args, lm):
-    """A captioned row -> [the same media with questions], also those left out; [] without a caption."""
-    a = next((a for a in row["annotations"] if a["task"].endswith("_caption") and a.get("answer")), None)
-    if a is None:
-        return []
-    task, out, kept = a["task"].replace("_caption", "_qa"), [], []
-    left_out = lambda reason, prompt="": dict(task=task, prompt=prompt, answer="", left_out=reason)
+def question_annotations(caption, task, record_id, n, lm):
+    """The annotations of up to n questions about a caption, those left out too, with the reason."""
     try:
-        proposed = lm.ask("questions", caption=a["answer"], n=args.questions)[:args.questions]
-        if not proposed:
-            raise Unusable("questions: none")
-        good = [q for q in map(well_formed, proposed) if q]
-        out += [left_out("questions: malformed", str(q)[:200]) for q in proposed if not well_formed(q)]
-        for q in sorted(good, key=is_yes_no):
-            try:
-                reason = why_not(q, kept, a["answer"], lm)
-            except Unusable as e:
-                reason = str(e)
-            kept += [] if reason else [q]
-            out.append(as_annotation(q, task, row["id"]) | ({"left_out": reason} if reason else {}))
+        proposals = lm.ask("questions", caption=caption, n=n)[:n]
     except Unusable as e:
-        out.append(left_out(str(e)))
-    about = ("id", *MEDIA, "start", "end", "duration", "width", "height", "subtitles")
-    by = row.get("provenance", [])
-    return [{k: row[k] for k in about if k in row} | dict(
-        caption=a["answer"], annotations=out, provenance=by + [n for n in lm.notes.values() if n not in by])]
+        return [dict(task=task, prompt="", answer="", left_out=str(e))]
+    if not proposals:
+        return [dict(task=task, prompt="", answer="", left_out="questions: none")]
+    annotations = []
+    questions = []
+    for proposed in proposals:
+        question = well_formed(proposed)
+        if question:
+            questions.append(question)
+        else:
+            annotations.append(dict(task=task, prompt=str(proposed)[:200], answer="",
+                                    left_out="questions: malformed"))
+    # Yes/no questions come last: how many may pass depends on the others.
+    passed = []
+    for question in sorted(questions, key=is_yes_no):
+        annotation = as_annotation(question, task, record_id)
+        try:
+            reason = reason_to_drop(question, passed, caption, lm)
+        except Unusable as e:
+            reason = str(e)
+        if reason:
+            annotation["left_out"] = reason
+        else:
+            passed.append(question)
+        annotations.append(annotation)
+    return annotations
 
 
-# ---- rules in place of a model -----------------------------------------------------------------------------
-#
-# They see coloured shapes and read plain English by its words. They stand in for a language model where there
-# is none, in the demo and in tests, and every row says so.
+def question_record(record, args, lm):
+    """A captioned record -> [the same media with questions], also those left out; [] without a caption."""
+    captions = [a for a in record["annotations"] if a["task"].endswith("_caption") and a.get("answer")]
+    if not captions:
+        return []
+    caption = captions[0]["answer"]
+    task = captions[0]["task"].replace("_caption", "_qa")
+    annotations = question_annotations(caption, task, record["id"], args.questions, lm)
+    # what a question is about; not frames and narration, which are in the file of captions
+    media = ("id", *MEDIA, "start", "end", "duration", "width", "height", "subtitles")
+    made = {field: record[field] for field in media if field in record}
+    made["caption"] = caption
+    made["annotations"] = annotations
+    made["provenance"] = list(record.get("provenance", []))
+    for note in lm.notes.values():
+        if note not in made["provenance"]:
+            made["provenance"].append(note)
+    return [made]
 
-PEOPLE = {"she": "woman|girl|lady|mother", "he": "man|boy|father|cyclist|goalkeeper|striker"}
-PEOPLE |= {"her": PEOPLE["she"], "his": PEOPLE["he"], "him": PEOPLE["he"]}
+
+# ---- rules in place of a model, for the demo ---------------------------------------------------------------
+
 MOTION = re.compile(rf"a (\w+) ({'|'.join(toy.SHAPES)}) (?:moves (\w+)|stays)(?: and turns (\w+))?", re.I)
 
 
-def several(noun, text):
-    """Whether a text, in lower case, tells of more than one such thing."""
-    many = {"man": "men", "woman": "women", "child": "children", "person": "people"}.get(noun, noun + "s")
-    number = "|".join([*list(NUMBERS)[2:], "several", "many", "some", "both"])
-    return bool(re.search(rf"\b((another|other|second) (\w+ )?{noun}|({number}) (\w+ )?{many})\b", text))
-
-
 class StandIn:
-    """Answers what Served answers, each step by a rule of its name."""
+    """Gives the answers that Served gives, each step by a rule of its name: it sees coloured shapes, and compares
+    words. Every record it made names it."""
 
     def __init__(self):
         self.notes = {"all": dict(step="every step of a model", by=STAND_IN, date=today())}
 
-    def ask(self, step, *about, **more):
-        return getattr(self, step)(*about, **more)
+    def ask(self, step, *images, **fields):
+        return getattr(self, step)(*images, **fields)
 
     answers = ask
 
-    def describe(self, picture, t):
+    def describe(self, image, t):
         """Regions of the toy world's colours: a bar is longer than wide, a star does not fill its circle."""
-        pixels, seen = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), float), []
+        pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"), float)
+        shapes = []
         for colour, rgb in toy.COLOURS.items():
+            # JPEG moves a colour by less than 40 levels
             y, x = np.nonzero(np.abs(pixels - rgb).max(-1) < 40)
-            if len(x) > pixels.size / 300:
-                cx, cy = x.mean(), y.mean()
-                thin, long = np.sqrt(np.linalg.eigvalsh(np.cov([x, y])))
-                far = np.quantile(np.hypot(x - cx, y - cy), 0.99)
-                shape = "bar" if long > 2 * thin else "circle" if len(x) > 0.6 * np.pi * far ** 2 else "star"
-                where = ("at the left", "in the middle", "at the right")[int(3 * cx / pixels.shape[1])]
-                seen.append(f"a {colour} {shape} {where}")
-        return toy.listing(seen) if seen else "no shape"
+            if len(x) <= pixels.size / 300:  # a hundredth of the image, which has 3 numbers to a pixel
+                continue
+            # spread along the short and the long axis
+            width, length = np.sqrt(np.linalg.eigvalsh(np.cov([x, y])))
+            radius = np.quantile(np.hypot(x - x.mean(), y - y.mean()), 0.99)
+            if length > 2 * width:
+                shape = "bar"
+            elif len(x) > 0.6 * np.pi * radius ** 2:
+                shape = "circle"
+            else:
+                shape = "star"
+            third = int(3 * x.mean() / pixels.shape[1])
+            where = ("at the left", "in the middle", "at the right")[third]
+            shapes.append(f"a {colour} {shape} {where}")
+        return toy.listing(shapes) if shapes else "no shape"
 
     def merge(self, narration, frames):
-        """What was said, and then what was seen whenever it changed."""
-        seen = [line.split(": ", 1) for line in frames.splitlines()]
-        changes = [next(same) for _, same in itertools.groupby(seen, key=lambda s: s[1])]
-        return narration + "".join(f" At {t} there is {what}." for t, what in changes)
+        """The narration, and then each description that differs from the one before."""
+        caption = narration
+        before = None
+        for line in frames.splitlines():
+            t, description = line.split(": ", 1)
+            if description != before:
+                caption += f" At {t} there is {description}."
+            before = description
+        return caption
 
     def contradictions(self, narration, frames):
-        """Coloured shapes that were told of and seen in no frame."""
-        said = re.findall(rf"({'|'.join(toy.COLOURS)}) ({'|'.join(toy.SHAPES)})", narration.lower())
-        return [" ".join(words) for words in said if " ".join(words) not in frames]
+        """Coloured shapes of the narration that are in no frame."""
+        named = re.findall(rf"(?:{'|'.join(toy.COLOURS)}) (?:{'|'.join(toy.SHAPES)})", narration.lower())
+        return [words for words in named if words not in frames]
 
     def questions(self, caption, n):
-        """Templates; some bad on purpose, so that every filter of the demo has something to find."""
-        out = []
+        """Templates; some bad on purpose, so that every filter has something to find."""
+        questions = []
+
+        def add(question, answer, wrong=()):
+            questions.append(dict(question=question, answer=answer, wrong=list(wrong)))
+
         for colour, shape, way, turns in MOTION.findall(caption.lower()):
-            way, ways = way or "It stays", [w for w in (*toy.WAYS, "It stays") if w != (way or "It stays")]
-            out += [(f"Which way does the {shape} move?", way, ways[:3]),
-                    (f"What colour is the {shape} at first?", colour, []),
-                    (f"The {shape} moves which way?", way, []), (f"Does the {shape} move?", "Yes", []),
-                    (f"How heavy is the {shape}?", "a kilogram", []), ("What does it do?", "It moves.", []),
-                    (f"What shape is the {colour} {shape}?", f"a {shape}", [])]
-            others = [c for c in toy.COLOURS if c not in (turns, colour)]
-            out += [(f"What colour does the {shape} turn?", turns, others[:3])] if turns else []
-        return [dict(question=q, answer=a, wrong=wrong) for q, a, wrong in out[:n]]
+            way = way or "It stays"
+            ways = [w for w in (*toy.WAYS, "It stays") if w != way]
+            add(f"Which way does the {shape} move?", way, ways[:3])
+            add(f"What colour is the {shape} at first?", colour)
+            add(f"The {shape} moves which way?", way)
+            add(f"Does the {shape} move?", "Yes")
+            add(f"How heavy is the {shape}?", "a kilogram")
+            add("What does it do?", "It moves.")
+            add(f"What shape is the {colour} {shape}?", f"a {shape}")
+            if turns:
+                colours = [c for c in toy.COLOURS if c not in (turns, colour)]
+                add(f"What colour does the {shape} turn?", turns, colours[:3])
+        return questions[:n]
 
     def ambiguous(self, question, caption):
-        """Nothing but pronouns; a pronoun before any noun, unless one only can be meant; one of several."""
-        words, caption = re.findall(r"\w+", question.lower()), caption.lower()
-        first = next((i for i, w in enumerate(words) if w not in EMPTY), None)
-        open_to = lambda w: w in ("it", "they", "that", "there", "them") or w in PEOPLE and len(
-            re.findall(rf"\b({PEOPLE[w]})\b", caption)) != 1
-        return not content(question) or any(map(open_to, words[:first])) or any(
-            several(noun, caption) for noun in re.findall(r"\bthe (\w+)", question.lower()))
+        """Nothing but pronouns."""
+        return not content_words(question)
 
-    def answerable(self, q, caption):
-        """Whether the sentence that shares most words with the question has at least half of the answer's."""
-        asked, sentences = content(q["question"]), [content(s) for s in re.split(r"(?<=[.!?])\s+", caption)]
-        most = max(len(asked & s) for s in sentences)
-        evidence = [s for s in sentences if len(asked & s) == most and most]
-        if is_yes_no(q):
-            return any(asked <= s for s in evidence) == q["answer"].lower().startswith("yes")
-        share = lambda text, s: len(content(text) & s) / max(len(content(text)), 1)
-        return any(max([0.49, *(share(w, s) for w in q["wrong"])]) < share(q["answer"], s) for s in evidence)
+    def answerable(self, question, caption):
+        """Whether the sentence that shares most words with the question has those of the answer, too."""
+        words = content_words(question["question"])
+        sentences = [content_words(sentence) for sentence in re.split(r"(?<=[.!?])\s+", caption)]
+        # a question without any word of the caption has its first sentence
+        nearest = max(sentences, key=lambda sentence: len(words & sentence))
+        if is_yes_no(question):
+            return (words <= nearest) == question["answer"].lower().startswith("yes")
+        return content_words(question["answer"]) <= nearest
 
-    def guessable(self, q):
-        """Whether the question gives its answer away, or asks about the world at large."""
-        text, answer = q["question"].lower(), content(q["answer"])
-        if answer and answer <= content(text) and " or " not in text:
-            return True
-        definite = re.search(r"\b(the|this|these|his|her|he|she|it|they|there)\b", text)
-        return not definite and bool(re.search(r"\b(an?)\b|^\w+ (do|are|can) \w+", text))
+    def guessable(self, question):
+        """Whether the question gives its answer away."""
+        return content_words(question["answer"]) <= content_words(question["question"])
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
 def side_by_side(args, what, jobs, work_on):
-    """[row]: those that work_on(job) gives for each job, --concurrency jobs at a time, in the jobs' order."""
+    """[record]: those that work_on(job) gives for each job, --concurrency jobs at a time, in the jobs' order."""
     with concurrent.futures.ThreadPoolExecutor(args.concurrency) as pool:
         try:
-            done = tqdm(pool.map(work_on, jobs), what, len(jobs), leave=False, disable=None)
-            return [row for made in done for row in made]
+            records = []
+            for made in tqdm(pool.map(work_on, jobs), what, len(jobs), leave=False, disable=None):
+                records += made
+            return records
         except BaseException as e:  # requests under way may finish, so that they are kept; no other starts
             args.stop.set()
             if isinstance(e, KeyboardInterrupt):
@@ -659,17 +804,19 @@ def side_by_side(args, what, jobs, work_on):
             raise
 
 
-def write_rows(args, rows):
-    """Keep the rows in FILE.work/, write FILE, and say what was left out."""
+def write_records(args, records):
+    """Keep the records in FILE.work/, write FILE, and print what was left out."""
     work = Work(args.out)
     if "sample" in args:  # for people to judge the whole by
-        drawn = sorted(rows, key=lambda row: digest("sample", row["id"]))
-        for row in drawn[:math.ceil(args.sample * len(rows))]:
-            row["sample"] = True
-    write_whole(work.made, "".join(json.dumps(row) + "\n" for row in rows))
+        # by a hash, so that a second run draws the same
+        drawn = sorted(records, key=lambda record: digest("sample", record["id"]))
+        for record in drawn[:math.ceil(args.sample * len(records))]:
+            record["sample"] = True
+    write_whole(work.made, "".join(json.dumps(record) + "\n" for record in records))
     lines, n = work.finish()
-    everything = [a for row in rows for a in row["annotations"]]
-    reasons = collections.Counter(a["left_out"] for a in everything if "left_out" in a)
+    reasons = collections.Counter()
+    for record in records:
+        reasons.update(a["left_out"] for a in record["annotations"] if "left_out" in a)
     print(f"{args.out}: {lines} lines, {n} annotations; left out: {dict(reasons.most_common()) or 'none'}")
     waiting = sum(k for reason, k in reasons.items() if reason.endswith(": no answer"))
     if waiting:
@@ -678,17 +825,17 @@ def write_rows(args, rows):
 
 
 def language_model(args):
-    """A function that gives a new language model for each row, by --url and --model."""
+    """A function that gives a new language model for each record, by --url and --model."""
     if args.url == "stand-in":
         return StandIn
     if not args.model or not args.licence:
-        raise UserError(f"--url {args.url}: needs --model and --licence, which every row will name")
+        raise UserError(f"--url {args.url}: needs --model and --licence, which every record will name")
     check_server(args.url, args.model, args.allow_closed)
     return functools.partial(Served, Client(args), args.url, args.model, args.licence)
 
 
 def run_caption(args):
-    """Narrated videos -> FILE with a line per clip. The videos must lie under its folder."""
+    """Narrated videos -> FILE with a record per clip. The videos must lie under its folder."""
     folder = os.path.dirname(os.path.abspath(args.out))
     for path in args.videos:
         if not os.path.isfile(path):
@@ -697,27 +844,31 @@ def run_caption(args):
             inside_folder(folder, os.path.relpath(os.path.abspath(path), folder))
         except BadMedia as e:
             raise UserError(f"{e}; put --out {args.out} into a folder that holds the videos") from None
-    make_lm, make_ears = language_model(args), lambda: None
-    eyes = own_checkpoint(args) if args.checkpoint else None
+    make_model = language_model(args)
+    own_model = own_checkpoint(args) if args.checkpoint else None
+    make_speech_model = lambda: None
     if args.asr_url:
         check_server(args.asr_url, args.asr_model, args.allow_closed)
-        make_ears = functools.partial(Served, Client(args), args.asr_url, args.asr_model, args.asr_licence)
+        make_speech_model = functools.partial(Served, Client(args), args.asr_url, args.asr_model, args.asr_licence)
     Work(args.out).check()
-    clips = side_by_side(args, "narrations", args.videos, lambda path: clips_of(path, args, make_ears()))
-    captioned = lambda row: [caption_clip(row, args, make_lm(), eyes)]
-    write_rows(args, side_by_side(args, "clips", clips, captioned))
+    clips = side_by_side(args, "narrations", args.videos,
+                         lambda path: clip_records(path, args, make_speech_model()))
+    write_records(args, side_by_side(args, "clips", clips,
+                                     lambda record: [caption_record(record, args, make_model(), own_model)]))
 
 
 def run_qa(args):
     """FILE with captions -> another one beside it, with questions about the same media."""
-    folder = lambda path: os.path.dirname(os.path.abspath(path))
-    if folder(args.file) != folder(args.out) or os.path.abspath(args.file) == os.path.abspath(args.out):
+    file = os.path.abspath(args.file)
+    out = os.path.abspath(args.out)
+    if os.path.dirname(file) != os.path.dirname(out) or file == out:
         raise UserError(f"--out {args.out}: must be another file in the folder of {args.file}, where the "
                         "media are")
-    rows = [dict(id=str(n)) | row for n, row in read_records(args.file)]
-    make_lm = language_model(args)
+    records = [dict(id=str(n)) | record for n, record in read_records(args.file)]
+    make_model = language_model(args)
     Work(args.out).check()
-    write_rows(args, side_by_side(args, "lines", rows, lambda row: question_row(row, args, make_lm())))
+    write_records(args, side_by_side(args, "lines", records,
+                                     lambda record: question_record(record, args, make_model())))
 
 
 def run_review(args):
@@ -728,8 +879,10 @@ def run_review(args):
     server = Reviewer(args.file, args.who or getpass.getuser(), args.port)
     url = f"http://127.0.0.1:{server.server_port}/"
     print(f"reviewing {args.file} as {server.who}: {url}   (Ctrl-C ends it)", flush=True)
+    # a closed terminal ends it as Ctrl-C does: with FILE written
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.default_int_handler)
+    # the page is served only below, but connections wait until then
     if args.open:
         webbrowser.open(url)
     try:
@@ -738,7 +891,8 @@ def run_review(args):
         print()
     server.server_close()
     if server.decisions:
-        print("{}: {} lines, {} annotations".format(args.file, *work.finish()))
+        lines, n = work.finish()
+        print(f"{args.file}: {lines} lines, {n} annotations")
 
 
 # ---- report ------------------------------------------------------------------------------------------------
@@ -749,136 +903,188 @@ STEPS = ("narration", "describe", "merge", "contradictions", "check", "questions
 
 def table(head, rows):
     """An HTML table of tuples, or "none"."""
-    line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}" for c in cells)
-    lines = [line("th", head), *(line("td", row) for row in rows)]
-    return "<table>" + "".join(lines) + "</table>" if rows else "<p>none</p>"
+    if not rows:
+        return "<p>none</p>"
+    lines = []
+    for tag, cells in [("th", head), *(("td", row) for row in rows)]:
+        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}" for cell in cells))
+    return "<table>" + "".join(lines) + "</table>"
 
 
 def request_counts(folder):
     """[("step: what came back", n)] of the finished requests and of what went wrong on the way to them."""
     counts = collections.Counter()
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        if name.endswith(".json"):
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                kept = json.load(f)
-            why = None if kept["step"] == "narration" else read_reply(kept["reply"])[1]
-            counts.update([f"{kept['step']}: {why or 'answered'}",
-                           *(f"{kept['step']}: {t}, asked again" for t in kept["trouble"])])
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    for name in names:
+        if not name.endswith(".json"):
+            continue
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            cached = json.load(f)
+        problem = None
+        if cached["step"] != "narration":
+            _, problem = read_reply(cached["reply"])
+        counts[f"{cached['step']}: {problem or 'answered'}"] += 1
+        counts.update(f"{cached['step']}: {trouble}, asked again" for trouble in cached["trouble"])
     return counts.most_common()
 
 
-def in_short(row, a):
-    """(what is asked, what is answered) of an annotation; of a clip without a caption what was said in it."""
-    if "options" in a:
-        return a["question"], " / ".join("*" * (k == a["correct"]) + o for k, o in enumerate(a["options"]))
-    if "points" in a:
-        return a.get("prompt") or a.get("label", ""), f"{len(a['points'])} points"
-    if "messages" in a:
-        return a["messages"][0]["content"], a["messages"][1]["content"]
-    said = " ".join(s["text"] for s in row.get("narration", ()))
-    return a.get("prompt", ""), a["answer"] or f"said: {said or 'nothing'}"
+def step_yields(reasons, total):
+    """[(step, left out, go on, share)] of the steps that left something out."""
+    left = total
+    # as a reason names its step, the order of STEPS tells how many went on
+    yields = [("made", "", total, "100%")]
+    for step in STEPS:
+        dropped = sum(n for reason, n in reasons.items() if reason.partition(":")[0] == step)
+        if dropped:
+            left -= dropped
+            yields.append((step, dropped, left, f"{left / total:.0%}"))
+    return yields
+
+
+def in_short(record, annotation):
+    """(question, answer) of an annotation; of a clip without a caption its narration."""
+    if "options" in annotation:
+        options = [f"*{option}" if k == annotation["correct"] else option
+                   for k, option in enumerate(annotation["options"])]
+        return annotation["question"], " / ".join(options)
+    if "points" in annotation:
+        return annotation.get("prompt") or annotation.get("label", ""), f"{len(annotation['points'])} points"
+    if "messages" in annotation:
+        question, answer = annotation["messages"][:2]
+        return question["content"], answer["content"]
+    narration = " ".join(segment["text"] for segment in record.get("narration", ()))
+    return annotation.get("prompt", ""), annotation["answer"] or f"said: {narration or 'nothing'}"
 
 
 def run_report(args):
-    """FILE.work/report.html: what each step let through, why not, requests, decisions, examples."""
+    """FILE.work/report.html: the yield of each step, reasons, requests, decisions, examples."""
     work = Work(args.file)
-    rows, decisions, e = work.rows(), work.decisions(), html.escape
-    everything = [(row, a) for row in rows for a in settled(row, decisions.get(row["name"], {}))]
-    reasons = collections.Counter(a["left_out"] for _, a in everything if "left_out" in a)
-    left, yields = len(everything), [("made", "", len(everything), "100%")]
-    for step in STEPS:
-        gone = sum(n for reason, n in reasons.items() if reason.partition(":")[0] == step)
-        left -= gone
-        yields += [(step, gone, left, f"{left / len(everything):.0%}")] if gone else []
-    by = sorted({p.get("model") or p.get("by", "unknown") for row in rows for p in row.get("provenance", [])})
-    last = [d for mine in decisions.values() for d in mine.values()]
-    verdicts = collections.Counter((d["verdict"], d["who"]) for d in last)
-    sample = [a["status"] for row, a in everything if row.get("sample")]
-    checked = (f"<p>Of the {len(sample)} annotations of the validation sample {sample.count('accept')} were "
-               f"accepted as they are, {sample.count('undecided')} are undecided.</p>" if sample else "")
+    records = work.records()
+    decisions = work.decisions()
+    annotations = []  # (record, annotation) of the whole file
+    for record in records:
+        annotations += [(record, a) for a in settled(record, decisions.get(record["name"], {}))]
+    reasons = collections.Counter(a["left_out"] for _, a in annotations if "left_out" in a)
+    yields = step_yields(reasons, len(annotations))
+    kept = yields[-1][2]
+    makers = set()
+    for record in records:
+        makers.update(p.get("model") or p.get("by", "unknown") for p in record.get("provenance", []))
+    verdicts = collections.Counter()
+    for of_record in decisions.values():
+        verdicts.update((d["verdict"], d["who"]) for d in of_record.values())
+    e = html.escape
     page = [STYLE, "<style>body {padding: 0 1em} table {border-collapse: collapse} "
                    "th, td {text-align: left; padding: .1em .7em; border: 1px solid #ccc}</style>",
-            f"<h1>{e(os.path.basename(args.file))}</h1><p>{len(rows)} lines, {len(everything)} "
-            f"annotations made, {left} in the file. By: {e(', '.join(by)) or 'nobody named'}.</p>",
+            f"<h1>{e(os.path.basename(args.file))}</h1><p>{len(records)} lines, {len(annotations)} "
+            f"annotations made, {kept} in the file. By: {e(', '.join(sorted(makers))) or 'nobody named'}.</p>",
             "<h2>Yield of each step</h2>", table(("step", "left out", "go on", "share"), yields),
             "<h2>Reasons</h2>", table(("reason", "annotations"), reasons.most_common()),
             "<h2>Requests</h2>", table(("step and what came back", "times"),
                                        request_counts(os.path.join(work.folder, "requests"))),
             "<h2>Decisions of people</h2>", table(("verdict", "who", "annotations"),
-                                                  [(*pair, n) for pair, n in verdicts.most_common()]),
-            checked, "<h2>Examples</h2>"]
-    for why in ("kept", *reasons):
-        page.append(f"<h3>{e(why)}</h3>")
-        for row, a in [pair for pair in everything if pair[1].get("left_out", "kept") == why][:3]:
-            asked, answered = in_short(row, a)
-            page.append(f"<p>{e(row['name'])}: {e(asked)} <i>{e(answered)}</i></p>")
-    out = os.path.join(work.folder, "report.html")
-    write_whole(out, "\n".join(page))
-    print(f"{out}: {left} of {len(everything)} annotations kept")
+                                                  [(*pair, n) for pair, n in verdicts.most_common()])]
+    statuses = [a["status"] for record, a in annotations if record.get("sample")]
+    if statuses:
+        page.append(f"<p>Of the {len(statuses)} annotations of the validation sample {statuses.count('accept')} "
+                    f"were accepted as they are, {statuses.count('undecided')} are undecided.</p>")
+    page.append("<h2>Examples</h2>")
+    for reason in ("kept", *reasons):
+        page.append(f"<h3>{e(reason)}</h3>")
+        examples = [pair for pair in annotations if pair[1].get("left_out", "kept") == reason]
+        for record, annotation in examples[:3]:
+            question, answer = in_short(record, annotation)
+            page.append(f"<p>{e(record['name'])}: {e(question)} <i>{e(answer)}</i></p>")
+    path = os.path.join(work.folder, "report.html")
+    write_whole(path, "\n".join(page))
+    print(f"{path}: {kept} of {len(annotations)} annotations kept")
 
 
 # ---- demo --------------------------------------------------------------------------------------------------
 
+WRONG = ("Um.", "a star a star a star a star a star a star a star",
+         "Ein Kreis und ein Stern auf der Ebene, das ist nicht viel.",
+         "A purple star moves left and turns green. A white bar stays.")
+
+
 def write_narrations(folder):
-    """What a person might say, beside each toy clip; every fifth has a fault that a check should find."""
-    wrong = ("Um.", "a star a star a star a star a star a star a star",
-             "Ein Kreis und ein Stern auf der Ebene, das ist nicht viel.",
-             "A purple star moves left and turns green. A white bar stays.")
+    """A narration beside each toy clip, as .srt; every fifth has a fault that a check should find."""
     with open(os.path.join(folder, "clips.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    for i, row in enumerate(rows):
-        text = wrong[i // 5 % 4] if i % 5 == 4 else row["annotations"][0]["answer"]
+        records = [json.loads(line) for line in f]
+    for i, record in enumerate(records):
+        text = record["annotations"][0]["answer"]
+        if i % 5 == 4:
+            text = WRONG[i // 5 % len(WRONG)]
+        # "a red bar moves left and a star stays" -> two sentences, each with a time of its own
         text = re.sub(r"(, | and )a ", ". A ", text)
-        parts, base = re.split(r"(?<=\.) ", text), os.path.splitext(os.path.join(folder, row["video"]))[0]
-        step, stamp = row["duration"] / len(parts), lambda t: f"00:00:{t:06.3f}"
-        timed = [f"{stamp(k * step)} --> {stamp((k + 1) * step)}\n{part}\n" for k, part in enumerate(parts)]
-        ending = (".srt", ".vtt", ".txt")[i % 3]
-        write_whole(base + ending, {".txt": text, ".vtt": "WEBVTT\n\n" + "\n".join(timed),
-                                    ".srt": "\n".join(f"{k}\n{t}" for k, t in enumerate(timed, 1))}[ending])
-    return [os.path.join(folder, row["video"]) for row in rows]
+        sentences = re.split(r"(?<=\.) ", text)
+        seconds = record["duration"] / len(sentences)
+        blocks = [f"{k + 1}\n00:00:{k * seconds:06.3f} --> 00:00:{(k + 1) * seconds:06.3f}\n{sentence}\n"
+                  for k, sentence in enumerate(sentences)]
+        base, _ = os.path.splitext(os.path.join(folder, record["video"]))
+        write_whole(base + ".srt", "\n".join(blocks))
+    return [os.path.join(folder, record["video"]) for record in records]
 
 
 def run_demo(args):
     """The commands of this file, one after the other, on toy clips; two steps of training on the result."""
     videos = write_narrations(toy.write_clips(os.path.join(args.out, "toy"), args.clips, 0))
-    captions, qa = (os.path.join(args.out, name) for name in ("captions.jsonl", "qa.jsonl"))
-    by = ["--url", "stand-in"]
-    for command in (["caption", *videos, "--out", captions, *by, "--narrator", STAND_IN],
-                    ["qa", captions, "--out", qa, *by], ["report", captions], ["report", qa]):
+    captions = os.path.join(args.out, "captions.jsonl")
+    qa = os.path.join(args.out, "qa.jsonl")
+    model = ["--url", "stand-in"]
+    for command in (["caption", *videos, "--out", captions, *model, "--narrator", STAND_IN],
+                    ["qa", captions, "--out", qa, *model], ["report", captions], ["report", qa]):
         shown = shlex.join(command).replace(shlex.join(videos), f"{videos[0]} ...")
         print(f"\n$ python -m tools.annotate {shown}", flush=True)
         main(command)
+    # as small as training can be: that the files train is all it shows
     train = ["pretrain.py", "--config", "small", "--steps", "2", "--global_batch", "4", "--micro_batch", "2",
              "--seq_len", "512", "--data", captions, qa, "--out", os.path.join(args.out, "run")]
     print("\n$ python", shlex.join(train), flush=True)
-    failed = subprocess.run([sys.executable, os.path.join(ROOT, train[0]), *train[1:]]).returncode
-    if failed:
-        sys.exit(failed)
+    code = subprocess.run([sys.executable, os.path.join(ROOT, train[0]), *train[1:]]).returncode
+    if code:
+        sys.exit(code)
     if args.review:
         print("\n$ python -m tools.annotate review", qa, flush=True)
         main(["review", qa])
 
 
+# ---- the command line --------------------------------------------------------------------------------------
+
 def number(kind, low, high=math.inf):
     """A type of flags: a number of a kind, from low to high."""
+    limits = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+
     def read(text):
-        if not low <= (value := kind(text)) <= high:
-            upto = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {upto}")
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
         return value
     read.__name__ = kind.__name__  # what argparse calls it, of what is no number
     return read
 
 
+def add_model_flags(flag):
+    """Of the commands that use a language model."""
+    flag("--out", required=True, help="JSONL file to write; its folder must hold the media")
+    flag("--url", required=True, help="OpenAI-compatible server, e.g. http://localhost:8000/v1; "
+                                      "stand-in = rules for the toy world, no model")
+    flag("--model", help="name of its model")
+    flag("--licence", help="licence of that model, named in every record")
+    flag("--concurrency", type=number(int, 1, 256), default=8, help="clips or lines worked on at a time [8]")
+    flag("--timeout", type=number(float, 0.1, 86400), default=120.0, help="seconds to wait for an answer [120]")
+    flag("--allow_closed", action="store_true", help="let closed models through; their records are marked")
+
+
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    commands = p.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, run, text):
-        c = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        c.set_defaults(run=run)
-        return c.add_argument
+        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        subparser.set_defaults(run=run)
+        return subparser.add_argument
 
     flag = command("caption", run_caption, "narrated videos to dense captions")
     flag("videos", nargs="+", help="videos, each with .srt, .vtt, .txt or sound beside it, or sound in it")
@@ -888,39 +1094,27 @@ def parse(argv):
     flag("--asr_licence", default="Apache-2.0", help="licence of that model [Apache-2.0]")
     flag("--checkpoint", help="folder of one of our own checkpoints, which then describes the frames")
     flag("--device", default="cpu", help="of that checkpoint: cpu, cuda or mps [cpu]")
-    flag("--clip_seconds", type=number(float, 1), default=30.0,
-         help="longest clip; cut where narration pauses [30]")
-    flag("--frames", type=number(int, 1), default=8,
-         help="frames of a clip to describe, at most one a second [8]")
+    flag("--clip_seconds", type=number(float, 1), default=30.0, help="longest clip; cut at pauses [30]")
+    flag("--frames", type=number(int, 1), default=8, help="of a clip to describe, at most one a second [8]")
     flag("--language", default="en", choices=(*LANGUAGES, "any"), help="of the captions [en]")
-    served = [flag]
+    add_model_flags(flag)
     flag = command("qa", run_qa, "captions to questions, filtered")
     flag("file", help="JSONL file with captions")
     flag("--questions", type=number(int, 1), default=12, help="asked for per caption [12]")
-    flag("--sample", type=number(float, 0, 1), default=0.1,
-         help="share of lines marked for people to check [0.1]")
-    for flag in served + [flag]:
-        flag("--out", required=True, help="JSONL file to write; its folder must hold the media")
-        flag("--url", required=True, help="OpenAI-compatible server, e.g. http://localhost:8000/v1; "
-                                          "stand-in = rules for the toy world, no model")
-        flag("--model", help="name of its model")
-        flag("--licence", help="licence of that model, named in every row")
-        flag("--concurrency", type=number(int, 1, 256), default=8,
-             help="clips or lines worked on at a time [8]")
-        flag("--timeout", type=number(float, 0.1, 86400), default=120.0,
-             help="seconds to wait for an answer [120]")
-        flag("--allow_closed", action="store_true", help="let closed models through; their rows are marked")
+    flag("--sample", type=number(float, 0, 1), default=0.1, help="share of lines people shall check [0.1]")
+    add_model_flags(flag)
     flag = command("review", run_review, "a page to accept, edit, reject and place points")
     flag("file", help="JSONL file, made here or elsewhere")
     flag("--who", help="name under which decisions are kept [the login]")
     flag("--port", type=number(int, 0, 65535), default=0, help="of 127.0.0.1 [a free one]")
     flag("--open", action=argparse.BooleanOptionalAction, default=True, help="open it in a browser [yes]")
-    command("report", run_report, "what each step let through, as a page")("file", help="JSONL file")
+    flag = command("report", run_report, "what each step let through, as a page")
+    flag("file", help="JSONL file")
     flag = command("demo", run_demo, "all of it on toy videos")
     flag("--out", default=os.path.join("out", "annotate"), help="folder [out/annotate]")
     flag("--clips", type=number(int, 1), default=20, help="toy clips [20]")
     flag("--review", action=argparse.BooleanOptionalAction, default=True, help="end with the page [yes]")
-    return p.parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

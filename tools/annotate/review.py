@@ -1,5 +1,5 @@
 """
-A page on which people look at the lines of a JSONL file and decide: `python -m tools.annotate review FILE`.
+A page on which people view the records of a JSONL file and decide: `python -m tools.annotate review FILE`.
 
     FILE.work/rows.jsonl        every line as it was made, also what was left out, and why
     FILE.work/decisions.jsonl   what people said of it, who and when; only ever appended to
@@ -41,6 +41,7 @@ def digest(*parts):
 def write_whole(path, text):
     """A file that is there to the end or not at all."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    # two threads, or two runs, may write at a time
     aside = f"{path}.{os.getpid()}.{threading.get_ident()}"
     with open(aside, "w", encoding="utf-8") as f:
         f.write(text)
@@ -51,29 +52,44 @@ def write_whole(path, text):
 
 def jpeg(pixels, side):
     """JPEG bytes of (H, W, 3) uint8, its longer side at most `side`."""
-    image, out = Image.fromarray(pixels), io.BytesIO()
+    image = Image.fromarray(pixels)
     image.thumbnail((side, side))
-    image.save(out, "jpeg", quality=90)
-    return out.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=90)
+    return buffer.getvalue()
 
 
-def kind_of(row):
-    """Which of image, images and video a row is about, or None."""
-    return next((k for k in MEDIA if k in row), None)
+def kind_of(record):
+    """Which of image, images and video a record is about, or None."""
+    for kind in MEDIA:
+        if kind in record:
+            return kind
+    return None
 
 
 def read_records(path):
-    """[(line number from 1, row)] of a JSONL file; UserError names the line that cannot be used."""
+    """[(line number from 1, record)] of a JSONL file; UserError names the line that cannot be used."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    rows = []
+    records = []
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
+            if not line.strip():
+                continue
             try:
-                rows += [(n, parse_record(line))] if line.strip() else []
+                records.append((n, parse_record(line)))
             except BadRecord as e:
                 raise UserError(f"{path}:{n}: {e}; put it right, or take the line out") from None
-    return rows
+    return records
+
+
+def to_lines(records):
+    """Records as the text of a JSONL file."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def without(annotation, fields):
+    return {k: v for k, v in annotation.items() if k not in fields}
 
 
 # ---- lines, decisions, and the file that trains ------------------------------------------------------------
@@ -82,45 +98,53 @@ class Work:
     """What lies beside FILE.jsonl in FILE.work/."""
 
     def __init__(self, file):
-        self.file, self.folder = file, os.path.splitext(file)[0] + ".work"
-        self.made, self.log, self.mark = (os.path.join(self.folder, name)
-                                          for name in ("rows.jsonl", "decisions.jsonl", "written"))
+        self.file = file
+        self.folder = os.path.splitext(file)[0] + ".work"
+        self.made = os.path.join(self.folder, "rows.jsonl")
+        self.log = os.path.join(self.folder, "decisions.jsonl")
+        self.mark = os.path.join(self.folder, "written")  # a hash of FILE as it was last written
 
-    def rows(self):
-        """Every line as it was made, with a name of its own, its annotations with theirs. The lines of a file
-        made elsewhere are copied first."""
+    def records(self):
+        """Every record as it was made, with a name of its own, its annotations with their keys. The lines of a
+        file made elsewhere are copied first."""
         if not os.path.exists(self.made):
-            write_whole(self.made, "".join(json.dumps(row) + "\n" for _, row in read_records(self.file)))
+            write_whole(self.made, to_lines(record for _, record in read_records(self.file)))
             write_whole(self.mark, self.contents())
         with open(self.made, encoding="utf-8") as f:
-            rows, names = [json.loads(line) for line in f], collections.Counter()
-        for row in rows:
-            name = str(row.get("id") or row.get(kind_of(row), "text"))
+            records = [json.loads(line) for line in f]
+        # two records may be about one video, and have no id
+        names = collections.Counter()
+        for record in records:
+            name = str(record.get("id") or record.get(kind_of(record), "text"))
             names[name] += 1
-            row["name"] = name if names[name] == 1 else f"{name} #{names[name]}"
-            for a in row["annotations"]:
-                a["key"] = digest(a)[:16]
-        return rows
+            record["name"] = name if names[name] == 1 else f"{name} #{names[name]}"
+            for annotation in record["annotations"]:
+                annotation["key"] = digest(annotation)[:16]
+        return records
 
     def decisions(self):
-        """{row's name: {annotation's key: the last decision}}."""
+        """{record's name: {annotation's key: the last decision}}."""
         last = collections.defaultdict(dict)
         if os.path.exists(self.log):
             with open(self.log, encoding="utf-8") as f:
                 for n, line in enumerate(f, 1):
                     try:
-                        d = json.loads(line)
-                        last[d["row"]][d["key"]] = d
+                        decision = json.loads(line)
+                        last[decision["row"]][decision["key"]] = decision
                     except ValueError:  # what a crash left of the decision under way
                         print(f"{self.log}:{n} is cut short and does not count")
         return last
 
     def append(self, decision):
         """A decision, at the end of the log and on disk before this returns."""
+        # one write of a line that ends: a crash leaves at most half a line
+        line = json.dumps(decision).encode() + b"\n"
         with open(self.log, "a+b") as f:
-            f.seek(max(f.seek(0, 2) - 1, 0))
-            torn = f.read(1) not in (b"", b"\n")  # what a crash left stays a line of its own
-            f.write(b"\n" * torn + json.dumps(decision).encode() + b"\n")
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(size - 1, 0))
+            if f.read(1) not in (b"", b"\n"):  # what a crash left stays a line of its own
+                f.write(b"\n")
+            f.write(line)
             f.flush()
             os.fsync(f.fileno())
 
@@ -144,107 +168,131 @@ class Work:
     def finish(self):
         """Write FILE: what passed and what people said of it. Returns (lines, annotations) of it."""
         self.check()
-        lines, decisions = [], self.decisions()
-        for row in self.rows():
-            mine = decisions.get(row.pop("name"), {})
-            passed = [a for a in settled(row, mine) if "left_out" not in a]
-            passed = [{k: v for k, v in a.items() if k not in OWN} for a in passed]
-            people = sorted({(d["who"], d["when"][:10]) for d in mine.values()})
-            if people:
-                row["provenance"] = row.get("provenance", []) + [
-                    dict(step="review", by="people", who=who, date=date) for who, date in people]
-            lines += [dict(row, annotations=passed)] if passed else []
-        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in lines))
+        finished = []
+        n_annotations = 0
+        decisions = self.decisions()
+        for record in self.records():
+            of_record = decisions.get(record.pop("name"), {})
+            passed = [a for a in settled(record, of_record) if "left_out" not in a]
+            if not passed:
+                continue
+            for who, date in sorted({(d["who"], d["when"][:10]) for d in of_record.values()}):
+                reviewed = dict(step="review", by="people", who=who, date=date)
+                record["provenance"] = [*record.get("provenance", []), reviewed]
+            finished.append(dict(record, annotations=[without(a, OWN) for a in passed]))
+            n_annotations += len(passed)
+        write_whole(self.file, to_lines(finished))
         write_whole(self.mark, self.contents())
-        return len(lines), sum(len(line["annotations"]) for line in lines)
+        return len(finished), n_annotations
 
 
-def settled(row, decisions):
-    """The annotations of a row after people's decisions {key: decision}, each with its status; those turned
+def settled(record, decisions):
+    """The annotations of a record after people's decisions {key: decision}, each with its status; those turned
     away have left_out."""
-    new = [dict(d["annotation"], key=key) for key, d in decisions.items() if key.startswith("new ")]
-    for a in row["annotations"] + new:
-        d = decisions.get(a["key"], {"verdict": "undecided"})
-        if d["verdict"] == "edit":
-            a = dict(d["annotation"], key=a["key"])
-        elif d["verdict"] == "accept":
-            a = {k: v for k, v in a.items() if k != "left_out"}
-        elif d["verdict"] == "reject":
-            a = dict(a, left_out="review: rejected")
-        yield dict(a, status=d["verdict"])
+    # what people added has a key that the page made: "new ..."
+    added = [dict(decision["annotation"], key=key) for key, decision in decisions.items() if key.startswith("new ")]
+    for annotation in record["annotations"] + added:
+        decision = decisions.get(annotation["key"], {"verdict": "undecided"})
+        verdict = decision["verdict"]
+        if verdict == "edit":
+            annotation = dict(decision["annotation"], key=annotation["key"])
+        elif verdict == "accept":
+            annotation = without(annotation, ("left_out",))
+        elif verdict == "reject":
+            annotation = dict(annotation, left_out="review: rejected")
+        yield dict(annotation, status=verdict)
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
 
 class Reviewer(http.server.ThreadingHTTPServer):
-    """The page, the rows, their frames and the decisions, for browsers on this machine."""
+    """The page, the records, their frames and the decisions, for browsers on this machine."""
     daemon_threads = True
 
     def __init__(self, file, who, port):
-        self.work, self.who, self.lock = Work(file), who, threading.Lock()
-        self.rows, self.decisions = self.work.rows(), self.work.decisions()
+        self.work = Work(file)
+        self.who = who
+        self.lock = threading.Lock()
+        self.records = self.work.records()
+        self.decisions = self.work.decisions()
         self.media = os.path.dirname(os.path.abspath(file))
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as e:
             raise UserError(f"--port {port}: {e.strerror}; without --port a free one is taken") from None
-        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
+        self.hosts = {f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"}
 
     def handle_error(self, request, client_address):
-        """A browser that went on to another row and did not wait is no error."""
+        """A browser that went on to another record and did not wait is no error."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
-    def settled(self, row):
-        return list(settled(row, self.decisions.get(row["name"], {})))
+    def settled(self, record):
+        return list(settled(record, self.decisions.get(record["name"], {})))
 
     def overview(self):
-        """What the list shows of each row."""
-        brief = lambda a: {k: a.get(k) for k in ("key", "status", "task", "left_out")}
-        rows = [dict(name=row["name"], sample=row.get("sample", False),
-                     annotations=[brief(a) for a in self.settled(row)]) for row in self.rows]
+        """What the list shows of each record."""
+        rows = []
+        for record in self.records:
+            annotations = [{k: a.get(k) for k in ("key", "status", "task", "left_out")}
+                           for a in self.settled(record)]
+            rows.append(dict(name=record["name"], sample=record.get("sample", False), annotations=annotations))
         return dict(file=self.work.file, who=self.who, rows=rows)
 
-    def row(self, i):
-        """A row, its annotations as they stand now, and its views: the moments or pictures to point in."""
-        row = self.rows[i]
-        views = [dict(image=k) for k in range(len(row.get("images", ())))] or [{}]
-        if "video" in row:
-            path, start = inside_folder(self.media, row["video"]), row.get("start", 0.0)
-            length = min(row.get("end", 1e9), video_duration(path)) - start
+    def record(self, i):
+        """A record, its annotations as they stand now, and its views: the times or images to point in."""
+        record = self.records[i]
+        if "video" in record:
+            start = record.get("start", 0.0)
+            seconds = video_duration(inside_folder(self.media, record["video"]))
+            length = min(record.get("end", 1e9), seconds) - start
             # short of the end, where the last frame is still shown
-            views = [dict(t=round(float(t) + start, 2)) for t in sample_times(max(length - 0.05, 0), 2000)]
-        return dict(row, annotations=self.settled(row), views=views, kind=kind_of(row))
+            times = sample_times(max(length - 0.05, 0), 2000)
+            views = [dict(t=round(float(t) + start, 2)) for t in times]
+        elif "images" in record:
+            views = [dict(image=k) for k in range(len(record["images"]))]
+        else:
+            views = [{}]
+        return dict(record, annotations=self.settled(record), views=views, kind=kind_of(record))
 
-    def picture(self, i, view):
-        """JPEG bytes of a moment of a video, or of a picture."""
-        row = self.rows[i]
-        if "video" in row:
-            path = inside_folder(self.media, row["video"])
-            return jpeg(load_frames(path, [float(view["t"])])[0], 960)
-        names = row.get("images") or [row["image"]]
-        return jpeg(load_image(inside_folder(self.media, names[int(view.get("image", 0))])), 960)
+    def image(self, i, view):
+        """JPEG bytes of a frame of a video, or of an image."""
+        record = self.records[i]
+        if "video" in record:
+            path = inside_folder(self.media, record["video"])
+            pixels = load_frames(path, [float(view["t"])])[0]
+        else:
+            names = record.get("images") or [record["image"]]
+            pixels = load_image(inside_folder(self.media, names[int(view.get("image", 0))]))
+        return jpeg(pixels, 960)
 
-    def decide(self, d):
+    def decide(self, request):
         """Append a decision, if training could read what comes of it. A new annotation comes with its key."""
-        row, verdict, key = self.rows[int(d["i"])], d["verdict"], d["key"]
+        record = self.records[int(request["i"])]
+        verdict = request["verdict"]
+        key = request["key"]
         if verdict not in ("accept", "edit", "reject", "undecided"):
             raise BadRecord("wrong field", f"verdict {verdict!r}")
         with self.lock:
-            when = datetime.datetime.now().astimezone().isoformat()
-            now = next((a for a in self.settled(row) if a["key"] == key), None)
-            if now is None and not (verdict == "edit" and re.fullmatch(r"new [\w-]{8,40}", key)):
-                raise BadRecord("wrong field", f"no annotation {key!r} in row {row['name']}")
-            a = d["annotation"] if verdict == "edit" else now
-            if verdict in ("accept", "edit") and a.get("answer") == "":
+            # under the lock: two windows may decide at a time
+            annotations = {a["key"]: a for a in self.settled(record)}
+            is_new = verdict == "edit" and re.fullmatch(r"new [\w-]{8,40}", key)
+            if key not in annotations and not is_new:
+                raise BadRecord("wrong field", f"no annotation {key!r} in row {record['name']}")
+            annotation = request["annotation"] if verdict == "edit" else annotations[key]
+            if verdict in ("accept", "edit") and annotation.get("answer") == "":
                 raise BadRecord("wrong field", "nothing is said in it yet")
-            decision = dict(row=row["name"], key=key, verdict=verdict, who=self.who, when=when)
+            when = datetime.datetime.now().astimezone().isoformat()
+            decision = dict(row=record["name"], key=key, verdict=verdict, who=self.who, when=when)
             if verdict == "edit" or key.startswith("new "):
-                a = {k: v for k, v in a.items() if k not in OWN and (v != "" or k not in ("prompt", "label"))}
-                check_annotation(a, kind_of(row), len(row.get("images", [0])))
-                decision["annotation"] = a
+                annotation = without(annotation, OWN)
+                for field in ("prompt", "label"):
+                    if annotation.get(field) == "":
+                        del annotation[field]
+                check_annotation(annotation, kind_of(record), len(record.get("images", [0])))
+                decision["annotation"] = annotation
             self.work.append(decision)
-            self.decisions[row["name"]][key] = decision
+            self.decisions[record["name"]][key] = decision
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -264,7 +312,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def guarded(self, work):
         """Do it, if it may be done; what is wrong with a request goes back to the page as one line."""
-        host, origin = self.headers.get("Host"), self.headers.get("Origin")
+        host = self.headers.get("Host")
+        origin = self.headers.get("Origin")
         foreign = origin is not None and origin.removeprefix("http://") not in self.server.hosts
         if host not in self.server.hosts or foreign or self.headers.get("Sec-Fetch-Site") == "cross-site":
             self.close_connection = True
@@ -292,19 +341,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path == "/rows":
             self.respond(200, server.overview())
         elif path == "/row":
-            self.respond(200, server.row(int(query["i"])))
+            self.respond(200, server.record(int(query["i"])))
         elif path == "/picture":
-            self.respond(200, server.picture(int(query["i"]), query), "image/jpeg")
+            self.respond(200, server.image(int(query["i"]), query), "image/jpeg")
         elif path == "/video":
-            self.video(inside_folder(server.media, server.rows[int(query["i"])]["video"]))
+            self.video(inside_folder(server.media, server.records[int(query["i"])]["video"]))
         else:
             self.respond(404, dict(error=f"{path}: not here"))
 
     def video(self, path):
         """A file, or the part of it that a player asks for, at most 8 MiB of it at a time."""
         size = os.path.getsize(path)
-        m = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
-        first, last = int(m[1]), min(int(m[2] or size), int(m[1]) + (8 << 20), size - 1)
+        # a player asks for "bytes=0-" first and goes on from where the answer ended
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        first = int(match[1])
+        last = min(int(match[2] or size), first + (8 << 20), size - 1)
         with open(path, "rb") as f:
             f.seek(first)
             body = f.read(max(last - first + 1, 0))

@@ -2,19 +2,20 @@
 Real data and weights: from the registry (datasets.tsv) to data/NAME.jsonl and weights/NAME with one command.
 
     python -m tools.prepare list                             # every set: what it is, where from, what is here
-    python -m tools.prepare data pixmo-points --limit 1000   # the first 1,000 rows of a set, with their pictures
+    python -m tools.prepare data pixmo-points --limit 1000   # the first 1,000 rows of a set, with their images
     python -m tools.prepare data pretrain                    # all of stage 1; a group of `list`, or `eval`, too
     python -m tools.prepare weights stage1                   # OLMo-2 1B and SigLIP 2; or Molmo2-8B, Qwen3-8B, ...
-    python -m tools.prepare check data/                      # every line, every picture, every video
+    python -m tools.prepare check data/                      # every line, every image, every video
 
-    rows of the hub, files ─► convert.py ─► items ─► spool, sorted by media ─► one item per picture, video
-                                                                                 │ or text, with all that is
-                                                                                 ▼ said about it
+    rows of the hub, files ─► convert.py ─► items ─► spool, by media ─► one item per image, video or
+                                                                          │ text, with all its annotations
+                                                                          ▼
           data/NAME.jsonl ◄─ as data.py accepts it ◄─ size, duration ◄─ its media: here, or fetched (fetch.py)
 
-Memory does not grow with a set: rows go through one at a time, and what is known about one picture meets in
-one spool file. Whatever stops it, the same command again does what is missing: rows are in the spool, media
-on the disk, partial files are continued, dead links are in data/media/manifest.jsonl and not asked again.
+A row is a line of a published table, an item what convert.py makes of it, a record a line of our JSONL. Rows go
+through one at a time, and the items of one image meet in one of the spool's 64 files: memory holds one file.
+Whatever stops it, the same command again does what is missing: items are in the spool, media on the disk, partial
+files are continued, dead links are in data/media/manifest.jsonl and not tried again.
 
 Environment: HF_TOKEN (sets behind terms), HF_ENDPOINT (a mirror; one on this machine may be http, and serves
 everything), HF_HUB_OFFLINE=1 (only what is here), GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN (the video
@@ -37,23 +38,24 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import av
 from tqdm import tqdm
 
-from tools.prepare import convert
 from data import find_datasets
 from lib.media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
 from lib.records import BadRecord, line_index, parse_record, read_registry
+from tools.prepare import convert
 from tools.prepare.convert import EVALS, RECIPES, Skip
-from tools.prepare.fetch import (Manifest, Net, NetError, PICTURE_BYTES, UserError, fetch_all, fetch_files,
-                                 file_digest, hub_files, hub_rows, is_picture, is_video, origin, room_for)
+from tools.prepare.fetch import (IMAGE_BYTES, Manifest, Net, NetError, UserError, fetch_all, fetch_files,
+                                 file_digest, hub_files, hub_rows, is_image, is_video, origin, room_for)
 
 
 BUCKETS = 64       # files a spool has
-AT_ONCE = 1 << 20  # bytes of them that are looked at together; in memory ten times as much
+AT_ONCE = 256      # items, or more, whose media are fetched side by side
 GROWTH = 1 << 30   # bytes that even a small archive may unpack to
-PLACEHOLDER = 5    # pictures of the same bytes are not pictures but a notice that they are gone
+PLACEHOLDER = 5    # images of the same bytes are a notice that they are gone
 
 
 class ByHand(Exception):
@@ -62,108 +64,101 @@ class ByHand(Exception):
 
 # ---- files of rows, archives -------------------------------------------------------------------------------
 
-class JsonReader:
-    """A JSON file in pieces: memory is that of one entry and one piece, however large the file."""
-
-    def __init__(self, f, path, chunk):
-        self.f, self.path, self.chunk, self.text, self.at = f, path, chunk, "", 0
-        self.decoder = json.JSONDecoder()
-
-    def more(self):
-        new = self.f.read(max(self.chunk, len(self.text) - self.at))
-        self.text, self.at = self.text[self.at:] + new, 0
-        if not new:
-            raise BadRecord("malformed JSON", f"{self.path} ends early, or near {self.text[:60]!r}")
-
-    def peek(self, between=" \r\n\t,:"):
-        """The next character that is none of those between values."""
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in between:
-                self.at += 1
-            if self.at < len(self.text):
-                return self.text[self.at]
-            self.more()
-
-    def value(self):
-        self.peek()
-        while True:
-            with contextlib.suppress(ValueError):  # not all of it read yet
-                found, end = self.decoder.raw_decode(self.text, self.at)
-                if end < len(self.text):  # else a number might go on
-                    self.at = end
-                    return found
-            self.more()
-
-
-def json_items(path, chunk=1 << 20):
-    """The entries of a JSON file: of a list its objects; of an object of objects the same with their name as
-    `_key`; {"data": [...]} is a list."""
+def json_items(path):
+    """The objects of a JSON file: those of a list, or of {"data": [...]}; or those of an object, each with its
+    name as `_key`. The file is read whole, in four to five times its size of memory."""
     with open(path, encoding="utf-8-sig") as f:
-        reader = JsonReader(f, path, chunk)
-        opening = reader.peek()
-        if opening not in "[{":
-            raise BadRecord("malformed JSON", f"{path} is neither a list nor an object")
-        reader.at += 1
-        while reader.peek() not in "]}":
-            name = {} if opening == "[" else {"_key": reader.value()}
-            if name and reader.peek() == "[" and name["_key"] in ("data", "annotations"):
-                opening, reader.at = "[", reader.at + 1
-            elif isinstance(entry := reader.value(), dict):
-                yield name | entry
+        found = json.load(f)
+    if not isinstance(found, (list, dict)):
+        raise BadRecord("malformed JSON", f"{path} is neither a list nor an object")
+    for name in ("data", "annotations"):
+        if isinstance(found, dict) and isinstance(found.get(name), list):
+            found = found[name]
+    if isinstance(found, dict):
+        return [{"_key": name} | entry for name, entry in found.items() if isinstance(entry, dict)]
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def table_rows(path):
+    """The rows of a CSV or TSV file; some that are named .csv have tabs."""
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        delimiter = "\t" if "\t" in f.readline() else ","
+        f.seek(0)
+        yield from csv.DictReader(f, delimiter=delimiter)
+
+
+def jsonl_rows(path):
+    """The rows of a JSONL file. Where they are lists, the first names the columns."""
+    names = None
+    with open(path, encoding="utf-8-sig") as f:
+        for line in f:
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not isinstance(row, list):
+                yield row
+            elif names is None:
+                names = row
+            else:
+                yield dict(zip(names, row))
 
 
 def file_rows(path):
     """The rows of a JSON, JSONL, CSV or TSV file."""
     try:
         if path.endswith((".csv", ".tsv")):
-            with open(path, newline="", encoding="utf-8-sig") as f:
-                tabs = "\t" in f.readline()
-                f.seek(0)
-                yield from csv.DictReader(f, delimiter="\t" if tabs else ",")
+            yield from table_rows(path)
         elif path.endswith(".jsonl"):
-            names = None
-            with open(path, encoding="utf-8-sig") as f:
-                for line in filter(str.strip, f):
-                    row = json.loads(line)
-                    if isinstance(row, list):  # the first line names the columns
-                        names, row = names or row, names and dict(zip(names, row))
-                    if row:
-                        yield row
+            yield from jsonl_rows(path)
         else:
             yield from json_items(path)
     except (ValueError, csv.Error, RecursionError) as e:
         raise BadRecord("unreadable", f"{path}: {e}") from None
 
 
-def unpack(path, folder, room=None):
-    """A zip or tar into a folder: plain files under it alone. Links and devices are left out, a name that
-    leads elsewhere is an error, and so is a bomb: an archive that grows more than twenty times (and 1 GiB).
-    Archives within it are unpacked too, those within them not. Returns what is left of the bytes allowed."""
-    within, room, inner = room is None, os.path.getsize(path) * 20 + GROWTH if room is None else room, []
-    with contextlib.ExitStack() as stack:
-        if zipfile.is_zipfile(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            members = ((m.filename, m.file_size, lambda m=m: archive.open(m)) for m in archive.infolist()
-                       if not m.is_dir() and (m.external_attr >> 28) in (0, 8))
-        else:
-            archive = stack.enter_context(tarfile.open(path))
-            members = ((m.name, m.size, lambda m=m: archive.extractfile(m)) for m in archive if m.isfile())
-        for name, size, opened in members:
+def members_of(archive):
+    """(name, size, function that opens it) of the plain files in a zip or tar; no links, no devices."""
+    if isinstance(archive, tarfile.TarFile):
+        for member in archive:
+            if member.isfile():
+                yield member.name, member.size, functools.partial(archive.extractfile, member)
+    else:
+        for member in archive.infolist():
+            kind = member.external_attr >> 28  # of a Unix file mode: 8 is a plain file, 0 not given
+            if not member.is_dir() and kind in (0, 8):
+                yield member.filename, member.file_size, functools.partial(archive.open, member)
+
+
+def unpack_one(path, folder, allowed):
+    """(files of an archive, bytes that are still allowed of `allowed`)"""
+    files = []
+    opener = zipfile.ZipFile if zipfile.is_zipfile(path) else tarfile.open
+    with opener(path) as archive:
+        for name, size, open_member in members_of(archive):
             target = inside_folder(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             room_for(target, size)
-            with opened() as source, open(f"{target}.part", "wb") as f:
+            with open_member() as source, open(f"{target}.part", "wb") as f:
                 while chunk := source.read(1 << 20):
-                    room -= len(chunk)
-                    if room < 0:
+                    allowed -= len(chunk)
+                    if allowed < 0:
                         raise BadMedia(f"{path}: unpacks to more than 20 times its size")
                     f.write(chunk)
             os.replace(f"{target}.part", target)
-            inner += [target] if name.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")) else []
-    for target in inner if within else ():
-        room = unpack(target, os.path.dirname(target), room)
-        os.remove(target)
-    return room
+            files.append(target)
+    return files, allowed
+
+
+def unpack(path, folder):
+    """A zip or tar into a folder, plain files under it alone. A name that leads elsewhere is an error, and so is
+    a bomb: an archive that grows more than twenty times (and 1 GiB). Archives within it are unpacked too, and
+    count towards its growth; those within them are not."""
+    allowed = os.path.getsize(path) * 20 + GROWTH
+    files, allowed = unpack_one(path, folder, allowed)
+    for file in files:
+        if file.lower().endswith((".tar", ".zip", ".tar.gz", ".tgz")):
+            _, allowed = unpack_one(file, os.path.dirname(file), allowed)
+            os.remove(file)
 
 
 # ---- media on this disk ------------------------------------------------------------------------------------
@@ -176,39 +171,52 @@ def save(path, content):
     os.replace(f"{path}.part", path)
 
 
+FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+def frames_among(names):
+    return sorted(name for name in names if name.lower().endswith(FRAME_ENDINGS))
+
+
 class Shelf:
     """The media of one set that are on this disk, by the names rows use: with or without folder, with or
     without extension, some with the prefix of where they came from."""
-    KINDS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".mpg", ".jpg", ".jpeg", ".png", ".webp")
+    ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".mpg", *FRAME_ENDINGS, ".webp")
+    SPELLINGS = ("{}", "v_{}", "ytb_{}", "vimeo_{}", "{}_2fps")
 
     def __init__(self, root, *folders):
-        # last part of a name -> paths under root
-        self.files, self.folders = defaultdict(list), defaultdict(list)
-        for at, _, names in (walked for folder in folders for walked in os.walk(os.path.join(root, folder))):
-            place = os.path.relpath(at, root)
-            for n in names:
-                if not n.endswith(".part"):
-                    self.files[self.stem(n)].append(os.path.join(place, n))
-            if sum(n.lower().endswith((".jpg", ".jpeg", ".png")) for n in names) > 1:
-                self.folders[os.path.basename(at)].append(place)
+        self.files = defaultdict(list)    # last part of a name, without extension -> paths under root
+        self.folders = defaultdict(list)  # the same of folders of frames
+        for top in folders:
+            for folder, _, names in os.walk(os.path.join(root, top)):
+                self.add(os.path.relpath(folder, root), names)
+
+    def add(self, folder, names):
+        for name in names:
+            if not name.endswith(".part"):
+                self.files[self.stem(name)].append(os.path.join(folder, name))
+        if len(frames_among(names)) > 1:
+            self.folders[os.path.basename(folder)].append(folder)
 
     def stem(self, name):
-        return os.path.splitext(name)[0] if name.lower().endswith(self.KINDS) else name
+        return os.path.splitext(name)[0] if name.lower().endswith(self.ENDINGS) else name
 
     def pick(self, table, ref, spellings):
         """The path whose end is `ref`, or the only one whose last part is."""
         folder, base = os.path.split(self.stem(ref))
         for spelling in spellings:
             name = spelling.format(base)
-            paths, want = table.get(name, []), "/" + os.path.join(folder, name).strip("/")
-            exact = [p for p in paths if f"/{self.stem(p)}".endswith(want)]
+            paths = table.get(name, [])
+            ending = "/" + os.path.join(folder, name).strip("/")
+            # "a/b/v1" beats "c/v1" for the name "b/v1"
+            exact = [path for path in paths if f"/{self.stem(path)}".endswith(ending)]
             if exact or len(paths) == 1:
-                return min(exact or paths, key=lambda p: (p.count("/"), p))
+                return min(exact or paths, key=lambda path: (path.count("/"), path))
         return None
 
     def file(self, ref):
-        """A picture or a video."""
-        return self.pick(self.files, ref, ("{}", "v_{}", "ytb_{}", "vimeo_{}", "{}_2fps"))
+        """An image or a video."""
+        return self.pick(self.files, ref, self.SPELLINGS)
 
     def folder(self, ref):
         """A folder of frames."""
@@ -218,43 +226,48 @@ class Shelf:
 def encode(root, folder, rate, first=0, last=None):
     """A folder of frames, or some of them, as an H.264 clip at `rate` a second; its path under root."""
     source = os.path.join(root, folder)
-    names = sorted(n for n in os.listdir(source) if n.lower().endswith((".jpg", ".jpeg", ".png")))
+    names = frames_among(os.listdir(source))
     key = f"{folder} {rate} {first} {last} {len(names)}"  # if frames are added or thinned, again
-    rel = f"media/encoded/{hashlib.sha256(key.encode()).hexdigest()[:24]}.mp4"
-    path = os.path.join(root, rel)
+    name = f"media/encoded/{hashlib.sha256(key.encode()).hexdigest()[:24]}.mp4"
+    path = os.path.join(root, name)
     if os.path.exists(path):
-        return rel
+        return name
     names = names[first:None if last is None else last + 1]
     if not names:
         raise BadMedia(f"{folder}: has no frames {first} to {last}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with av.open(f"{path}.part", "w", format="mp4") as container:
+        # crf 20: hardly to be told from the frames
         stream = container.add_stream("libx264", rate=round(rate), options={"crf": "20"})
         width, height = image_size(os.path.join(source, names[0]))
-        stream.width, stream.height, stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
-        for n in names:
-            frame = av.VideoFrame.from_ndarray(load_image(os.path.join(source, n)), format="rgb24")
+        stream.width = width // 2 * 2  # yuv420p has a colour for every 2 x 2 pixels
+        stream.height = height // 2 * 2
+        stream.pix_fmt = "yuv420p"
+        for file in names:
+            frame = av.VideoFrame.from_ndarray(load_image(os.path.join(source, file)), format="rgb24")
             container.mux(stream.encode(frame.reformat(stream.width, stream.height)))
         container.mux(stream.encode())
     os.replace(f"{path}.part", path)
-    return rel
+    return name
 
 
 def url_path(url):
-    """Where under root the picture behind a URL is kept, for all sets."""
+    """Where under root the image behind a URL is kept, for all sets."""
     digest = hashlib.sha256(url.encode()).hexdigest()
     return f"media/url/{digest[:2]}/{digest}"
 
 
 def slow_copy(url):
     """.../TOP/ID/ID.ext -> .../TOP-2fps/ID_2fps.mp4, the mirror's copy at 2 frames a second."""
-    parts = url.split("/")
-    return "/".join([*parts[:-3], parts[-3] + "-2fps", os.path.splitext(parts[-1])[0] + "_2fps.mp4"])
+    *head, folder, _, file = url.split("/")
+    stem, _ = os.path.splitext(file)
+    return "/".join([*head, f"{folder}-2fps", f"{stem}_2fps.mp4"])
 
 
 def billing(url):
     """Headers for the video mirror, whose readers pay for the traffic; they go there alone."""
-    project, token = os.environ.get("GOOGLE_CLOUD_PROJECT"), os.environ.get("GOOGLE_OAUTH_TOKEN")
+    project = os.environ.get("GOOGLE_CLOUD_PROJECT")
+    token = os.environ.get("GOOGLE_OAUTH_TOKEN")
     if project and token and origin(url) == ("https", "storage.googleapis.com", None):
         return {"x-goog-user-project": project, "Authorization": f"Bearer {token}"}
     return {}
@@ -263,102 +276,143 @@ def billing(url):
 # ---- one set -----------------------------------------------------------------------------------------------
 
 def refs_of(item):
-    """What the media of an item, or of a line, are called."""
+    """The names of the media of an item, or of a record."""
     return item.get("images") or [item[k] for k in ("image", "video") if k in item]
 
 
-def same(item):
-    """What items have in common that become one line: their media, or the part of a video."""
+def clip_key(item):
+    """What items have in common that become one record: their media, and the part of a video."""
     return json.dumps([refs_of(item)] + [item.get(k) for k in ("start", "end", "cut")])
 
 
 class Spool:
-    """Items on the disk, in files by a number that their media have: what is said about one picture on rows
-    far apart meets in one file."""
+    """Items on the disk, in files by a hash of their media: annotations of one image, on rows far apart, meet in
+    one file. A file of the largest set has some 30 MB, and takes three times that in memory."""
 
     def __init__(self, folder):
-        self.folder, self.done = folder, os.path.join(folder, "done.json")
+        self.folder = folder
+        self.done = os.path.join(folder, "done.json")
+        self.paths = [os.path.join(folder, f"{i:02d}") for i in range(BUCKETS)]
 
     def fill(self, items, key):
-        """Write all items, unless it was done; `key` says what they are made of."""
+        """Write all items, unless it was done; `key` says what they are made of. Returns their counts."""
         with contextlib.suppress(OSError, ValueError, KeyError), open(self.done) as f:
-            kept = json.load(f)
-            if kept["key"] == key:
-                return Counter(kept["counts"])
+            cached = json.load(f)
+            if cached["key"] == key:
+                return Counter(cached["counts"])
         shutil.rmtree(self.folder, ignore_errors=True)
         os.makedirs(self.folder)
         counts = Counter()
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in self.paths()]
+            files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in self.paths]
             for n, item in enumerate(items(counts)):
-                number, bucket = divmod(zlib.crc32(json.dumps(refs_of(item) or n).encode()), BUCKETS)
+                # text without media goes to any file
+                media = json.dumps(refs_of(item) or n)
                 try:
-                    files[bucket].write(f"{number} {json.dumps(item, ensure_ascii=False)}\n")
+                    files[zlib.crc32(media.encode()) % BUCKETS].write(json.dumps(item, ensure_ascii=False) + "\n")
                 except UnicodeError:  # JSON can spell half a character, which is no text
                     counts["left out: not UTF-8"] += 1
-        with open(f"{self.done}.part", "w") as f:
-            json.dump(dict(key=key, counts=counts), f)
-        os.replace(f"{self.done}.part", self.done)
+        # written last: a spool that was left half full is begun again
+        save(self.done, json.dumps(dict(key=key, counts=counts)).encode())
         return counts
 
-    def paths(self):
-        return [os.path.join(self.folder, f"{i:02d}") for i in range(BUCKETS)]
-
-    def __len__(self):
-        return 1 + sum(map(os.path.getsize, self.paths())) // AT_ONCE
-
-    def pieces(self):
-        """Lists of items, about len(self) of them; each picture, clip or text is one item of one list. Small
-        files go together, large ones in shares, by number."""
-        lines, size = [], 0
-        for path in self.paths():
-            shares = 1 + os.path.getsize(path) // AT_ONCE
-            for share in range(shares):
-                with open(path, encoding="utf-8") as f:
-                    for number, item in (line.split(" ", 1) for line in f):
-                        if int(number) % shares == share:
-                            lines.append(item)
-                            size += len(item)
-                if size >= AT_ONCE // 2:
-                    yield merge(map(json.loads, lines))
-                    lines, size = [], 0
-        yield merge(map(json.loads, lines))
+    def pieces(self, what="media"):
+        """Lists of items, `AT_ONCE` or more in each but the last; each image, clip or text is one item."""
+        items = []
+        for path in tqdm(self.paths, what, leave=False, disable=None):
+            with open(path, encoding="utf-8") as f:
+                items += merge(map(json.loads, f))
+            if len(items) >= AT_ONCE or path == self.paths[-1]:
+                yield items
+                items = []
 
 
 def merge(items):
-    """Items about the same media become one. One that asks nothing (a clip's subtitles, a video's link)
+    """Items about the same media become one. One without annotations (a clip's subtitles, a video's link)
     completes all of its media's."""
-    groups, more = {}, defaultdict(dict)
+    merged = {}
+    more = defaultdict(dict)
     for n, item in enumerate(items):
         media = tuple(refs_of(item)) or n
         if not item["annotations"]:
             more[media] |= {k: v for k, v in item.items() if k not in ("annotations", "video")}
-            continue
-        group = groups.setdefault((media, same(item)), item)
-        if group is not item:
-            group["annotations"] += [a for a in item["annotations"] if a not in group["annotations"]]
-    return [item | more.get(media, {}) for (media, _), item in groups.items()]
+        # two clips of one video stay two items
+        elif (media, clip_key(item)) not in merged:
+            merged[media, clip_key(item)] = item
+        else:
+            annotations = merged[media, clip_key(item)]["annotations"]
+            annotations += [a for a in item["annotations"] if a not in annotations]
+    return [item | more.get(media, {}) for (media, _), item in merged.items()]
+
+
+def image_cells(row):
+    """(column, place in its list, cell) of the images inside a row of the hub: {src} is a link, {bytes} a file."""
+    for column, value in row.items():
+        cells = value if isinstance(value, list) else [value]
+        for k, cell in enumerate(cells):
+            if isinstance(cell, dict) and ("src" in cell or "bytes" in cell):
+                yield column, k, cell
+
+
+def shifted(annotation, seconds):
+    """An annotation whose times are later by so many seconds."""
+    annotation = dict(annotation)
+    for field in ("points", "input_points", "masks"):
+        if field in annotation:
+            annotation[field] = [dict(entry, t=round(entry["t"] + seconds, 3)) for entry in annotation[field]]
+    return annotation
+
+
+def reason_of(e):
+    """What a failure is counted under: without the names in it."""
+    if isinstance(e, BadRecord):
+        return e.reason
+    text = re.sub(r"[('].*", "", str(e), flags=re.S).strip()
+    return text.split(": ", 1)[-1] if text.startswith(("/", "http")) else text
 
 
 class Maker:
     """One set, from where it is published to root/NAME.jsonl."""
 
-    def __init__(self, net, root, name, recipe, entry, limit, barred=()):
-        self.net, self.root, self.name, self.recipe, self.entry = net, root, name, recipe, entry
-        self.limit, self.barred, self.here = limit, barred, os.path.join(root, "media", name)
-        self.places = [f"media/{name}"]  # and, for points in videos of a tracking set, where those are
-        self.places += ["media/" + name.removeprefix("academic-video-point-")] * (name in convert.ACADEMIC)
-        os.makedirs(self.here, exist_ok=True)
-        self.asked = Counter()  # how often the page at hand
+    def __init__(self, net, root, name, recipe, entry, limit, held_out=()):
+        self.net = net
+        self.root = root
+        self.name = name
+        self.recipe = recipe
+        self.entry = entry        # its line of datasets.tsv
+        self.limit = limit        # rows of each source; None = all
+        self.held_out = held_out  # URLs and sha256 of images that no training set may have
+        self.folder = os.path.join(root, "media", name)
+        os.makedirs(self.folder, exist_ok=True)
+        self.places = [f"media/{name}"]
+        if name in convert.ACADEMIC:  # points in videos of a tracking set, which may be there already
+            self.places.append("media/" + name.removeprefix("academic-video-point-"))
         self.manifest = Manifest(os.path.join(root, "media", "manifest.jsonl"))
-        configs = (entry.get("config") or "default").split(",")
-        self.sources = recipe.rows or tuple(("hub", entry["source"], c.strip(), entry["split"])
-                                            for c in configs)
+        self.sources = recipe.rows
+        if not self.sources:
+            configs = (entry.get("config") or "default").split(",")
+            self.sources = tuple(("hub", entry["source"], config.strip(), entry["split"]) for config in configs)
+        # where rows name videos, a file of the same repository has their links
         if recipe.media == "youtube" and all(kind == "hub" for kind, *_ in self.sources):
             self.sources += convert.links(self.sources[0][1])
 
     def cache(self, repo):
         return os.path.join(self.root, ".work", "hub", repo.replace("/", "--"))
+
+    def by_hand(self):
+        """The message that says what a user has to do, and why."""
+        patterns = [where[0] for kind, *where in self.sources if kind == "here"]
+        files = f" and {patterns[0]}" if patterns else ""
+        text = (f"{self.name}: in part by hand. Where from: {self.entry['by_hand']}. Licence: "
+                f"{self.entry.get('license') or 'see there'}. Put the media{files} under {self.folder}/ (names as "
+                "in the rows, any folders) and run this again.")
+        if patterns and self.recipe.convert is convert.plain:
+            text += (" annotations.jsonl (or .json, .csv): a row per question with video, question, answer "
+                     "or options and correct, start and end in seconds if it is a clip; without a question a "
+                     "row is a caption.")
+        return text
+
+    # -- rows and items
 
     def rows(self):
         """(row, whether it is but a video's link) of all sources, `limit` of each at most."""
@@ -370,65 +424,82 @@ class Maker:
                     yield row | {"_config": config}, False
                 continue
             if kind == "file":
-                paths = fetch_files(self.net, hub_files(self.net, where[0], where[1:]), self.cache(where[0]))
+                repo, pattern = where
+                paths = fetch_files(self.net, hub_files(self.net, repo, [pattern]), self.cache(repo))
             else:
-                paths = sorted(glob.glob(os.path.join(glob.escape(self.here), where[0])))
+                pattern, = where
+                paths = self.files_by_hand(pattern)
                 if not paths:
                     raise ByHand(self.by_hand())
-            # a list of links or subtitles is read whole: it does not say which of them the rows need
-            links = "mapping" in where[-1]
-            limit = None if links or "subtitles" in where[-1] else self.limit
-            for row in itertools.islice((row for path in paths for row in file_rows(path)), limit):
-                yield row, links
+            # a list of links or subtitles is read to its end: it does not say which of them the rows need
+            is_link = "mapping" in pattern
+            limit = None if is_link or "subtitles" in pattern else self.limit
+            for row in itertools.islice(itertools.chain.from_iterable(map(file_rows, paths)), limit):
+                yield row, is_link
 
-    def keep(self, label, rows):
-        """Put the pictures inside rows of the hub on the disk, and their names into the rows. Whether to ask
-        for the rows once more, because links to their pictures have expired."""
-        jobs, named = [], []
-        for row, number in ((r["row"], r["row_idx"]) for r in rows):
-            for column, cell in row.items():
-                for k, c in enumerate(cell if isinstance(cell, list) else [cell]):
-                    if isinstance(c, dict) and ("src" in c or "bytes" in c):
-                        path = inside_folder(self.here, f"{label}/{number}-{column}-{k}")
-                        if "src" in c:
-                            jobs.append((c["src"], path, dict(most=PICTURE_BYTES, trust=is_picture)))
-                        elif c["bytes"] and not os.path.exists(path):
-                            save(path, c["bytes"])
-                        named.append((row, column, k, path, "src" in c))
-        fetch_all(self.net, self.manifest, jobs, "pictures", fresh=True)
-        self.asked[label] += 1
-        refused = any("status 403" in self.manifest.why.get(path, "") for _, path, _ in jobs)
-        if refused and self.asked[label] < 3:
+    def files_by_hand(self, pattern):
+        return sorted(glob.glob(os.path.join(glob.escape(self.folder), pattern)))
+
+    def keep(self, label, rows, may_ask_again):
+        """Store the images inside rows of the hub, and put their names into the rows. Or, if links to them have
+        expired and the rows may be asked for again, say so: True."""
+        cells = []  # (row, column, place in its list, name of the image, or the path it is fetched to)
+        jobs = []
+        for entry in rows:
+            row = entry["row"]
+            for column, k, cell in image_cells(row):
+                path = inside_folder(self.folder, f"{label}/{entry['row_idx']}-{column}-{k}")
+                if "src" in cell:
+                    jobs.append((cell["src"], path, dict(most=IMAGE_BYTES, trust=is_image)))
+                elif cell["bytes"]:
+                    path = self.store(cell["bytes"])
+                cells.append((row, column, k, path))
+        fetch_all(self.net, self.manifest, jobs, "images", fresh=True)
+        # links to images in rows are signed, and expire after an hour
+        refused = [path for _, path, _ in jobs if "status 403" in self.manifest.why.get(path, "")]
+        if refused and may_ask_again:
             return True
-        self.asked[label] = 0
-        for row, column, k, path, fetched in named:
+        fetched = {path for _, path, _ in jobs}
+        for row, column, k, path in cells:
+            if path in fetched:
+                path = self.move_to_contents(path)
+            name = os.path.relpath(path, self.folder)
             if isinstance(row[column], list):
-                row[column][k] = self.by_contents(path, fetched)
+                row[column][k] = name
             else:
-                row[column] = self.by_contents(path, fetched)
+                row[column] = name
         return False
 
-    def by_contents(self, path, link):
-        """A picture out of a row under the name of its contents, as tables repeat a picture for each question
-        about it; its name below self.here. A link left behind says that this cell's need not be fetched."""
+    def contents_path(self, digest):
+        """Images out of rows have the name of their contents: tables repeat an image for each question about it,
+        and all of them shall be one record."""
+        return os.path.join(self.folder, digest[:2], digest)
+
+    def store(self, content):
+        path = self.contents_path(hashlib.sha256(content).hexdigest())
+        if not os.path.exists(path):
+            save(path, content)
+        return path
+
+    def move_to_contents(self, path):
+        """The new path of a fetched image. A link left behind says that it need not be fetched again."""
         if os.path.isfile(path) and not os.path.islink(path):
-            digest = file_digest(path)
-            name = os.path.join(digest[:2], digest)
-            target = os.path.join(self.here, name)
+            target = self.contents_path(file_digest(path))
             os.makedirs(os.path.dirname(target), exist_ok=True)
             os.replace(path, target)
-            if not link:
-                return name
             os.symlink(os.path.relpath(target, os.path.dirname(path)), path)
-        return os.path.relpath(os.path.realpath(path), os.path.realpath(self.here))
+        if os.path.islink(path):
+            return os.path.join(os.path.dirname(path), os.readlink(path))
+        return path
 
     def items(self, counts):
         """Converted rows; `counts` gets what was read and what was left out, by reason."""
         convert.outside.clear()
-        seen, bad = set(), None
+        videos = set()
+        first_bad = None
         for row, is_link in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
             if is_link:
-                if row.get("_key") in seen and re.match("https?://.+/.+/.+/", str(row.get("gcp_url"))):
+                if row.get("_key") in videos and re.match("https?://.+/.+/.+/", str(row.get("gcp_url"))):
                     yield dict(video=row["_key"], link=row["gcp_url"], annotations=[])
                 continue
             counts["rows"] += 1
@@ -437,58 +508,54 @@ class Maker:
             except Skip as e:
                 counts[f"left out: {e}"] += 1
                 continue
+            # whatever a converter trips over costs its row alone; the first one is printed
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
                 counts["left out: not in the published schema"] += 1
-                bad = bad or f"{type(e).__name__} {e}; its columns: {', '.join(map(str, row))}"
+                if first_bad is None:
+                    first_bad = f"{type(e).__name__} {e}; its columns: {', '.join(map(str, row))}"
                 continue
             for item in items:
                 if self.recipe.media == "youtube":
-                    seen.add(item["video"])
-                if self.barred and any(r in self.barred for r in refs_of(item) + (item.get("sha256") or [])):
-                    counts["left out: picture is held out for evaluation"] += 1
+                    videos.add(item["video"])
+                keys = refs_of(item) + (item.get("sha256") or [])
+                if self.held_out and not self.held_out.isdisjoint(keys):
+                    counts["left out: image is held out for evaluation"] += 1
                 else:
                     yield item
-        if bad:
-            print(f"{self.name}: rows not in the published schema, the first: {bad}")
-        outside, n = convert.outside["outside"], convert.outside["seen"]
-        if outside > 3 + 0.001 * n:
-            raise UserError(f"{self.name}: {outside:,} of {n:,} coordinates are off the picture: published "
+        if first_bad:
+            print(f"{self.name}: rows not in the published schema, the first: {first_bad}")
+        # a few slips are clipped; more mean pixels where per cent were expected
+        outside = convert.outside["outside"]
+        total = convert.outside["seen"]
+        if outside > 3 + 0.001 * total:
+            raise UserError(f"{self.name}: {outside:,} of {total:,} coordinates are off the image: published "
                             "in another unit than convert.py takes them to be")
 
-    def by_hand(self):
-        """What a user has to do, and why."""
-        here = [where for kind, *where in self.sources if kind == "here"]
-        licence, files = self.entry.get("license") or "see there", f" and {here[0][0]}" if here else ""
-        text = (f"{self.name}: in part by hand. Where from: {self.recipe.note}. Licence: {licence}. Put the "
-                f"media{files} under {self.here}/ (names as in the rows, any folders) and run this again.")
-        if here and self.recipe.convert is convert.plain:
-            text += (" annotations.jsonl (or .json, .csv): a row per question with video, question, answer "
-                     "or options and correct, start and end in seconds if it is a clip; without a question a "
-                     "row is a caption.")
-        return text
+    # -- the whole
 
     def run(self):
         """(lines written, Counter of everything else)"""
-        if self.recipe.media == "hand" and not any(glob.glob(os.path.join(glob.escape(self.root), p, "*"))
-                                                   for p in self.places):
-            raise ByHand(self.by_hand())
+        if self.recipe.media == "hand":
+            patterns = [os.path.join(glob.escape(self.root), place, "*") for place in self.places]
+            if not any(map(glob.glob, patterns)):
+                raise ByHand(self.by_hand())
         spool = Spool(os.path.join(self.root, ".work", self.name))
-        mine = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for kind, *where in self.sources
-                for p in glob.glob(os.path.join(glob.escape(self.here), where[0])) if kind == "here"]
-        counts = spool.fill(self.items, repr((self.limit, self.sources, len(self.barred), mine)))
+        counts = spool.fill(self.items, self.fingerprint())
         for _, repo, *_ in self.sources:  # all that was in there is in the spool
             shutil.rmtree(self.cache(repo), ignore_errors=True)
         self.shelf = Shelf(self.root, *self.places, "media/youtube")
-        if self.recipe.archives and any(None in self.find(i)[0] for items in spool.pieces() for i in items):
+        if self.recipe.archives and self.lacks_media(spool):
             self.unpack_archives()
             self.shelf = Shelf(self.root, *self.places, "media/youtube")
-        out, written = os.path.join(self.root, self.name + ".jsonl"), 0
+        written = 0
+        # a set that was there stays until the new one is complete
+        out = os.path.join(self.root, self.name + ".jsonl")
         with open(f"{out}.part", "wb") as f:
-            for items in tqdm(spool.pieces(), f"{self.name} media", len(spool), leave=False, disable=None):
+            for items in spool.pieces(f"{self.name} media"):
                 self.fetch(items)
                 for item in items:
                     try:
-                        line = json.dumps(self.line(item), ensure_ascii=False).encode() + b"\n"
+                        line = json.dumps(self.record(item), ensure_ascii=False).encode() + b"\n"
                         parse_record(line)
                     except (BadMedia, BadRecord, OSError) as e:
                         counts[f"left out: {reason_of(e)}"] += 1
@@ -501,222 +568,294 @@ class Maker:
             os.remove(f"{out}.part")
         return written, counts
 
+    def fingerprint(self):
+        """What the items are made of, in short: if it changes, they are made again."""
+        files = []
+        for kind, *where in self.sources:
+            if kind == "here":
+                files += [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+                          for path in self.files_by_hand(where[0])]
+        return repr(("items", self.limit, self.sources, len(self.held_out), files))
+
+    def lacks_media(self, spool):
+        for items in spool.pieces():
+            for item in items:
+                paths, _ = self.find(item)
+                if None in paths:
+                    return True
+        return False
+
     def unpack_archives(self):
         """Fetch, unpack and remove the set's archives one after another, those not unpacked before."""
         for repo, pattern in self.recipe.archives:
             for file in hub_files(self.net, repo, [pattern]):
-                mark = os.path.join(self.here, ".unpacked",
-                                    hashlib.sha256(file["url"].encode()).hexdigest()[:16])
-                if not os.path.exists(mark):
-                    path, = fetch_files(self.net, [file], self.cache(repo))
-                    try:
-                        unpack(path, self.here)
-                    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as e:
-                        raise BadMedia(f"{path}: a broken archive ({e})") from None
-                    save(mark, b"")
-                    os.remove(path)
+                digest = hashlib.sha256(file["url"].encode()).hexdigest()
+                mark = os.path.join(self.folder, ".unpacked", digest[:16])
+                if os.path.exists(mark):
+                    continue
+                path, = fetch_files(self.net, [file], self.cache(repo))
+                try:
+                    unpack(path, self.folder)
+                except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as e:
+                    raise BadMedia(f"{path}: a broken archive ({e})") from None
+                save(mark, b"")
+                os.remove(path)
+
+    # -- media
 
     def find(self, item):
         """(paths under root of an item's media, None for what is not here; the frames (first, last) that are
         meant, if what is here is more than the clip). A clip is a file of its own, part of a file, or a
         folder of frames."""
         if "cut" in item:
-            ref, (source, first, last) = item["video"], item["cut"]
-            for look in (self.shelf.file, self.shelf.folder):
-                if ref != source and (found := look(ref)):
+            clip = item["video"]
+            source, first, last = item["cut"]
+            # the clip itself is better than the video it is part of: its frames are those that were annotated
+            for find in (self.shelf.file, self.shelf.folder):
+                found = find(clip) if clip != source else None
+                if found:
                     return [found], None
-                if found := look(source):
+                found = find(source)
+                if found:
                     return [found], (first, last)
             return [None], None
-        if self.recipe.media in ("url", "embedded"):
-            paths = [url_path(r) if self.recipe.media == "url" else f"media/{self.name}/{r}"
-                     for r in refs_of(item)]
-            return [p if os.path.exists(os.path.join(self.root, p)) else None for p in paths], None
-        return [self.shelf.file(r) for r in refs_of(item)], None
+        if self.recipe.media == "url":
+            paths = [url_path(ref) for ref in refs_of(item)]
+        elif self.recipe.media == "embedded":
+            paths = [f"media/{self.name}/{ref}" for ref in refs_of(item)]
+        else:
+            return [self.shelf.file(ref) for ref in refs_of(item)], None
+        return [path if os.path.exists(os.path.join(self.root, path)) else None for path in paths], None
 
     def fetch(self, items):
-        """Fetch what these items lack, as far as it can be."""
-        jobs, links = [], {}
-        for item in items:
-            for ref in refs_of(item):
-                if self.recipe.media == "url":  # hosts that once had http alone have https by now
+        """Fetch what these items lack, as far as it can be had."""
+        if self.recipe.media == "url":
+            jobs = []
+            for item in items:
+                for ref in refs_of(item):
+                    # hosts that once had http alone have https by now
                     url = ref if self.net.mirror else ref.replace("http://", "https://", 1)
-                    jobs.append((url, os.path.join(self.root, url_path(ref)),
-                                 dict(most=PICTURE_BYTES, tries=3, trust=is_picture)))
-                elif item.get("link") and not self.shelf.file(ref):
-                    links[ref] = item["link"]
-        fetch_all(self.net, self.manifest, jobs, "pictures")
-        # Of most videos there is a smaller copy of 2 frames a second: those that people saw who annotated.
-        for copy in (slow_copy, str):
-            links = {ref: url for ref, url in links.items() if not self.shelf.file(ref)}
-            paths = {ref: self.youtube(ref, copy(url)) for ref, url in links.items()}
-            jobs = [(copy(links[ref]), path, dict(trust=is_video, headers=billing(links[ref])))
-                    for ref, path in paths.items()]
-            fetch_all(self.net, self.manifest, jobs, "videos", fresh=True)
-            for ref, path in paths.items():
-                if os.path.exists(path):
-                    self.shelf.files[os.path.basename(ref)].append(os.path.relpath(path, self.root))
+                    path = os.path.join(self.root, url_path(ref))
+                    jobs.append((url, path, dict(most=IMAGE_BYTES, tries=3, trust=is_image)))
+            fetch_all(self.net, self.manifest, jobs, "images")
+        else:
+            # Of most videos there is a smaller copy of 2 frames a second: those that annotators saw.
+            self.fetch_videos(items, slow_copy)
+            self.fetch_videos(items, str)
+
+    def fetch_videos(self, items, copy):
+        """Fetch the copies, copy(link), of the linked videos that are not here."""
+        jobs = {}  # name of a video -> what `fetch_all` takes
+        for item in items:
+            if "link" in item and not self.shelf.file(item["video"]):
+                url = copy(item["link"])
+                options = dict(trust=is_video, headers=billing(item["link"]))
+                jobs[item["video"]] = (url, self.youtube(item["video"], url), options)
+        fetch_all(self.net, self.manifest, jobs.values(), "videos", fresh=True)
+        for ref, (_, path, _) in jobs.items():
+            if os.path.exists(path):
+                self.shelf.files[os.path.basename(ref)].append(os.path.relpath(path, self.root))
 
     def youtube(self, ref, url):
         return inside_folder(self.root, f"media/youtube/{ref}{os.path.splitext(url)[1]}")
 
-    def line(self, item):
-        """The row of an item whose media are here; BadMedia says why they are not."""
-        refs, (paths, frames) = refs_of(item), self.find(item)
-        for ref, path, sha256 in zip(refs, paths, item.get("sha256") or itertools.repeat(None)):
-            if path is None:
-                raise BadMedia(self.why(item, ref))
-            if sha256 and file_digest(file := os.path.join(self.root, path)) != sha256:
-                problem = "not the picture that was annotated"  # a set without sha256 may have use for it
-                if self.manifest.why.get(file) != problem:
-                    self.manifest.note(file, ref, problem)
-                raise BadMedia(problem)
-        annotations = item["annotations"]
-        digest = hashlib.sha256((same(item) if refs else json.dumps(annotations)).encode()).hexdigest()
-        row, sizes = dict(id=f"{self.name}-{digest[:12]}"), []
-        if "video" not in item:
-            sizes = [image_size(inside_folder(self.root, path)) for path in paths]
-        if "image" in item:
-            row |= dict(image=paths[0], width=sizes[0][0], height=sizes[0][1])
-            if item.get("pixels"):
-                annotations = [dict(a, points=convert.numbered(a["points"], row["width"], row["height"]))
-                               for a in annotations]
-        elif "images" in item:
-            row["images"] = paths
-        elif "video" in item:
-            row, annotations = self.video_line(row, item, paths[0], frames)
-        for a in annotations:
-            if "masks" in a:  # of a copy in another size they say nothing
-                a["masks"] = [m for m in a["masks"] if m["rle"]["size"] == [row["height"], row["width"]]]
-        return row | dict(annotations=annotations)
+    def check_media(self, item, ref, path, sha256):
+        """BadMedia if one of an item's media is not here, or has other contents than were annotated."""
+        if path is None:
+            raise BadMedia(self.reason_missing(item, ref))
+        file = os.path.join(self.root, path)
+        if sha256 and file_digest(file) != sha256:
+            problem = "not the image that was annotated"  # a set without sha256 may have use for it
+            if self.manifest.why.get(file) != problem:
+                self.manifest.note(file, ref, problem)
+            raise BadMedia(problem)
 
-    def why(self, item, ref):
-        """Why media that are not here are not."""
+    def reason_missing(self, item, ref):
         if self.recipe.media == "url":
             path = os.path.join(self.root, url_path(ref))
         elif self.recipe.media == "embedded":
-            path = os.path.join(self.here, ref)
+            path = os.path.join(self.folder, ref)
         elif self.recipe.media == "youtube" and not self.recipe.archives and "link" not in item:
             return "not on the mirror"
         else:
             path = self.youtube(ref, item.get("link", ""))
         return self.manifest.why.get(path, "media not here")
 
-    def video_line(self, row, item, found, frames):
-        """A video's row with what its header says, and the annotations; times shifted where the clip is part
-        of it."""
+    # -- records
+
+    def record(self, item):
+        """The record of an item whose media are here; BadMedia says why they are not."""
+        refs = refs_of(item)
+        paths, frames = self.find(item)
+        hashes = item.get("sha256") or [None] * len(refs)
+        for ref, path, sha256 in zip(refs, paths, hashes):
+            self.check_media(item, ref, path, sha256)
+        annotations = item["annotations"]
+        key = clip_key(item) if refs else json.dumps(annotations)
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        record = dict(id=f"{self.name}-{digest[:12]}")
+        if "video" in item:
+            more, annotations = self.video_fields(item, paths[0], frames)
+            record |= more
+        else:
+            sizes = [image_size(inside_folder(self.root, path)) for path in paths]
+            if "image" in item:
+                width, height = sizes[0]
+                record |= dict(image=paths[0], width=width, height=height)
+            elif "images" in item:
+                record["images"] = paths
+            if item.get("pixels"):
+                annotations = [dict(a, points=convert.numbered(a["points"], width, height)) for a in annotations]
+        for annotation in annotations:
+            if "masks" in annotation:  # they do not fit a copy in another size
+                size = [record["height"], record["width"]]
+                annotation["masks"] = [mask for mask in annotation["masks"] if mask["rle"]["size"] == size]
+        return record | dict(annotations=annotations)
+
+    def video_fields(self, item, found, frames):
+        """(fields of a video's record, from its header; the annotations). Where the clip is part of the file, times
+        are shifted: they count from the start of the file."""
         if os.path.isdir(os.path.join(self.root, found)):
-            found, frames = encode(self.root, found, item["fps"], *frames or ()), None
+            found = encode(self.root, found, item["fps"], *(frames or ()))
+            frames = None
         path = inside_folder(self.root, found)
         container, stream = open_video(path)
         with container:
-            size = dict(width=stream.width, height=stream.height, duration=round(video_duration(path), 3),
-                        fps=round(float(stream.average_rate or 0), 3))
-        row |= dict(video=found) | size | {k: item[k] for k in ("start", "end", "subtitles") if k in item}
+            fields = dict(video=found, width=stream.width, height=stream.height,
+                          duration=round(video_duration(path), 3), fps=round(float(stream.average_rate or 0), 3))
+        for field in ("start", "end", "subtitles"):
+            if field in item:
+                fields[field] = item[field]
         annotations = item["annotations"]
         if frames and frames != (0, None):
             first, last = frames
-            shift = first / item["fps"]
-            row |= dict(start=round(shift, 3),
-                        end=row["duration"] if last is None else round((last + 1) / item["fps"], 3))
-            annotations = [dict(a, **{k: [dict(p, t=round(p["t"] + shift, 3)) for p in a[k]]
-                                      for k in ("points", "input_points", "masks") if k in a})
-                           for a in annotations]
-        if row.get("start", 0) >= row["duration"]:
+            start = first / item["fps"]
+            fields["start"] = round(start, 3)
+            fields["end"] = fields["duration"] if last is None else round((last + 1) / item["fps"], 3)
+            annotations = [shifted(annotation, start) for annotation in annotations]
+        # copies of videos may be shorter than those that were annotated
+        if fields.get("start", 0) >= fields["duration"]:
             raise BadMedia("the video ends before the clip begins")
-        if "end" in row:
-            row["end"] = min(row["end"], row["duration"])
-        return row, annotations
-
-
-def reason_of(e):
-    """What a failure is counted under: without the names in it."""
-    if isinstance(e, BadRecord):
-        return e.reason
-    text = re.sub(r"[('].*", "", str(e), flags=re.S).strip()
-    return text.split(": ", 1)[-1] if text.startswith(("/", "http")) else text
+        if "end" in fields:
+            fields["end"] = min(fields["end"], fields["duration"])
+        return fields, annotations
 
 
 # ---- the commands ------------------------------------------------------------------------------------------
 
-def held_out(net, root):
-    """URLs and sha256 of the pictures that are evaluated on; no training set may have them."""
-    path, keys = os.path.join(root, ".work", "held_out.json"), set()
+def read_held_out(net, root):
+    """URLs and sha256 of the images that are evaluated on; no training set may have them."""
+    path = os.path.join(root, ".work", "held_out.json")
     if not os.path.exists(path):
-        for recipe in (EVALS["pixmo-points-eval"], EVALS["pixmo-count"]):
-            for _, *where in recipe.rows:
-                for row in hub_rows(net, *where):
-                    keys |= {row["image_url"], row.get("image_sha256") or row["image_url"]}
+        keys = set()
+        for source in EVALS["pixmo-points-eval"].rows + EVALS["pixmo-count"].rows:
+            _, *where = source
+            for row in hub_rows(net, *where):
+                keys |= {row["image_url"], row.get("image_sha256") or row["image_url"]}
         save(path, json.dumps(sorted(keys)).encode())
     with open(path) as f:
         return frozenset(json.load(f))
+
+
+def eval_entry(name):
+    """What datasets.tsv would say of an evaluation; the licence is that of all, their videos have their own."""
+    return {"license": "ODC-BY-1.0", "by_hand": convert.EVALS_BY_HAND.get(name, "")}
 
 
 def select(names, registry):
     """[(name, whether it is an evaluation)] of names, groups and stages."""
     chosen = []
     for name in names:
-        found = [(n, False) for n, e in registry.items()
-                 if name in (n, e["group"], e["sft_group"]) or name in e["stage"].split(",")]
-        found = [(n, True) for n in EVALS if name in ("eval", f"eval/{n}")] or found
+        found = [(n, True) for n in EVALS if name in ("eval", f"eval/{n}")]
         if not found:
-            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `python -m tools.prepare list` shows them")
+            found = [(n, False) for n, e in registry.items()
+                     if name in (n, e["group"], e["sft_group"], *e["stage"].split(","))]
+        if not found:
+            raise UserError(f"{name}: no set, group or stage of datasets.tsv; `python -m tools.prepare list` "
+                            "shows them")
         chosen += [c for c in found if c not in chosen]
     return chosen
 
 
+def make_set(net, args, name, evaluation, registry):
+    """Make one set, print what came of it; the number of records, or None if it has to be begun by hand."""
+    root = os.path.join(args.out, "eval") if evaluation else args.out
+    recipe = EVALS[name] if evaluation else RECIPES[name]
+    entry = eval_entry(name) if evaluation else registry[name]
+    held_out = frozenset()
+    if recipe.media == "url" and not evaluation:
+        held_out = read_held_out(net, args.out)
+    maker = Maker(net, root, name, recipe, entry, args.limit, held_out)
+    try:
+        written, counts = maker.run()
+    except ByHand as e:
+        print(e)
+        return None
+    print(f"{name}: {counts.pop('rows', 0):,} rows read, {written:,} lines written to "
+          f"{os.path.join(root, name)}.jsonl")
+    for reason, n in counts.most_common():
+        print(f"  {n:,} {reason}")
+    if entry.get("by_hand") and any("media not here" in reason for reason in counts):
+        print(maker.by_hand())
+    if recipe.media == "youtube" and any("status 40" in reason for reason in counts):
+        print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and "
+              f"GOOGLE_OAUTH_TOKEN, or put videos under {root}/media/youtube/, named by their id.")
+    return written
+
+
 def data(args):
-    """`python -m tools.prepare data`: set after set; 2 after a user's mistake, 1 if nothing came of one, 0 otherwise."""
-    registry, net, code, total = read_registry(), Net(), 0, 0
+    """`python -m tools.prepare data`: set after set. 2 after a user's mistake, 1 if nothing came of a set."""
+    registry = read_registry()
+    net = Net()
+    code = 0
+    total = 0
     for name, evaluation in select(args.names, registry):
-        root = os.path.join(args.out, "eval") if evaluation else args.out
-        recipe, entry = (EVALS[name], EVAL_ENTRY) if evaluation else (RECIPES[name], registry[name])
         try:
-            barred = held_out(net, args.out) if recipe.media == "url" and not evaluation else ()
-            maker = Maker(net, root, name, recipe, entry, args.limit, barred)
-            written, counts = maker.run()
-        except ByHand as e:
-            print(e)
-            continue
+            written = make_set(net, args, name, evaluation, registry)
         except (NetError, BadMedia, BadRecord, UserError) as e:
             print(f"{name}: {e}", file=sys.stderr)
             code = max(code, 2 if isinstance(e, UserError) else 1)
             continue
-        print(f"{name}: {counts.pop('rows', 0):,} rows read, {written:,} lines written to "
-              f"{os.path.join(root, name)}.jsonl")
-        for reason, n in sorted(counts.items(), key=lambda c: -c[1]):
-            print(f"  {n:,} {reason}")
-        if recipe.note and any("media not here" in reason for reason in counts):
-            print(maker.by_hand())
-        if recipe.media == "youtube" and any("status 40" in reason for reason in counts):
-            print("The video mirror bills those who read it: set GOOGLE_CLOUD_PROJECT and "
-                  f"GOOGLE_OAUTH_TOKEN, or put videos under {maker.root}/media/youtube/, named by their id.")
-        total += written
-        code = code if written else max(code, 1)
+        if written == 0:
+            code = max(code, 1)
+        # a set that waits for its user is no failure, if another one was made
+        total += written or 0
     return code if total else max(code, 1)
 
 
-EVAL_ENTRY = {"license": "ODC-BY-1.0"}  # all of them; the videos under their own
 MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "video mirror (billed)",
               "archive": "archives of the hub", "hand": "by hand", "none": "text alone"}
 
 
 def show_list(args):
     """`python -m tools.prepare list`: a line for each set."""
-    registry, root = read_registry(), {True: os.path.join(args.out, "eval"), False: args.out}
+    registry = read_registry()
     chosen = select([args.group] if args.group else [*registry, "eval"], registry)
     print(f"{'name':35}{'stage':14}{'task':22}{'rows':>10}  {'media':23}{'licence':18}here")
-    for name, held in chosen:
-        e, recipe = (EVAL_ENTRY, EVALS[name]) if held else (registry[name], RECIPES[name])
-        path, media = os.path.join(root[held], name + ".jsonl"), os.path.join(root[held], "media", name)
-        here = "media" if os.path.isdir(media) and os.listdir(media) else "-"
-        here = f"{line_index(path)[1][1]:,} lines" if os.path.exists(path) else here
-        stage = "eval" if held else "+".join(s[:3] for s in e["stage"].split(","))
-        print(f"{'eval/' * held + name:35}{stage:14}{e.get('task', ''):22}"
-              f"{format(int(e['size']), ',') if e.get('size') else '':>10}  {MEDIA_FROM[recipe.media]:23}"
-              f"{e.get('license') or 'see there':18}{here}")
-    held = sum(h for _, h in chosen)
-    print(f"{len(chosen) - held} sets, {held} evaluations; pre, sft, lon: the stages")
+    for name, evaluation in chosen:
+        if evaluation:
+            label = f"eval/{name}"
+            stage = "eval"
+            root = os.path.join(args.out, "eval")
+            entry = eval_entry(name)
+            recipe = EVALS[name]
+        else:
+            label = name
+            root = args.out
+            entry = registry[name]
+            recipe = RECIPES[name]
+            stage = "+".join(s[:3] for s in entry["stage"].split(","))
+        path = os.path.join(root, name + ".jsonl")
+        media = os.path.join(root, "media", name)
+        if os.path.exists(path):
+            here = f"{line_index(path)[1][1]:,} lines"
+        else:
+            here = "media" if os.path.isdir(media) and os.listdir(media) else "-"
+        rows = f"{int(entry['size']):,}" if entry.get("size") else ""
+        print(f"{label:35}{stage:14}{entry.get('task', ''):22}{rows:>10}  {MEDIA_FROM[recipe.media]:23}"
+              f"{entry.get('license') or 'see there':18}{here}")
+    evaluations = sum(evaluation for _, evaluation in chosen)
+    print(f"{len(chosen) - evaluations} sets, {evaluations} evaluations; pre, sft, lon: the stages")
     return 0
 
 
@@ -728,38 +867,53 @@ WEIGHTS = {os.path.basename(repo): repo for repo in (
 def get_weights(args):
     """`python -m tools.prepare weights`: folders for --init_from, which is printed."""
     net = Net()
-    names = ["OLMo-2-0425-1B", "siglip2-so400m-patch14-384"] if args.names == ["stage1"] else args.names
+    names = args.names
+    if names == ["stage1"]:
+        names = ["OLMo-2-0425-1B", "siglip2-so400m-patch14-384"]
     for name in names:
         if name not in WEIGHTS:
             raise UserError(f"{name}: not one of stage1, {', '.join(WEIGHTS)}")
+    patterns = ("*.safetensors", "*.json", "*.jinja", "merges.txt")  # what is read: no pickles, no code
+    folders = []
     for name in names:
         folder = os.path.join(args.out, name)
-        # Of a repository only what is read: no pickles, no code.
-        files = [f for f in hub_files(net, WEIGHTS[name],
-                                      ("*.safetensors", "*.json", "*.jinja", "merges.txt"), "models")
-                 if "/" not in f["name"]]
+        files = [f for f in hub_files(net, WEIGHTS[name], patterns, "models") if "/" not in f["name"]]
         fetch_files(net, files, folder)
-        print(f"{folder}: {len(files)} files, {sum(f['size'] or 0 for f in files) / 1e9:.2f} GB")
-    print(f"--init_from {' '.join(os.path.join(args.out, name) for name in names)}")
+        size = sum(f["size"] or 0 for f in files)
+        print(f"{folder}: {len(files)} files, {size / 1e9:.2f} GB")
+        folders.append(folder)
+    print(f"--init_from {' '.join(folders)}")
     return 0
 
 
-def look(path, video):
-    """What a media file is: (width, height, seconds or None, digest of its bytes). BadMedia if it cannot be
-    decoded."""
-    if not video:
-        height, width, _ = load_image(path).shape
-        return width, height, None, file_digest(path)
-    container, stream = open_video(path)
-    with container:
-        width, height = stream.width, stream.height
-    seconds = video_duration(path)
-    load_frames(path, [0.0, seconds])
-    return width, height, seconds, file_digest(path)
+class MediaFile(NamedTuple):
+    """What a media file was found to be."""
+    width: int
+    height: int
+    seconds: float | None  # of a video
+    digest: str            # of its bytes
 
 
-def parsed(dataset):
-    """(file:line, row or None, folder, what is wrong) of every line."""
+def inspect(path, as_video):
+    """The MediaFile of a file that can be decoded to its end, or the reason why not."""
+    try:
+        if not as_video:
+            height, width, _ = load_image(path).shape
+            return MediaFile(width, height, None, file_digest(path))
+        container, stream = open_video(path)
+        with container:
+            width = stream.width
+            height = stream.height
+        seconds = video_duration(path)
+        # both ends: a file that was cut short fails at its last frame
+        load_frames(path, [0.0, seconds])
+        return MediaFile(width, height, seconds, file_digest(path))
+    except (BadMedia, OSError, MemoryError) as e:
+        return reason_of(e)
+
+
+def parse_lines(dataset):
+    """(file:line, record or None, folder, the problem) of every line."""
     for i in range(len(dataset)):
         line, folder, where = dataset.line(i)
         try:
@@ -768,124 +922,147 @@ def parsed(dataset):
             yield where, None, folder, e.reason
 
 
-class Checked:
-    """The media that were looked at, each once: {path: what it is, or why it is none}."""
+class Inspected:
+    """The media that were inspected, each once."""
 
     def __init__(self, workers):
-        self.workers, self.known, self.alike = workers, {}, Counter()
+        self.workers = workers
+        self.files = {}           # path -> MediaFile, or the reason why it is none
+        self.copies = Counter()   # digest -> files of these bytes
 
-    def look(self, wanted):
+    def inspect(self, wanted):
         """wanted: {path: whether it is a video}"""
-        def one(job):
-            try:
-                return look(*job)
-            except (BadMedia, OSError, MemoryError) as e:
-                return reason_of(e)
-
-        fresh = {path: video for path, video in wanted.items() if path not in self.known}
+        new = {path: as_video for path, as_video in wanted.items() if path not in self.files}
         with ThreadPoolExecutor(self.workers) as pool:
-            self.known |= zip(fresh, pool.map(one, fresh.items()))
-        self.alike.update(self.known[path][3] for path in fresh if not isinstance(self.known[path], str))
+            self.files |= zip(new, pool.map(inspect, new.keys(), new.values()))
+        for path in new:
+            if isinstance(self.files[path], MediaFile):
+                self.copies[self.files[path].digest] += 1
 
-    def wrong(self, row, folder):
-        """What is wrong with the media of a row, or ""."""
-        for name in refs_of(row):
-            found = self.known[inside_folder(folder, name)]
-            if isinstance(found, str):
-                return found
-            width, height, seconds, digest = found
-            if "images" not in row and "width" in row and (row["width"], row["height"]) != (width, height):
-                return "another size than the line says"
-            if seconds is None and self.alike[digest] >= PLACEHOLDER:
-                return "placeholder picture"
-            if seconds is not None and abs(row.get("duration", seconds) - seconds) > 0.1:
+    def problem(self, record, folder):
+        """The problem of the media of a record, or ""."""
+        for name in refs_of(record):
+            file = self.files[inside_folder(folder, name)]
+            if isinstance(file, str):
+                return file
+            if "images" not in record and "width" in record:
+                if (record["width"], record["height"]) != (file.width, file.height):
+                    return "another size than the line says"
+            if file.seconds is None:
+                if self.copies[file.digest] >= PLACEHOLDER:
+                    return "placeholder image"
+                continue
+            # containers round durations
+            if abs(record.get("duration", file.seconds) - file.seconds) > 0.1:
                 return "another duration than the line says"
-            if seconds is not None and any(p["t"] > seconds + 0.1 for a in row["annotations"]
-                                           for p in a.get("points", ())):
-                return "point after the end of the video"
+            for annotation in record["annotations"]:
+                if any(point["t"] > file.seconds + 0.1 for point in annotation.get("points", ())):
+                    return "point after the end of the video"
         return ""
 
 
-def problems(dataset, checked):
-    """(file:line, what is wrong) of every line that cannot be used."""
-    lines = set()
-    for where, row, folder, problem in parsed(dataset):
-        if row:
-            text = json.dumps({k: v for k, v in row.items() if k != "id"}, sort_keys=True)
+def problems(dataset, inspected):
+    """(file:line, the problem) of every line that cannot be used."""
+    seen = set()  # digests of lines
+    for where, record, folder, problem in parse_lines(dataset):
+        if record:
+            content = {k: v for k, v in record.items() if k != "id"}
+            # lines that differ in their id alone are the same to training
+            text = json.dumps(content, sort_keys=True)
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             try:
-                problem = checked.wrong(row, folder) or "duplicate line" * (digest in lines)
+                problem = inspected.problem(record, folder)
             except BadMedia as e:
                 problem = reason_of(e)
-            lines.add(digest)
+            if not problem and digest in seen:
+                problem = "duplicate line"
+            seen.add(digest)
         if problem:
             yield where, problem
 
 
+def inspect_media(datasets, workers):
+    """Inspect all media before any line is judged: a placeholder is known by how many are the same."""
+    inspected = Inspected(workers)
+    wanted = {}
+    for dataset in datasets:
+        for _, record, folder, _ in tqdm(parse_lines(dataset), dataset.name, len(dataset), leave=False,
+                                         disable=None):
+            for name in refs_of(record) if record else ():
+                with contextlib.suppress(BadMedia):  # `problems` will name it
+                    wanted[inside_folder(folder, name)] = "video" in record
+            if len(wanted) >= 256:
+                inspected.inspect(wanted)
+                wanted.clear()
+    inspected.inspect(wanted)
+    return inspected
+
+
 def check(args):
     """`python -m tools.prepare check`: 1 if a line cannot be used. Each is counted by its first problem."""
+    paths = [args.path]
     held_out = os.path.join(args.path, "eval")
-    paths = [args.path] + [held_out] * bool(glob.glob(os.path.join(glob.escape(held_out), "*.jsonl")))
+    if glob.glob(os.path.join(glob.escape(held_out), "*.jsonl")):
+        paths.append(held_out)
+    datasets = []
     try:
-        sets = [d for path in paths for d in find_datasets([path])[0]]
+        for path in paths:
+            datasets += find_datasets([path])[0]
     except (OSError, ValueError) as e:
         raise UserError(str(e).replace("--data ", "")) from None
-    checked, total, wanted = Checked(args.workers), 0, {}
-    for d in sets:  # all media before any line: a placeholder is known by how many look like it
-        for _, row, folder, _ in tqdm(parsed(d), d.name, len(d), leave=False, disable=None):
-            for name in refs_of(row) if row else ():
-                with contextlib.suppress(BadMedia):  # the line will be told
-                    wanted[inside_folder(folder, name)] = "video" in row
-            if len(wanted) >= 256:
-                checked.look(wanted)
-                wanted.clear()
-    checked.look(wanted)
+    inspected = inspect_media(datasets, args.workers)
+    total = 0
     print(f"{'set':40}{'lines':>10}{'bad':>8}")
     with open(args.bad_rows, "w", encoding="utf-8") as bad:
-        for d in sets:
+        for dataset in datasets:
             reasons = Counter()
-            for where, problem in problems(d, checked):
+            for where, problem in problems(dataset, inspected):
                 file, _, line = where.rpartition(":")
                 bad.write(json.dumps(dict(file=file, line=int(line), reason=problem)) + "\n")
                 reasons[problem] += 1
             total += reasons.total()
-            print(f"{d.name:40}{len(d):10,}{reasons.total():8,}  "
-                  + ", ".join(f"{n} {r}" for r, n in reasons.most_common()))
-    print(f"{len(checked.known):,} media files looked at; "
-          + (f"{total:,} bad lines, listed in {args.bad_rows}" if total else "all is well"))
+            named = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
+            print(f"{dataset.name:40}{len(dataset):10,}{reasons.total():8,}  {named}")
+    result = f"{total:,} bad lines, listed in {args.bad_rows}" if total else "all is well"
+    print(f"{len(inspected.files):,} media files inspected; {result}")
     return 1 if total else 0
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, run, text):
-        p = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        p.set_defaults(run=run)
-        return p
+        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        subparser.set_defaults(run=run)
+        return subparser.add_argument
 
-    p = command("list", show_list, "the registry, and what of it is here")
-    p.add_argument("group", nargs="?", help="a set, group or stage; `eval` for the evaluations [all]")
-    p.add_argument("--out", default="data", help="where data are kept [data]")
-    p = command("data", data, "annotations and media as JSONL")
-    p.add_argument("names", nargs="+", help="sets, groups or stages; `eval` for the held-out sets")
-    p.add_argument("--limit", type=int, help="rows of each published table, from its start [all]")
-    p.add_argument("--out", default="data", help="where to: OUT/NAME.jsonl, OUT/media, OUT/eval [data]")
-    p = command("weights", get_weights, "published weights, for --init_from")
-    p.add_argument("names", nargs="+", help=f"stage1, or some of {', '.join(WEIGHTS)}")
-    p.add_argument("--out", default="weights", help="where to: OUT/NAME [weights]")
-    p = command("check", check, "every line against the schema, every media file decoded")
-    p.add_argument("path", help="a JSONL file, or a folder of them")
-    p.add_argument("--bad_rows", default="bad_rows.jsonl",
-                   help="where lines that cannot be used are listed [bad_rows.jsonl]")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode [one per core]")
-    args = parser.parse_args(argv)
+    flag = command("list", show_list, "the registry, and what of it is here")
+    flag("group", nargs="?", help="a set, group or stage; `eval` for the evaluations [all]")
+    flag("--out", default="data", help="where data are kept [data]")
+    flag = command("data", data, "annotations and media as JSONL")
+    flag("names", nargs="+", help="sets, groups or stages; `eval` for the held-out sets")
+    flag("--limit", type=int, help="rows of each published table, from its start [all]")
+    flag("--out", default="data", help="where to: OUT/NAME.jsonl, OUT/media, OUT/eval [data]")
+    flag = command("weights", get_weights, "published weights, for --init_from")
+    flag("names", nargs="+", help=f"stage1, or any of {', '.join(WEIGHTS)}")
+    flag("--out", default="weights", help="where to: OUT/NAME [weights]")
+    flag = command("check", check, "every line against the schema, every media file decoded")
+    flag("path", help="a JSONL file, or a folder of them")
+    flag("--bad_rows", default="bad_rows.jsonl",
+         help="where lines that cannot be used are listed [bad_rows.jsonl]")
+    flag("--workers", type=int, default=os.cpu_count(), help="threads that decode [one per core]")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     try:
-        for flag in ("limit", "workers"):
-            if (n := getattr(args, flag, None)) is not None and n < 1:
-                raise UserError(f"--{flag} {n}: at least 1")
+        for name in ("limit", "workers"):
+            value = getattr(args, name, None)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: at least 1")
         return args.run(args)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

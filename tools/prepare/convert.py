@@ -1,5 +1,5 @@
 """
-Upstream rows -> the project's rows: what each published data set looks like, and how it is said in JSONL.
+Published rows -> items: what the rows of each published data set look like, and what they become in JSONL.
 
     a row as published ─► converter ─► items: {image | images | video, start, end, subtitles, annotations}
                                        media: a URL, or a name under the set's own folder
@@ -7,13 +7,15 @@ Upstream rows -> the project's rows: what each published data set looks like, an
 This is the leaf of `tools.prepare` that holds knowledge and no machinery: no file is opened here and nothing is
 fetched. Sets of one shape share a converter; RECIPES at the end has one line for each set of datasets.tsv.
 
-Points become shares of the sides. Times count from the start of the file, as everywhere in a line; `start`
-and `end` say which clip of it is meant, and `data.py` makes times count from the clip's start.
+Points become shares of the sides. Times count from the start of the file, as everywhere in a record; `start`
+and `end` give the clip of it that is meant, and `data.py` makes times count from the clip's start.
 """
 import hashlib
 import re
 from collections import Counter
 from typing import NamedTuple
+
+MOST_POINTS = 60  # of an annotation; rows with more are left out
 
 
 class Skip(Exception):
@@ -30,16 +32,18 @@ def share(value, side):
     counted: `tools.prepare` stops a set whose coordinates are in another unit than this file thinks."""
     value = float(value) / side
     outside["seen"] += 1
-    outside["outside"] += not -0.01 <= value <= 1.01
+    if not -0.01 <= value <= 1.01:
+        outside["outside"] += 1
     return round(min(max(value, 0.0), 1.0), 4)
 
 
 def pick(n, *key):
     """A number below n that depends on the key alone: the same on every machine and in every run."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") % n
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % n
 
 
-def records(value):
+def structs(value):
     """A list of structs, which the hub stores so or as a struct of lists: {x: [1, 2]} -> [{x: 1}, {x: 2}]."""
     if isinstance(value, dict):
         return [dict(zip(value, cells)) for cells in zip(*value.values())]
@@ -47,18 +51,18 @@ def records(value):
 
 
 def numbered(points, width=100, height=100):
-    """[{x, y}] in per cent, or in pixels of a picture of this size -> shares of the sides, numbered from left
-    to right."""
-    places = sorted((share(p["x"], width), share(p["y"], height)) for p in records(points))
+    """[{x, y}] in per cent, or in pixels of an image of this size -> shares of the sides, numbered from the left
+    to the right of the image."""
+    places = sorted((share(point["x"], width), share(point["y"], height)) for point in structs(points))
     return [dict(x=x, y=y, id=i) for i, (x, y) in enumerate(places)]
 
 
-def said(value):
+def answer_of(value):
     """An answer: text, a number, or a list of people's answers, of which the most frequent counts."""
     if value is None or value == []:
         raise Skip("no answer")
     if isinstance(value, list):
-        value = Counter(map(str, value)).most_common(1)[0][0]
+        value, _ = Counter(map(str, value)).most_common(1)[0]
     value = str(value).strip()
     if not value:
         raise Skip("empty answer")
@@ -66,15 +70,15 @@ def said(value):
 
 
 def qa(task, question, answer):
-    """An annotation that asks and is answered; Skip if either is empty."""
+    """An annotation of a question and its answer; Skip if either is empty."""
     if not str(question).strip():
         raise Skip("empty question")
-    return dict(task=task, prompt=str(question).strip(), answer=said(answer))
+    return dict(task=task, prompt=str(question).strip(), answer=answer_of(answer))
 
 
 def choice(task, question, options, correct):
-    """Multiple choice; options as published, `correct` their right one."""
-    options = [str(o).strip() for o in options]
+    """Multiple choice; options as published, `correct` the index of the right one."""
+    options = [str(option).strip() for option in options]
     correct = int(correct)
     if len(options) == 1:
         return qa(task, question, options[0])
@@ -86,7 +90,8 @@ def choice(task, question, options, correct):
 def choice_among(task, question, right, wrong):
     """Multiple choice of a right answer and distractors. The slot is drawn: a right answer that is always
     first would be learned as such."""
-    options, slot = [str(w) for w in wrong], pick(len(wrong) + 1, question, right)
+    options = list(map(str, wrong))
+    slot = pick(len(wrong) + 1, question, right)
     options.insert(slot, str(right))
     return choice(task, question, options, slot)
 
@@ -94,13 +99,15 @@ def choice_among(task, question, right, wrong):
 def dialogue(turns):
     """[(role, text)] as messages; Skip unless user and assistant take turns, the assistant last."""
     messages = [dict(role=role, content=text.strip()) for role, text in turns]
-    if not messages or len(messages) % 2 or any(m["role"] != ("user", "assistant")[i % 2] or not m["content"]
-                                                for i, m in enumerate(messages)):
+    if not messages or len(messages) % 2:
         raise Skip("not a dialogue")
+    for i, message in enumerate(messages):
+        if message["role"] != ("user", "assistant")[i % 2] or not message["content"]:
+            raise Skip("not a dialogue")
     return messages
 
 
-def first(row, *names):
+def field(row, *names):
     """The first of these fields that the row has."""
     for name in names:
         if row.get(name) is not None:
@@ -108,161 +115,193 @@ def first(row, *names):
     raise KeyError(" or ".join(names))
 
 
-def picture(refs, annotations, **more):
-    """An item about one picture or several."""
-    refs = [refs] if isinstance(refs, str) else refs
+def image_item(refs, annotations, **more):
+    """An item about one image or several."""
+    if isinstance(refs, str):
+        refs = [refs]
     if not refs or not all(refs):
-        raise Skip("no picture")
-    return dict(dict(image=refs[0]) if len(refs) == 1 else dict(images=refs), annotations=annotations, **more)
+        raise Skip("no image")
+    media = dict(image=refs[0]) if len(refs) == 1 else dict(images=refs)
+    return dict(media, annotations=annotations, **more)
 
 
-def clip(ref, annotations, start=None, end=None, **more):
+def video_item(ref, annotations, start=None, end=None, **more):
     """An item about a video, or the part of it from start to end."""
     if not ref:
         raise Skip("no video")
-    times = {k: round(float(t), 3) for k, t in (("start", start), ("end", end)) if t not in (None, "")}
-    times = {} if times == {"start": 0} else times
+    times = {}
+    if start not in (None, ""):
+        times["start"] = round(float(start), 3)
+    if end not in (None, ""):
+        times["end"] = round(float(end), 3)
+    if times == {"start": 0}:
+        times = {}
     return dict(video=str(ref), **times, annotations=annotations, **more)
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 def pixmo_caption(row, name):
     """A caption, and one of the spoken descriptions it was written from."""
-    annotations = [dict(task="image_caption", answer=said(row["caption"]))]
-    if spoken := [t for t in row.get("transcripts") or [] if t.strip()]:
+    annotations = [dict(task="image_caption", answer=answer_of(row["caption"]))]
+    spoken = [text for text in row.get("transcripts") or [] if text.strip()]
+    if spoken:
+        text = spoken[pick(len(spoken), row["caption"])].strip()
         annotations.append(dict(task="image_caption", prompt="Describe the image as if you were speaking.",
-                                answer=spoken[pick(len(spoken), row["caption"])].strip()))
-    yield picture(row["image_url"], annotations)
+                                answer=text))
+    yield image_item(row["image_url"], annotations)
 
 
 def pixmo_question(row, name):
     """A question of a person, and the answer they agreed to."""
-    yield picture(row["image_url"], [qa("image_qa", row["question"], row["answer"])],
-                  sha256=[row.get("image_sha256")])
+    yield image_item(row["image_url"], [qa("image_qa", row["question"], row["answer"])],
+                     sha256=[row.get("image_sha256")])
 
 
 def pixmo_dialogue(row, name):
-    """`question` is a dialogue, "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]", `answer` its last
-    turn."""
-    _, *turns = re.split(r"\[(USER|ASSISTANT)\]", row["question"] + row["answer"])
-    messages = dialogue([(who.lower(), text) for who, text in zip(turns[::2], turns[1::2])])
-    yield picture(row["image_url"], [dict(task="image_qa", messages=messages)])
+    """`question` is a dialogue, "[USER] ... [ASSISTANT] ... [USER] ... [ASSISTANT]", `answer` its last turn."""
+    _, *parts = re.split(r"\[(USER|ASSISTANT)\]", row["question"] + row["answer"])
+    roles = map(str.lower, parts[::2])
+    messages = dialogue(zip(roles, parts[1::2]))
+    yield image_item(row["image_url"], [dict(task="image_qa", messages=messages)])
 
 
 def pixmo_points(row, name):
     """A label's points. Half of the labels are counted as well, the other half only pointed to."""
-    points, most = records(row["points"]), 60
-    if len(points) > most:
-        raise Skip(f"more than {most} points")
+    points = structs(row["points"])
+    if len(points) > MOST_POINTS:
+        raise Skip(f"more than {MOST_POINTS} points")
+    task = "image_pointing"
     style = ("pointing", "point_count")[pick(2, row["image_sha256"], row["label"])]
-    pixels = name == "pixmo-count"  # pixels of the picture, whose size is known once it is here
-    task = "counting" if pixels and style == "point_count" else "image_pointing"
-    marks = [dict(x=float(p["x"]), y=float(p["y"])) for p in points] if pixels else numbered(points)
-    yield picture(row["image_url"], [dict(task=task, style=style, label=row["label"].strip(), points=marks)],
-                  sha256=[row.get("image_sha256")], **({"pixels": True} if pixels else {}))
+    more = {}
+    if name == "pixmo-count":  # in pixels of the image, whose size is known once it is here
+        points = [dict(x=float(point["x"]), y=float(point["y"])) for point in points]
+        more["pixels"] = True
+        if style == "point_count":
+            task = "counting"
+    else:
+        points = numbered(points)
+    annotation = dict(task=task, style=style, label=row["label"].strip(), points=points)
+    yield image_item(row["image_url"], [annotation], sha256=[row.get("image_sha256")], **more)
 
 
 def cosyn_points(row, name):
     """Three lists side by side: questions, points, names."""
-    yield picture(row["image"], [
-        dict(task="image_pointing", prompt=q.strip(), label=str(label), points=numbered(points))
-        for q, points, label in zip(row["questions"], row["answer_points"], row["names"], strict=True)])
+    annotations = []
+    for question, points, label in zip(row["questions"], row["answer_points"], row["names"], strict=True):
+        annotations.append(dict(task="image_pointing", prompt=question.strip(), label=str(label),
+                                points=numbered(points)))
+    yield image_item(row["image"], annotations)
+
+
+def qa_task(images):
+    return "image_qa" if len(images) == 1 else "multi_image_qa"
 
 
 def pairs(row, name):
-    """One or more drawn pictures and a list of question, explanation, answer. All but documents are answered
+    """One or more drawn images and a list of question, explanation, answer. All but documents are answered
     with the explanation first."""
-    images = first(row, "images", "image", "image_urls")
-    if len(images) > 5 and not isinstance(images, str):
-        raise Skip("more than 5 pictures")
+    images = field(row, "images", "image", "image_urls")
+    if isinstance(images, str):
+        images = [images]
+    if len(images) > 5:
+        raise Skip("more than 5 images")
     if "image_urls" in row and len(images) < 2:
-        raise Skip("fewer than 2 pictures")
-    task, annotations = "image_qa" if isinstance(images, str) or len(images) == 1 else "multi_image_qa", []
-    for p in records(row["qa_pairs"]):
-        why = (p.get("explanation") or "").strip() if name != "cosyn-document" else ""
-        answer = said(p["answer"])
-        annotations.append(qa(task, p["question"],
-                              f"{why} Answer: {answer}" if why and why != answer else answer))
-    yield picture(images, annotations, sha256=row.get("image_sha256s"))
+        raise Skip("fewer than 2 images")
+    annotations = []
+    for pair in structs(row["qa_pairs"]):
+        answer = answer_of(pair["answer"])
+        explanation = (pair.get("explanation") or "").strip()
+        if name != "cosyn-document" and explanation and explanation != answer:
+            answer = f"{explanation} Answer: {answer}"
+        annotations.append(qa(qa_task(images), pair["question"], answer))
+    yield image_item(images, annotations, sha256=row.get("image_sha256s"))
 
 
 def conversations(row, name):
-    """Pictures and a list of {user, assistant}: the shape that one collection gives to dozens of sets."""
-    images = row["images"]
-    task = "counting" if name == "tallyqa" else "image_qa" if len(images) == 1 else "multi_image_qa"
-    yield picture(images, [qa(task, t["user"], t["assistant"]) for t in records(row["texts"])])
+    """Images and a list of {user, assistant}: the shape that one collection gives to dozens of sets."""
+    task = "counting" if name == "tallyqa" else qa_task(row["images"])
+    yield image_item(row["images"], [qa(task, turn["user"], turn["assistant"]) for turn in structs(row["texts"])])
 
 
-def asked(row, name):
-    """One picture, one question: with an answer, with people's answers, or with choices."""
-    question = first(row, "question", "query").strip()
-    if hint := (row.get("hint") or "").strip():
+def image_question(row, name):
+    """One image, one question: with an answer, with people's answers, or with choices."""
+    question = field(row, "question", "query").strip()
+    hint = (row.get("hint") or "").strip()
+    if hint:
         question = f"{hint}\n{question}"
     if not row.get("image"):
-        raise Skip("no picture")
+        raise Skip("no image")
     annotations = []
     if "choices" in row:
-        right = first(row, "correct_choice_idx", "answer")
-        annotations.append(choice("image_qa", question, row["choices"], right))
+        correct = field(row, "correct_choice_idx", "answer")
+        annotations.append(choice("image_qa", question, row["choices"], correct))
     if "choices" not in row or "direct_answers" in row:
-        answer = first(row, "direct_answers", "answers", "label", "answer")
+        answer = field(row, "direct_answers", "answers", "label", "answer")
         if "direct_answers" in row and isinstance(answer, str):  # a list as text: "['a', 'b']"
-            answer = [a or b for a, b in re.findall(r"'(.*?)'(?=[,\]])|\"(.*?)\"(?=[,\]])", answer)]
+            quoted = re.findall(r"'(.*?)'(?=[,\]])|\"(.*?)\"(?=[,\]])", answer)
+            answer = list(map("".join, quoted))  # one of the two groups is empty
         annotations.append(qa("image_qa", question, answer))
-    yield picture(row["image"], annotations)
+    yield image_item(row["image"], annotations)
 
 
 def mantis(row, name):
-    """Several pictures and lists side by side: questions with choices, without, and answers."""
+    """Several images and lists side by side: questions with choices, without, and answers."""
     if len(row["images"]) < 2:
-        raise Skip("fewer than 2 pictures")
-    lists = ("mc_question", "choices", "correct_choice_idx", "oe_question", "direct_answer")
-    yield picture(row["images"], [
-        choice("multi_image_qa", lettered, options, right) if options else qa("multi_image_qa", open_, answer)
-        for lettered, options, right, open_, answer in zip(*(row[k] for k in lists), strict=True)])
+        raise Skip("fewer than 2 images")
+    annotations = []
+    for question, options, correct, open_question, answer in zip(
+            row["mc_question"], row["choices"], row["correct_choice_idx"], row["oe_question"],
+            row["direct_answer"], strict=True):
+        if options:
+            annotations.append(choice("multi_image_qa", question, options, correct))
+        else:
+            annotations.append(qa("multi_image_qa", open_question, answer))
+    yield image_item(row["images"], annotations)
 
 
 def several_points(row, name):
-    """One human label per picture, points in per cent; asked about all pictures under one of the wordings.
-    `normalized_labels`, where given, says which wordings mean the same; else only equal words do."""
-    labels, points = row["labels"], row["points"]
-    meant = row.get("normalized_labels") or [label.strip().lower() for label in labels]
+    """One human label per image, points in per cent; one of the labels is asked for in all images.
+    `normalized_labels`, where given, tells which labels mean the same; else only equal words do."""
+    labels = row["labels"]
+    meanings = row.get("normalized_labels") or [label.strip().lower() for label in labels]
     if len(labels) < 2:
-        raise Skip("fewer than 2 pictures")
-    one = pick(len(labels), labels, row["image_sha256s"])
-    marks = []
-    for i, (m, here) in enumerate(zip(meant, points, strict=True)):
-        marks += [dict(p, image=i) for p in numbered(here)] if m == meant[one] else []
-    if len(marks) > 60:
-        raise Skip("more than 60 points")
+        raise Skip("fewer than 2 images")
+    chosen = pick(len(labels), labels, row["image_sha256s"])
+    points = []
+    for image, (meaning, marks) in enumerate(zip(meanings, row["points"], strict=True)):
+        if meaning == meanings[chosen]:
+            points += [dict(point, image=image) for point in numbered(marks)]
+    if len(points) > MOST_POINTS:
+        raise Skip(f"more than {MOST_POINTS} points")
+    for i, point in enumerate(points):
+        point["id"] = i
     style = ("multi_image_pointing", "multi_image_point_then_count")[pick(2, row["image_sha256s"], labels)]
-    yield picture(row["image_urls"], [dict(task="multi_image_pointing", style=style,
-                                           label=labels[one].strip(),
-                                           points=[dict(p, id=i) for i, p in enumerate(marks)])],
-                  sha256=row.get("image_sha256s"))
+    annotation = dict(task="multi_image_pointing", style=style, label=labels[chosen].strip(), points=points)
+    yield image_item(row["image_urls"], [annotation], sha256=row.get("image_sha256s"))
 
 
 def clock_face(row, name):
-    """The rows say what time it is on a face that somebody else has to draw."""
-    yield picture(f"{row['example_id']}.png", [qa("image_qa", "What time is shown?", row["watch_time"])])
+    """The rows give the time on a face that somebody else has to draw."""
+    yield image_item(f"{row['example_id']}.png", [qa("image_qa", "What time is shown?", row["watch_time"])])
 
 
 # ---- text --------------------------------------------------------------------------------------------------
 
 def chat(row, name):
     """A conversation. The system's words open the first question. Left out, as published: canned identities,
-    code, and text that is not English; the published columns for that are missing here, so fences and letters
-    have to tell."""
-    turns = [(m["role"], m["content"].strip()) for m in row["messages"]]
+    code, and text that is not English: the published columns for that are missing here, so that fences and
+    letters of other scripts decide."""
+    turns = [(message["role"], message["content"].strip()) for message in row["messages"]]
     if re.search("hard_?coded", str(row.get("dataset") or row.get("source"))):
         raise Skip("canned identity")
     if len(turns) > 1 and turns[0][0] == "system":
-        turns = [(turns[1][0], f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
-    text = "".join(said for _, said in turns)
+        (_, system), (role, question), *rest = turns
+        turns = [(role, f"{system}\n\n{question}"), *rest]
+    text = "".join(content for _, content in turns)
     if "```" in text:
         raise Skip("code")
-    if sum(c > "\x7f" for c in text) > 0.1 * len(text):
+    if len(re.findall(r"[^\x00-\x7f]", text)) > 0.1 * len(text):
         raise Skip("not English")
     if len(turns) % 2:
         turns.pop()  # a question nobody answered
@@ -271,20 +310,25 @@ def chat(row, name):
 
 def identity(row, name):
     """Several ways to ask who the model is, and one answer."""
-    yield dict(annotations=[qa("text", q, row["response"]) for q in row["questions"]])
+    yield dict(annotations=[qa("text", question, row["response"]) for question in row["questions"]])
 
 
 # ---- videos ------------------------------------------------------------------------------------------------
+
+CAPTIONS = {"video_caption": "video_short_caption", "merged_caption": "video_caption",
+            "video_frame_merged_caption": "video_long_caption"}  # column -> style
+
 
 def video_captions(row, name):
     """Up to three captions of a video, short, whole, and with every frame's details."""
     if row.get("annotation_score") is not None and row["annotation_score"] < 3:
         raise Skip("annotation score below 3")
-    kinds = (("video_caption", "video_short_caption"), ("merged_caption", "video_caption"),
-             ("video_frame_merged_caption", "video_long_caption"))
-    annotations = [dict(task="video_caption", style=style, answer=row[key].strip())
-                   for key, style in kinds if (row.get(key) or "").strip()]
-    yield clip(row["video_id"], annotations, row.get("video_start"), row.get("video_end"))
+    annotations = []
+    for column, style in CAPTIONS.items():
+        text = (row.get(column) or "").strip()
+        if text:
+            annotations.append(dict(task="video_caption", style=style, answer=text))
+    yield video_item(row["video_id"], annotations, row.get("video_start"), row.get("video_end"))
 
 
 VIDEO_NAMES = ("video", "video_id", "vid_name", "vid_filename", "video_path", "video_filename", "gif_name",
@@ -294,125 +338,147 @@ VIDEO_NAMES = ("video", "video_id", "vid_name", "vid_filename", "video_path", "v
 def options_of(row):
     """Choices and the place of the right one, in any of the spellings around: ([...], i), or None. Of columns
     a0, a1, ... the answer is the number; of a list it may be the text."""
-    columns = [row[k] for stem in ("a", "option") for k in (f"{stem}{i}" for i in range(6)) if k in row]
-    options = columns or row.get("options") or row.get("choices") or []
-    for field in ("correct", "answer_idx", "answer_id", "answer_key_position", "correct_choice_idx",
-                  "answer"):
-        at = row.get(field)
-        if at in options and isinstance(at, str) and not columns:
-            return options, options.index(at)
-        if options and at is not None and str(at).strip().isdigit():
-            return options, int(at)
+    in_columns = []
+    for stem in ("a", "option"):
+        for i in range(6):
+            if f"{stem}{i}" in row:
+                in_columns.append(row[f"{stem}{i}"])
+    options = in_columns or row.get("options") or row.get("choices") or []
+    for name in ("correct", "answer_idx", "answer_id", "answer_key_position", "correct_choice_idx", "answer"):
+        answer = row.get(name)
+        if isinstance(answer, str) and answer in options and not in_columns:
+            return options, options.index(answer)
+        if options and answer is not None and str(answer).strip().isdigit():
+            return options, int(answer)
     return None
 
 
 def subtitles(lines):
     """[{start, end, text}] of what came as such; lines without times are no subtitles here."""
-    return [{k: s[k] for k in ("start", "end", "text")} for s in lines or () if isinstance(s, dict)]
+    return [{k: line[k] for k in ("start", "end", "text")} for line in lines or () if isinstance(line, dict)]
 
 
-def asked_of_video(row, name, video=None):
+def video_question(row, name, video=None):
     """One question about a video: with choices, with distractors, or open."""
-    question = first(row, "question", "Question", "q", "q_body", "query", "instruction")
+    question = field(row, "question", "Question", "q", "q_body", "query", "instruction")
+    found = options_of(row)
     if "NegativeAnswers" in row:
         annotation = choice_among("video_qa", question, row["Answer"], row["NegativeAnswers"])
-    elif found := options_of(row):
+    elif found:
         annotation = choice("video_qa", question, *found)
     else:
-        annotation = qa("video_qa", question, first(row, "answer", "output"))
+        annotation = qa("video_qa", question, field(row, "answer", "output"))
     lines = subtitles(row.get("subtitle") or row.get("subtitles"))
     more = dict(subtitles=lines) if lines else {}
-    start, end = row.get("start"), row.get("end")
+    start = row.get("start")
+    end = row.get("end")
     if re.fullmatch(r"[\d.]+-[\d.]+", row.get("ts") or ""):  # TVQA
         start, end = row["ts"].split("-")
-    yield clip(video or first(row, *VIDEO_NAMES), [annotation], start, end, **more)
+    yield video_item(video or field(row, *VIDEO_NAMES), [annotation], start, end, **more)
 
 
 def tvqa(row, name):
-    """Questions in one file, subtitles in another: a line of the second asks nothing."""
+    """Questions in one file, subtitles in another: a line of the second has no annotation."""
     if "sub" in row:
-        yield clip(row["vid_name"], [], subtitles=subtitles(row["sub"]))
+        yield video_item(row["vid_name"], [], subtitles=subtitles(row["sub"]))
     else:
-        yield from asked_of_video(row, name)
+        yield from video_question(row, name)
 
 
-def listed(row, name):
+def texts_of(choices):
+    return [choice["choice"] for choice in choices]
+
+
+def question_list(row, name):
     """A video with a list of questions."""
-    video = first(row, *VIDEO_NAMES)
-    for q in first(row, "examples", "mc_question", "mc_qa_list", "questions"):
-        if q.get("choices") and isinstance(q["choices"][0], dict):
-            right = [c["choice"] for c in q["choices"] if c["answer"] == "correct"]
+    video = field(row, *VIDEO_NAMES)
+    for question in field(row, "examples", "mc_question", "mc_qa_list", "questions"):
+        choices = question.get("choices")
+        if choices and isinstance(choices[0], dict):
+            right = [choice for choice in choices if choice["answer"] == "correct"]
             if len(right) != 1:
                 continue  # CLEVRER: several or none are right
-            q = dict(q, choices=[c["choice"] for c in q["choices"]], answer=right[0])
-        yield from asked_of_video({"subtitles": row.get("subtitles"), **q}, name, video)
+            question = dict(question, choices=texts_of(choices), answer=right[0]["choice"])
+        yield from video_question({"subtitles": row.get("subtitles"), **question}, name, video)
 
 
 def star(row, name):
     """Choices come as {choice_id, choice}, the answer as its text."""
-    yield from asked_of_video(dict(row, choices=[c["choice"] for c in row["choices"]]), name)
+    yield from video_question(dict(row, choices=texts_of(row["choices"])), name)
 
 
-def dialogue_of_video(row, name):
+def video_dialogue(row, name):
     """[{from: human | gpt, value}]; the first value opens with a line that stands for the video."""
-    turns = [({"human": "user", "gpt": "assistant"}[t["from"]], t["value"].replace("<image>", ""))
-             for t in row["conversations"]]
-    yield clip(row["video"], [dict(task="video_qa", messages=dialogue(turns))])
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = [(roles[turn["from"]], turn["value"].replace("<image>", "")) for turn in row["conversations"]]
+    yield video_item(row["video"], [dict(task="video_qa", messages=dialogue(turns))])
 
 
-def moments(row, name):
+def time_windows(row, name):
     """When does it happen? Windows in seconds."""
     windows = row["relevant_windows"]
     if not 0 < len(windows) <= 5:
         raise Skip("more than 5 windows")
     question = f"When does this happen: {row['query']}? Give start and end in seconds."
-    yield clip(row["vid"], [qa("video_qa", question, ", ".join(f"{a} - {b}" for a, b in windows))])
+    answer = ", ".join(f"{start} - {end}" for start, end in windows)
+    yield video_item(row["vid"], [qa("video_qa", question, answer)])
 
 
 def motion_caption(row, name):
     """What moves, and how."""
-    yield clip(row["video_path"], [dict(task="video_caption", answer=said(row["motion_caption"]))])
+    yield video_item(row["video_path"], [dict(task="video_caption", answer=answer_of(row["motion_caption"]))])
 
 
 def repetitions(row, name):
     """How often a movement is repeated; the rows have its name and the number."""
     question = f"How many times is this done: {row['class']}?"
-    yield clip(row["video_path"], [qa("video_qa", question, row["count"])])
+    yield video_item(row["video_path"], [qa("video_qa", question, row["count"])])
 
 
 def plain(row, name):
     """The layout asked for where the published one is not known: a row per question or caption, in the fields
-    a line of this project has. All of these sets are videos."""
+    of a record of this project. All of these sets are videos."""
     if "question" in row:
-        yield from asked_of_video(row, name)
+        yield from video_question(row, name)
     else:
-        yield clip(first(row, *VIDEO_NAMES),
-                   [dict(task="video_caption", answer=said(first(row, "answer", "caption")))],
-                   row.get("start"), row.get("end"))
+        caption = answer_of(field(row, "answer", "caption"))
+        yield video_item(field(row, *VIDEO_NAMES), [dict(task="video_caption", answer=caption)],
+                         row.get("start"), row.get("end"))
 
 
 def video_points(row, name):
-    """points[i] are those of the moment timestamps[i], in per cent; every point is an object of its own."""
+    """points[i] are those at the time timestamps[i], in per cent; every point is an object of its own."""
     if row.get("annotator_unsure"):
         raise Skip("annotator unsure")
-    at = first(row, "two_fps_timestamps", "timestamps")
-    places = sorted((float(t), share(p["x"], 100), share(p["y"], 100))
-                    for t, here in zip(at, row["points"] or [], strict=True) for p in records(here))
-    start, end = (row.get(f"clip_{k}", row.get(f"clip_{k}_time")) for k in ("start", "end"))
+    places = []  # (time, x, y)
+    for t, marks in zip(field(row, "two_fps_timestamps", "timestamps"), row["points"] or [], strict=True):
+        places += [(float(t), share(mark["x"], 100), share(mark["y"], 100)) for mark in structs(marks)]
+    places.sort()
+    start = row.get("clip_start", row.get("clip_start_time"))
+    end = row.get("clip_end", row.get("clip_end_time"))
     if (row.get("video_duration") or 0) > 63:
         if end is None:
             raise Skip("longer than 63 s and no clip of it given")
-    elif start in (None, 0):
-        start = end = None  # the whole video
-    places = [p for p in places if end is None or start <= p[0] <= end]
-    if len(places) > 60:
-        raise Skip("more than 60 points")
+    elif start in (None, 0):  # the whole video
+        start = None
+        end = None
+    if end is not None:
+        places = [place for place in places if start <= place[0] <= end]
+    if len(places) > MOST_POINTS:
+        raise Skip(f"more than {MOST_POINTS} points")
     if row["count"] != len(places):
         raise Skip("count and points differ")
-    label, ref = first(row, "label", "category").strip(), first(row, "video_id", "video_name")
-    style = ("video_point", "video_point_count")[pick(2, ref, label)]
+    label = field(row, "label", "category").strip()
+    video = field(row, "video_id", "video_name")
+    style = ("video_point", "video_point_count")[pick(2, video, label)]
     points = [dict(t=t, x=x, y=y, id=i) for i, (t, x, y) in enumerate(places)]
-    yield clip(ref, [dict(task="video_pointing", style=style, label=label, points=points)], start, end)
+    yield video_item(video, [dict(task="video_pointing", style=style, label=label, points=points)], start, end)
+
+
+ACADEMIC = {  # name -> (subset of the published table, frames a second where they are known)
+    "academic-video-point-mevis": ("mevis", 6), "academic-video-point-refvos": ("refyoutube", 6),
+    "academic-video-point-lv-vis": ("lvvis", 4), "academic-video-point-ovis": ("ovis", None),
+    "academic-video-point-burst": ("burst", 6), "academic-video-point-ref-davis17": ("refdavis17", None)}
 
 
 def academic_points(row, name):
@@ -420,38 +486,11 @@ def academic_points(row, name):
     subset, rate = ACADEMIC[name]
     if row["subset"] != subset:
         raise Skip("of another set")
-    for item in video_points(dict(row, label=row.get("category") or row.get("label")), name):
-        yield item | (dict(fps=rate, cut=[item["video"], 0, None]) if rate else {})
-
-
-ACADEMIC = {"academic-video-point-" + name: known for name, *known in (  # subset, frames a second
-    ("mevis", "mevis", 6), ("refvos", "refyoutube", 6), ("lv-vis", "lvvis", 4), ("ovis", "ovis", None),
-    ("burst", "burst", 6), ("ref-davis17", "refdavis17", None))}
-
-
-def tracks(row, name):
-    """The tracking schema: pixels, in the frames of a clip taken at sampling_fps; id = place in mask_id. The
-    config says what is asked for: all of it, where each object comes and goes, or what follows a given first
-    point."""
-    rate, wanted = row["fps"], row.get("sampling_fps") or row["fps"]
-    if rate % wanted:
-        raise Skip("fps is no multiple of sampling_fps")
-    ids, points = {str(m): i for i, m in enumerate(row["mask_id"])}, []
-    for frame in row["frame_trajectories"]:
-        for p in records(frame["points"]):
-            if not p.get("occluded") and p.get("point") and str(p["id"]) in ids:
-                points.append(dict(t=round(float(frame["time"]), 3), x=share(p["point"][0], row["width"]),
-                                   y=share(p["point"][1], row["height"]), id=ids[str(p["id"])]))
-    variant = "single_point_track" if row["_config"] in SINGLE_OBJECT else row["_config"]
-    label = first(row, "expression", "exp").strip()
-    a = dict(task="video_tracking", style=STYLES[variant], label=label, fps=wanted, points=points)
-    if variant == "single_point_track":
-        if not points:
-            raise Skip("never visible")
-        a["input_points"] = points[:1]
-    # The clip is a file of its own, or frames start_frame to end_frame of the video.
-    yield clip(row.get("clip") or row["video"], [a], fps=rate,
-               cut=[str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")])
+    label = row.get("category") or row.get("label")
+    for item in video_points(dict(row, label=label), name):
+        if rate:
+            item |= dict(fps=rate, cut=[item["video"], 0, None])
+        yield item
 
 
 STYLES = {"track": "video_point_track_per_frame", "ground": "video_point_ground_start_end",
@@ -460,112 +499,170 @@ SINGLE_OBJECT = {"trackingnet", "vasttrack", "got10k", "webuav", "lasot", "tnl2k
                  "latot", "uwcot", "lvosv1", "tnnlt"}
 
 
+def ids_of(row):
+    """{name of an object: its number}"""
+    return {str(mask): i for i, mask in enumerate(row["mask_id"])}
+
+
+def cut_of(row):
+    """Where the clip is, if it is no file of its own: frames start_frame to end_frame of the video."""
+    return [str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")]
+
+
+def tracks(row, name):
+    """The tracking schema: pixels, in the frames of a clip taken at sampling_fps; id = place in mask_id. The
+    config tells what is asked for: all of it, where each object comes and goes, or what follows a given first
+    point of one object."""
+    rate = row["fps"]
+    sampled = row.get("sampling_fps") or rate
+    if rate % sampled:
+        raise Skip("fps is no multiple of sampling_fps")
+    ids = ids_of(row)
+    points = []
+    for frame in row["frame_trajectories"]:
+        for point in structs(frame["points"]):
+            if not point.get("occluded") and point.get("point") and str(point["id"]) in ids:
+                t = round(float(frame["time"]), 3)
+                x, y = point["point"][:2]
+                points.append(dict(t=t, x=share(x, row["width"]), y=share(y, row["height"]),
+                                   id=ids[str(point["id"])]))
+    variant = "single_point_track" if row["_config"] in SINGLE_OBJECT else row["_config"]
+    annotation = dict(task="video_tracking", style=STYLES[variant],
+                      label=field(row, "expression", "exp").strip(), fps=sampled, points=points)
+    if variant == "single_point_track":
+        if not points:
+            raise Skip("never visible")
+        annotation["input_points"] = points[:1]
+    yield video_item(row.get("clip") or row["video"], [annotation], fps=rate, cut=cut_of(row))
+
+
 # ---- held-out evaluation -----------------------------------------------------------------------------------
 
 def unpacked(rle):
     """A run-length mask with its runs as numbers. COCO writes them as text: 5 bits a character, least first,
-    the sixth says that more follow; from the fourth on a run is told as the difference from the one before
-    the last."""
-    counts, text = [], rle["counts"]
+    the sixth bit means that more follow; from the fourth on a run is given as the difference from the one
+    before the one before it."""
+    text = rle["counts"]
     if not isinstance(text, str):
         return dict(size=list(rle["size"]), counts=list(text))
-    at = 0
-    while at < len(text):
-        value, shift, more = 0, 0, True
-        while more:
-            c = ord(text[at]) - 48
-            value |= (c & 31) << shift
-            more, at, shift = c & 32, at + 1, shift + 5
-        if c & 16:
+    counts = []
+    value = 0
+    shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:  # the sign
             value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        if len(counts) > 2:
+            value += counts[-2]
+        counts.append(value)
+        value = 0
+        shift = 0
+    if shift:
+        raise ValueError("a mask is cut short")
     return dict(size=list(rle["size"]), counts=counts)
 
 
 def runs(mask):
     """A mask as rows of booleans -> run lengths by columns, the first run being of what is outside."""
-    cells, counts, state = [row[j] for j in range(len(mask[0])) for row in mask], [0], False
-    for cell in cells:
-        if bool(cell) != state:
-            counts.append(0)
-            state = not state
-        counts[-1] += 1
+    counts = [0]
+    inside = False
+    for column in zip(*mask, strict=True):
+        for cell in column:
+            if bool(cell) != inside:
+                counts.append(0)
+                inside = not inside
+            counts[-1] += 1
     return dict(size=[len(mask), len(mask[0])], counts=counts)
 
 
 def eval_points(row, name):
     """Points in per cent, and a mask for each."""
-    places = [dict(x=share(p["x"], 100), y=share(p["y"], 100), id=i)
-              for i, p in enumerate(records(row["points"]))]
-    masks = [dict(id=i, rle=runs(m)) for i, m in enumerate(row.get("masks") or [])][:len(places)]
-    yield picture(row["image_url"], [dict(task="image_pointing", style="pointing", label=row["label"].strip(),
-                                          points=places, masks=masks)], sha256=[row.get("image_sha256")])
+    points = []
+    for i, point in enumerate(structs(row["points"])):
+        points.append(dict(x=share(point["x"], 100), y=share(point["y"], 100), id=i))
+    masks = []
+    for i, mask in enumerate((row.get("masks") or [])[:len(points)]):
+        masks.append(dict(id=i, rle=runs(mask)))
+    annotation = dict(task="image_pointing", style="pointing", label=row["label"].strip(), points=points,
+                      masks=masks)
+    yield image_item(row["image_url"], [annotation], sha256=[row.get("image_sha256")])
 
 
 def eval_count(row, name):
-    """A number of things, in a picture or in a clip."""
+    """A number of things, in an image or in a clip."""
+    count = str(row["count"])
     if "image_url" in row:
-        yield picture(row["image_url"], [dict(task="counting", label=row["label"].strip(),
-                                              answer=str(row["count"]))],
-                      sha256=[row.get("image_sha256")])
+        annotation = dict(task="counting", label=row["label"].strip(), answer=count)
+        yield image_item(row["image_url"], [annotation], sha256=[row.get("image_sha256")])
     else:
-        yield clip(row["video_id"], [dict(task="counting", prompt=row["question"], label=row["label"],
-                                          answer=str(row["count"]), category=row.get("category"))],
-                   row.get("clip_start"), row.get("clip_end"))
+        annotation = dict(task="counting", prompt=row["question"], label=row["label"], answer=count,
+                          category=row.get("category"))
+        yield video_item(row["video_id"], [annotation], row.get("clip_start"), row.get("clip_end"))
 
 
 def eval_captions(row, name):
     """A caption, and the statements it is made of, which a judge looks for."""
-    yield clip(row["video_id"], [dict(task="video_caption", answer=said(row["aggregated_caption"]),
-                                      statements=list(row["atomic_statements"]))],
-               row.get("video_start"), row.get("video_end"))
+    annotation = dict(task="video_caption", answer=answer_of(row["aggregated_caption"]),
+                      statements=list(row["atomic_statements"]))
+    yield video_item(row["video_id"], [annotation], row.get("video_start"), row.get("video_end"))
 
 
 def eval_video_points(row, name):
     """A point and masks half a second apart for each instance; of them the one at the point's time."""
-    points, masks = [], []
-    for i, (t, p, around) in enumerate(zip(row["two_fps_timestamps"], records(row["points"]), row["masks"],
-                                           strict=True)):
-        points.append(dict(t=float(t), x=share(p["x"], row["width"]), y=share(p["y"], row["height"]), id=i))
-        near = min(records(around), key=lambda m: abs(m["frame_id"] / 2 - t), default=None)
-        if near and abs(near["frame_id"] / 2 - t) < 0.25:
-            masks.append(dict(t=float(t), id=i, rle=unpacked(near["rle"])))
-    yield clip(row["video_id"], [dict(task="video_pointing", label=row["label"].strip(), points=points,
-                                      masks=masks)])
+    points = []
+    masks = []
+    for i, (t, point, shapes) in enumerate(zip(row["two_fps_timestamps"], structs(row["points"]), row["masks"],
+                                               strict=True)):
+        x = share(point["x"], row["width"])
+        y = share(point["y"], row["height"])
+        points.append(dict(t=float(t), x=x, y=y, id=i))
+        distance = lambda shape: abs(shape["frame_id"] / 2 - t)
+        nearest = min(structs(shapes), key=distance, default=None)
+        if nearest and distance(nearest) < 0.25:
+            masks.append(dict(t=float(t), id=i, rle=unpacked(nearest["rle"])))
+    yield video_item(row["video_id"], [dict(task="video_pointing", label=row["label"].strip(), points=points,
+                                            masks=masks)])
 
 
 def eval_tracks(row, name):
     """A slot per frame of the clip: [x, y] in pixels, or null. One frame a second is evaluated, and kept."""
-    rate, ids = round(row["fps"]), {str(o): i for i, o in enumerate(row["mask_id"])}
-    points, masks = [], []
-    shapes = {str(m["object_id"]): m["masks"] for m in records(row["masks"])}
-    for o in records(row["points"]):
-        i, shape = ids[str(o["object_id"])], shapes.get(str(o["object_id"]))
-        for f in range(0, len(o["points"]), rate):
-            if o["points"][f]:
-                x, y = o["points"][f]
-                points.append(dict(t=f / row["fps"], x=share(x, row["w"]), y=share(y, row["h"]), id=i))
-                if shape and shape[f]:
-                    masks.append(dict(t=f / row["fps"], id=i, rle=unpacked(shape[f])))
-    a = dict(task="video_tracking", label=row["exp"].strip(), fps=1, points=points, masks=masks)
-    yield clip(row.get("clip") or row["video"], [a], fps=row["fps"],
-               cut=[str(row["video"]), row.get("start_frame") or 0, row.get("end_frame")])
+    ids = ids_of(row)
+    shapes = {str(mask["object_id"]): mask["masks"] for mask in structs(row["masks"])}
+    points = []
+    masks = []
+    for track in structs(row["points"]):
+        object_id = str(track["object_id"])
+        i = ids[object_id]
+        for frame in range(0, len(track["points"]), round(row["fps"])):
+            if not track["points"][frame]:
+                continue
+            x, y = track["points"][frame]
+            t = frame / row["fps"]
+            points.append(dict(t=t, x=share(x, row["w"]), y=share(y, row["h"]), id=i))
+            if shapes.get(object_id) and shapes[object_id][frame]:
+                masks.append(dict(t=t, id=i, rle=unpacked(shapes[object_id][frame])))
+    annotation = dict(task="video_tracking", label=row["exp"].strip(), fps=1, points=points, masks=masks)
+    yield video_item(row.get("clip") or row["video"], [annotation], fps=row["fps"], cut=cut_of(row))
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
 class Recipe(NamedTuple):
-    """How one set is made.
+    """How one set is made. What a user has to get by hand, and where from, is in datasets.tsv.
 
+    media: "url" in the rows, "embedded" in the rows, "youtube" (a mirror that the repository lists), "archive"
+    of a repository, by "hand", or "none".
     rows: where its annotations are. ("hub", repo, config, split[, rows to a page]): rows of the hub; ("file",
     repo, pattern): files in a repository; ("here", pattern): files put into the set's own folder. None given
-    means what datasets.tsv names. media: "url" in the rows, "embedded" in the rows, "youtube" (a mirror that
-    the repository lists), "archive" of a repository, by "hand", or "none".
+    means what datasets.tsv names.
     """
     convert: callable
     media: str
     rows: tuple = ()
-    note: str = ""        # what is by hand, and where from
     archives: tuple = ()  # (repo, pattern): unpacked into the set's folder
 
 
@@ -576,7 +673,7 @@ def hub(repo, config="default", split="train", *page):
 
 def files(repo, *patterns):
     """Files of a hub repository."""
-    return tuple(("file", repo, p) for p in patterns)
+    return tuple(("file", repo, pattern) for pattern in patterns)
 
 
 def links(repo):
@@ -585,40 +682,30 @@ def links(repo):
 
 
 def cauldron(config):
-    """Academic sets that need logins or archives elsewhere: here with their pictures inside the rows."""
+    """Academic sets that need logins or archives elsewhere: here with their images inside the rows."""
     return Recipe(conversations, "embedded", hub("HuggingFaceM4/the_cauldron", config))
 
 
 def mantis_of(folder):
-    """Sets of several pictures: rows in one repository, pictures in an archive of another."""
-    return Recipe(mantis, "archive", hub(f"allenai/molmo2-mantis-instruct-{folder}"), "",
-                  (("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip"),))
+    """Sets of several images: rows in one repository, images in an archive of another."""
+    images = ("TIGER-Lab/Mantis-Instruct", f"{folder}/train_images.zip")
+    return Recipe(mantis, "archive", hub(f"allenai/molmo2-mantis-instruct-{folder}"), (images,))
 
 
 def llava_video(kind, *sets):
     """Folders by length and set, each with its questions and its videos."""
     repo = "lmms-lab/LLaVA-Video-178K"
-    return Recipe(dialogue_of_video, "archive", files(repo, *(f"*_{s}/*_{kind}_*.json" for s in sets)), "",
-                  tuple((repo, f"*_{s}/*.tar.gz") for s in sets))
+    questions = files(repo, *(f"*_{s}/*_{kind}_*.json" for s in sets))
+    return Recipe(video_dialogue, "archive", questions, tuple((repo, f"*_{s}/*.tar.gz") for s in sets))
 
 
-def by_hand(note, convert=plain, file="annotations.*"):
+def by_hand(convert=plain, file="annotations.*"):
     """Annotations and videos both put there by the user."""
-    return Recipe(convert, "hand", (("here", file),), note)
+    return Recipe(convert, "hand", (("here", file),))
 
-
-def tracking(note, *archives):
-    """The tracking schema, rows of the hub; videos by hand unless the hub has an archive."""
-    return Recipe(tracks, "archive" if archives else "hand", (), note, archives)
-
-
-YOUTUBE = "YouTube, of which some are gone; name the files by their ids"
-# Their rows count these frames, 6 to a second, whatever rate was filmed at.
-DECIMATED = ("only every n-th frame, n = round(its fps / 6), fps in video_original_fps.json of hub "
-             "repository allenai/molmo2-{}, as a folder of pictures or a file of 6 frames a second")
 
 RECIPES = {
-    # pictures behind URLs
+    # images behind URLs
     "pixmo-cap": Recipe(pixmo_caption, "url"),
     "pixmo-ask-model-anything": Recipe(pixmo_question, "url"),
     "pixmo-cap-qa": Recipe(pixmo_dialogue, "url"),
@@ -626,135 +713,98 @@ RECIPES = {
     "pixmo-count": Recipe(pixmo_points, "url"),
     "molmo2-multiimageqa": Recipe(pairs, "url"),
     "molmo2-multiimagepoint": Recipe(several_points, "url"),
-    # pictures inside the rows
+    # images inside the rows
     "cosyn-point": Recipe(cosyn_points, "embedded"),
-    **{f"cosyn-{kind}": Recipe(pairs, "embedded")
-       for kind in ("chart", "document", "math", "table", "diagram", "music", "chemical")},
     "molmo2-synmultiimageqa": Recipe(pairs, "embedded"),
-    "chartqa": Recipe(asked, "embedded"),
-    "scienceqa": Recipe(asked, "embedded"),
-    "docvqa": Recipe(asked, "embedded", hub("HuggingFaceM4/DocumentVQA")),
-    "textvqa": Recipe(asked, "embedded", hub("lmms-lab/textvqa")),
-    "a-okvqa": Recipe(asked, "embedded", hub("HuggingFaceM4/A-OKVQA")),
-    **{name: cauldron(config) for name, config in {
-        "vqa-v2": "vqav2", "tallyqa": "tallyqa", "st-vqa": "st_vqa", "ok-vqa": "okvqa", "ai2d": "ai2d",
-        "infographicvqa": "infographic_vqa", "tabmwp": "tabmwp", "plotqa": "plotqa", "dvqa": "dvqa",
-        "figureqa": "figureqa"}.items()},
-    # pictures in archives of the hub, or by hand
+    "chartqa": Recipe(image_question, "embedded"),
+    "scienceqa": Recipe(image_question, "embedded"),
+    "docvqa": Recipe(image_question, "embedded", hub("HuggingFaceM4/DocumentVQA")),
+    "textvqa": Recipe(image_question, "embedded", hub("lmms-lab/textvqa")),
+    "a-okvqa": Recipe(image_question, "embedded", hub("HuggingFaceM4/A-OKVQA")),
+    "vqa-v2": cauldron("vqav2"),
+    "tallyqa": cauldron("tallyqa"),
+    "st-vqa": cauldron("st_vqa"),
+    "ok-vqa": cauldron("okvqa"),
+    "ai2d": cauldron("ai2d"),
+    "infographicvqa": cauldron("infographic_vqa"),
+    "tabmwp": cauldron("tabmwp"),
+    "plotqa": cauldron("plotqa"),
+    "dvqa": cauldron("dvqa"),
+    "figureqa": cauldron("figureqa"),
+    # images in archives of the hub, or by hand
     "llava-665k-multi": mantis_of("llava_665k_multi"),
     "nlvr2": mantis_of("nlvr2"),
     "spot-the-difference": mantis_of("spot-the-diff"),
-    "pixmo-clocks": Recipe(clock_face, "hand", (),
-                           "the rows name watch faces of facer.io and hold no picture; put "
-                           "drawn faces there as <example_id>.png"),
+    "pixmo-clocks": Recipe(clock_face, "hand"),
     # text
     "tulu-v2-sft-mixture": Recipe(chat, "none"),
     "molmo2-hardcodes": Recipe(identity, "none"),
     # videos from the mirror
-    "molmo2-askmodelanything": Recipe(asked_of_video, "youtube"),
-    "molmo2-videocapqa": Recipe(asked_of_video, "youtube"),
-    "molmo2-videosubtitleqa": Recipe(asked_of_video, "youtube"),
-    "molmo2-videopoint": Recipe(
-        video_points, "youtube", (), "videos of MammalNet: mammalnet.s3.amazonaws.com/trimmed_video.tar.gz",
-        (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),)),
+    "molmo2-askmodelanything": Recipe(video_question, "youtube"),
+    "molmo2-videocapqa": Recipe(video_question, "youtube"),
+    "molmo2-videosubtitleqa": Recipe(video_question, "youtube"),
+    "molmo2-videopoint": Recipe(video_points, "youtube", (),
+                                (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),)),
     # videos in archives of the hub
-    "funqa": Recipe(asked_of_video, "archive", files("fesvhtr/FunQA", "*FunQA_train.json"), "",
+    "funqa": Recipe(video_question, "archive", files("fesvhtr/FunQA", "*FunQA_train.json"),
                     (("fesvhtr/FunQA", "*train.zip"),)),
     "llava-video-academic-mc": llava_video("mc", "nextqa", "perceptiontest"),
     "llava-video-academic-oe": llava_video("oe", "nextqa", "activitynetqa"),
+    "mevis": Recipe(tracks, "archive", (), (("FudanCVL/MeViS", "MeViS_release.zip"),)),
     # annotations from the hub, videos by hand
-    "molmo2-cap": Recipe(video_captions, "hand", (),
-                         YOUTUBE + "; also LLaVA-Video-178K, InternVid, Koala, HD-VILA"),
-    "cinepile": Recipe(listed, "hand", (), YOUTUBE),
-    "social-iq2": Recipe(asked_of_video, "hand", (), YOUTUBE),
-    "camerabench": Recipe(listed, "hand", hub("allenai/Molmo2-CameraBenchTrain"),
-                          "the videos of CameraBench"),
-    "tgif": Recipe(asked_of_video, "hand", files("allenai/Molmo2-TGIF", "Train_*_question.csv"),
-                   "TGIF-Release: GIFs at Tumblr, many of them gone; as <gif_name>.gif or .mp4"),
-    "tvqa": Recipe(tvqa, "hand", files("allenai/Molmo2-TVQA", "*train*.jsonl", "*subtitles*.jsonl"),
-                   "tvqa.cs.unc.edu, after a form: frames at 3 a second, to be made into <vid_name>.mp4"),
-    "countix": Recipe(repetitions, "hand", files("allenai/Molmo2-Countix", "countix_train*.csv"),
-                      "clips of Kinetics, under the rows' video_path"),
-    "newsvideoqa": Recipe(asked_of_video, "hand", files("allenai/Molmo2-NewsVideoQA", "*train*.json"),
-                          "the videos of NewsVideoQA as <uni_clipped_id>.mp4"),
-    "motionbench-train": Recipe(motion_caption, "hand", files("zai-org/MotionBench", "*aption*train*.jsonl"),
-                                "hub repository zai-org/MotionBench, unpacked"),
+    "molmo2-cap": Recipe(video_captions, "hand"),
+    "cinepile": Recipe(question_list, "hand"),
+    "social-iq2": Recipe(video_question, "hand"),
+    "camerabench": Recipe(question_list, "hand", hub("allenai/Molmo2-CameraBenchTrain")),
+    "tgif": Recipe(video_question, "hand", files("allenai/Molmo2-TGIF", "Train_*_question.csv")),
+    "tvqa": Recipe(tvqa, "hand", files("allenai/Molmo2-TVQA", "*train*.jsonl", "*subtitles*.jsonl")),
+    "countix": Recipe(repetitions, "hand", files("allenai/Molmo2-Countix", "countix_train*.csv")),
+    "newsvideoqa": Recipe(video_question, "hand", files("allenai/Molmo2-NewsVideoQA", "*train*.json")),
+    "motionbench-train": Recipe(motion_caption, "hand", files("zai-org/MotionBench", "*aption*train*.jsonl")),
     # annotations by hand too, in the form they are published in
-    "next-qa": by_hand("NExT-QA; videos of VidOR", asked_of_video, "train.csv"),
-    "intentqa": by_hand("IntentQA; videos of VidOR", asked_of_video, "train.csv"),
-    "sutd-trafficqa": by_hand("SUTD-TrafficQA, after a form", asked_of_video, "R2_train.jsonl"),
-    "clevrer": by_hand("clevrer.csail.mit.edu: questions and video_train.zip", listed, "train.json"),
-    "star": by_hand("STAR; videos of Charades", star, "STAR_train.json"),
-    "perception-test": by_hand("github.com/google-deepmind/perception_test", listed, "all_train.json"),
-    "qvhighlights": by_hand("github.com/jayleicn/moment_detr", moments, "highlight_train_release.jsonl"),
-    # and in the form asked for here
-    "paxion": by_hand("questions: hub repository allenai/Molmo2-Paxion; videos: Something-Something v2 and "
-                      "Ego4D, each with its own licence"),
-    "sports-qa": by_hand("videos: hub repository HopLeeTop/Sports-QA; questions: figshare 57448480"),
-    "video-localized-narratives": by_hand(
-        "google.github.io/video-localized-narratives: text_output/oops_train; videos of OOPS"),
-    "video-localized-narratives-caption": by_hand(
-        "hub repository allenai/Molmo2-VideoLocalizedNarrativesCaptionHf; videos of OVIS, UVO, OOPS"),
-    "kinetics": by_hand("github.com/cvdfoundation/kinetics-dataset"),
-    "moments-in-time": by_hand("moments.csail.mit.edu, after a form"),
-    "ego4d": by_hand("ego4d-data.org, after signing its licence"),
-    "epic-kitchens": by_hand("epic-kitchens.github.io, with its licence"),
-    "charades-sta": by_hand("videos: Charades of prior.allenai.org; sentences: github.com/jiyanggao/TALL"),
-    "coin": by_hand("coin-dataset.github.io; " + YOUTUBE),
-    "activitynet": by_hand("activity-net.org; " + YOUTUBE),
-    "youcook2": by_hand("youcook2.eecs.umich.edu; " + YOUTUBE),
-    "how2qa": by_hand("How2QA; " + YOUTUBE),
-    "roadtextvqa": by_hand("RoadTextVQA of CVIT, IIIT Hyderabad"),
-    # points in videos
-    **{name: Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"),
-                    f"the videos of {name.removeprefix('academic-video-point-')}, as the rows' video_name"
-                    + (": files or folders of frames, unless that set has them already" * bool(rate)
-                       or ", made of its frames at their own rate"))
-       for name, (_, rate) in ACADEMIC.items()},
-    # tracks: a clip is a video, part of one, or a folder of frames
-    "molmo2-videotrack": tracking("16 sets, several after a form; the table is on the hub's page of "
-                                  "allenai/Molmo2-VideoTrack"),
-    "mevis": tracking("", ("FudanCVL/MeViS", "MeViS_release.zip")),
-    "refvos": tracking("Refer-YouTube-VOS: Codalab 29139, with an account: train.zip"),
-    "revos": tracking("ReVOS: JPEGImages.zip, on request"),
-    "vicas": tracking("hub repository kumuji/ViCaS: folders videos, videos2, videos3; each under the part of "
-                      "its name before _, and " + DECIMATED.format("vicas")),
-    "lv-vis": tracking("LV-VIS: train.zip, at a drive"),
-    "yt-vis": tracking("YouTube-VIS: Codalab, with an account: train.zip"),
-    "burst": tracking("hub repository chengyenhsieh/TAO-Amodal, after accepting its terms: frames/, "
-                      + DECIMATED.format("burst")),
-    "ref-davis17": tracking("DAVIS-2017-trainval-480p.zip of ETH: JPEGImages"),
-    "moca-video": tracking("MoCA of the Visual Geometry Group, Oxford: the frames"),
-    "trackingnet": tracking("hub repository SilvioGiancola/TrackingNet: 12 parts of 90 GB, unpacked"),
-    "lasot": tracking("hub repository l-lt/LaSOT: a zip per class, unpacked"),
-    "got-10k": tracking("GOT-10k, with an account"),
-    "webuav": tracking("WebUAV-3M, after a form"),
-    "vasttrack": tracking("VastTrack: 82 parts at a drive"),
-    "tnl2k": tracking("TNL2K: 14 zips at a drive"),
-    "tnllt": tracking("TNLLT: a tar in parts at a drive"),
-    "latot": tracking("LaTOT: a rar at a drive"),
-    "webuot": tracking("WebUOT-1M, at a drive"),
-    "lvos-v1": tracking("LVOS v1, at a drive"),
-    "lvos-v2": tracking("LVOS v2, at a drive"),
-    "uw-cot220": tracking("UW-COT220, at a drive"),
+    "next-qa": by_hand(video_question, "train.csv"),
+    "intentqa": by_hand(video_question, "train.csv"),
+    "sutd-trafficqa": by_hand(video_question, "R2_train.jsonl"),
+    "clevrer": by_hand(question_list, "train.json"),
+    "star": by_hand(star, "STAR_train.json"),
+    "perception-test": by_hand(question_list, "all_train.json"),
+    "qvhighlights": by_hand(time_windows, "highlight_train_release.jsonl"),
 }
+# and in the form asked for here
+for name in ("paxion", "sports-qa", "video-localized-narratives", "video-localized-narratives-caption",
+             "kinetics", "moments-in-time", "ego4d", "epic-kitchens", "charades-sta", "coin", "activitynet",
+             "youcook2", "how2qa", "roadtextvqa"):
+    RECIPES[name] = by_hand()
+for kind in ("chart", "document", "math", "table", "diagram", "music", "chemical"):
+    RECIPES[f"cosyn-{kind}"] = Recipe(pairs, "embedded")
+# points in videos
+for name in ACADEMIC:
+    RECIPES[name] = Recipe(academic_points, "hand", hub("allenai/molmo2-academic-video-points"))
+# tracks: a clip is a video, part of one, or a folder of frames
+for name in ("molmo2-videotrack", "refvos", "revos", "vicas", "lv-vis", "yt-vis", "burst", "ref-davis17",
+             "moca-video", "trackingnet", "lasot", "got-10k", "webuav", "vasttrack", "tnl2k", "tnllt", "latot",
+             "webuot", "lvos-v1", "lvos-v2", "uw-cot220"):
+    RECIPES[name] = Recipe(tracks, "hand")
 
-# Held out: what `python -m tools.prepare data eval` makes. No training set may have a picture of the first two.
+# Held out: what `python -m tools.prepare data eval` makes. No training set may have an image of the first two.
 EVALS = {
     "pixmo-points-eval": Recipe(eval_points, "url", hub("allenai/pixmo-points-eval", "default", "test", 2)),
     "pixmo-count": Recipe(eval_count, "url", hub("allenai/pixmo-count", "default", "validation")
                           + hub("allenai/pixmo-count", "default", "test")),
     "molmo2-capeval": Recipe(eval_captions, "archive", hub("allenai/Molmo2-CapEval", "default", "test"),
-                             "whole videos of BDD100K and Ego4D, which are not in the repository",
                              (("allenai/Molmo2-CapEval", "vimeo_videos.zip"),)),
     "molmo2-videopointeval": Recipe(eval_video_points, "youtube",
                                     hub("allenai/Molmo2-VideoPointEval", "default", "val", 10)),
     # without links of its own; those of its training set are the nearest
     "molmo2-videocounteval": Recipe(
         eval_count, "youtube", hub("allenai/Molmo2-VideoCountEval", "default", "val")
-        + links("allenai/Molmo2-VideoPoint"), YOUTUBE),
-    "molmo2-videotrackeval": Recipe(
-        eval_tracks, "hand", sum((hub("allenai/Molmo2-VideoTrackEval", domain, "test", 10) for domain in
-                                  ("animal", "person", "sports", "dance", "misc")), ()),
-        "APTv2, PersonPath22, SportsMOT, DanceTrack and SA-V, several after a form"),
+        + links("allenai/Molmo2-VideoPoint")),
+    "molmo2-videotrackeval": Recipe(eval_tracks, "hand", tuple(
+        hub("allenai/Molmo2-VideoTrackEval", domain, "test", 10)[0]
+        for domain in ("animal", "person", "sports", "dance", "misc"))),
+}
+EVALS_BY_HAND = {  # datasets.tsv has training sets alone
+    "molmo2-capeval": "whole videos of BDD100K and Ego4D, which are not in the repository",
+    "molmo2-videocounteval": "YouTube, of which some are gone; name the files by their ids",
+    "molmo2-videotrackeval": "APTv2, PersonPath22, SportsMOT, DanceTrack and SA-V, several after a form",
 }

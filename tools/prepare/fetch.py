@@ -13,7 +13,6 @@ A leaf of `tools.prepare`: it knows nothing of any data set.
 import contextlib
 import email.utils
 import fnmatch
-import functools
 import hashlib
 import importlib.util
 import ipaddress
@@ -31,18 +30,18 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from requests.packages import urllib3
 from tqdm import tqdm
 
 from lib.media import BadMedia, image_size, inside_folder, open_video
 
 
-TRIES, PAUSE = 5, 1.0      # of a request; seconds before the second try
-PER_HOST, WORKERS = 4, 16  # requests at a time
-PICTURE_BYTES = 64 << 20   # a picture's file may have
-RESERVE = 1 << 30          # bytes of disk that stay free
-WHOLE = 20_000             # rows that are read a page at a time; more come as parquet
+TRIES = 5               # of a request
+PAUSE = 1.0             # seconds before the second try; then twice as many, and so on
+PER_HOST = 4            # requests at a time to one host
+WORKERS = 16            # requests at a time
+IMAGE_BYTES = 64 << 20  # an image's file may have
+RESERVE = 1 << 30       # bytes of disk that stay free
+WHOLE = 20_000          # rows that are read a page at a time; more come as parquet
 
 
 class UserError(Exception):
@@ -58,13 +57,15 @@ class NetError(Exception):
 def retry_after(response):
     """Seconds a server asks to wait (a number, or a date), at most 300; None where it does not say. The hub
     also says so in a header of its own: RateLimit: "api";r=0;t=55."""
-    said = response.headers.get("Retry-After", "").strip()
+    wait = response.headers.get("Retry-After", "").strip()
     limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
-    said = said or limit and limit[1] or ""
-    if said.isdigit():
-        return min(int(said), 300)
+    if limit and not wait:
+        wait = limit[1]
+    if wait.isdigit():
+        return min(int(wait), 300)
     try:
-        return min(max(email.utils.parsedate_to_datetime(said).timestamp() - time.time(), 0), 300)
+        seconds = email.utils.parsedate_to_datetime(wait).timestamp() - time.time()
+        return min(max(seconds, 0), 300)
     except ValueError:
         return None
 
@@ -84,9 +85,11 @@ def patiently(send, what, tries=5, pause=1.0):
         else:
             if response.status_code not in (408, 429) and response.status_code < 500:
                 return response
-            reason, told = f"status {response.status_code} {response.reason}", retry_after(response)
-            reason += f" {response.headers.get('X-Error-Code', '')}".rstrip()
-            wait = wait if told is None else told
+            code = response.headers.get("X-Error-Code", "")
+            reason = f"status {response.status_code} {response.reason} {code}".rstrip()
+            asked = retry_after(response)
+            if asked is not None:
+                wait = asked
             response.close()
         if n + 1 < tries:
             time.sleep(wait)
@@ -115,25 +118,13 @@ def is_public(address):
     return ipaddress.ip_address(address.split("%")[0]).is_global
 
 
-class PublicConnection(urllib3.connection.HTTPSConnection):
-    """Says nothing to a private address. `Net.allow` has looked the name up, but a name may lead elsewhere a
-    moment later (DNS rebinding); here the connection stands."""
-
-    def _new_conn(self):
-        sock = super()._new_conn()
-        if not is_public(sock.getpeername()[0]):
-            sock.close()
-            raise NetError(f"{self.host} is a private address")
-        return sock
-
-
-class PublicAdapter(HTTPAdapter):
-    """A session's connections, of the class above. A proxy, if the user has one, is connected to as is."""
-
-    def init_poolmanager(self, *args, **kwargs):
-        super().init_poolmanager(*args, **kwargs)
-        pool = type("PublicPool", (urllib3.HTTPSConnectionPool,), dict(ConnectionCls=PublicConnection))
-        self.poolmanager.pool_classes_by_scheme = dict(https=pool)
+def linked_file(response):
+    """(size or None, sha256) of the file that the hub's answer leads to, or None where it reports none."""
+    size = response.headers.get("X-Linked-Size", "")
+    sha256 = response.headers.get("X-Linked-Etag", "").strip('W/"')
+    if len(sha256) != 64:
+        return None
+    return int(size) if size.isdigit() else None, sha256
 
 
 class Net:
@@ -142,14 +133,16 @@ class Net:
 
     def __init__(self):
         self.hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        mirror = is_loopback(origin(self.hub)[1])
-        if not mirror and not self.hub.startswith("https://"):
+        self.mirror = is_loopback(origin(self.hub)[1])
+        if not self.mirror and not self.hub.startswith("https://"):
             raise UserError(f"HF_ENDPOINT {self.hub}: must be https, or on this machine")
-        self.viewer = self.hub if mirror else "https://datasets-server.huggingface.co"
-        self.own, self.mirror = {origin(self.hub), origin(self.viewer)}, mirror
+        self.viewer = self.hub if self.mirror else "https://datasets-server.huggingface.co"
+        self.trusted = {origin(self.hub), origin(self.viewer)}  # as the user set them
         self.token = os.environ.get("HF_TOKEN")
         self.offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        self.local, self.hosts, self.lock = threading.local(), {}, threading.Lock()
+        self.local = threading.local()  # a session for each thread
+        self.lock = threading.Lock()
+        self.hosts = {}                 # host -> semaphore
 
     def slot(self, url):
         """At most so many requests to one host at a time."""
@@ -157,82 +150,88 @@ class Net:
             return self.hosts.setdefault(origin(url)[1], threading.BoundedSemaphore(PER_HOST))
 
     def allow(self, url):
-        """NetError unless a URL is https and its host public: no data, no redirect reaches into a network."""
+        """NetError unless a URL is https and its host public: no data, no redirect reaches into a network.
+        A name may lead elsewhere a moment later (DNS rebinding): a private host then has no certificate for it,
+        and learns nothing from us."""
         scheme, host, port = origin(url)
-        if (scheme, host, port) in self.own:
-            return  # as the user set it
+        if (scheme, host, port) in self.trusted:
+            return
         if scheme != "https" or not host:
             raise NetError(f"{url[:200]}: only https is read")
-        if requests.utils.get_environ_proxies(url) and re.search(r"[a-z]", host) and ":" not in host \
-                and host != "localhost":
+        is_name = re.search(r"[a-z]", host) and ":" not in host
+        if is_name and host != "localhost" and requests.utils.get_environ_proxies(url):
             return  # names are the proxy's to resolve
         try:
-            found = {a[4][0] for a in socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)}
+            # each entry: family, type, protocol, name, (address, port)
+            found = {entry[4][0] for entry in socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)}
         except (OSError, UnicodeError) as e:
             raise NetError(f"{url[:200]}: no such host ({e})") from None
         if not all(map(is_public, found)):
             raise NetError(f"{url[:200]}: {host} is a private address")
 
     def get(self, url, what, headers=None, tries=None):
-        """The response to a GET, its body not yet read; `linked`: (size, sha256) of a hub file, as far as
-        told."""
+        """The response to a GET, its body not yet read; its `linked` is (size, sha256) of a file of the hub."""
         if self.offline:
             raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set")
+        return patiently(lambda: self.follow(url, what, headers or {}), what, tries or TRIES, PAUSE)
+
+    def follow(self, url, what, headers):
+        """One GET, through up to 5 redirects."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
-            self.local.session.mount("https://", PublicAdapter())
-            for scheme, host, port in self.own:  # as the user set it
-                self.local.session.mount(f"{scheme}://{host}{port and f':{port}' or ''}/", HTTPAdapter())
+        target = url
+        linked = None, None
+        for _ in range(6):
+            self.allow(target)
+            response = self.local.session.get(target, headers=self.headers_for(target, url, headers), stream=True,
+                                              timeout=(10, 60), allow_redirects=False)
+            if origin(target) in self.trusted:
+                linked = linked_file(response) or linked
+            if not response.is_redirect:
+                response.linked = linked
+                return response
+            response.close()
+            try:
+                target = urljoin(target, response.headers["Location"])
+            except ValueError:
+                raise NetError(f"{what}: redirected to what is no URL") from None
+        raise NetError(f"{what}: more than 5 redirects")
 
-        def send():
-            target, linked = url, (None, None)
-            for _ in range(6):
-                self.allow(target)
-                own, sent = origin(target) in self.own, {"Accept-Encoding": "identity"} | (headers or {})
-                if origin(target) != origin(url):  # elsewhere nobody is told who asks
-                    sent = {k: v for k, v in sent.items() if k in ("Accept-Encoding", "Range")}
-                if self.token and own:
-                    sent["Authorization"] = f"Bearer {self.token}"
-                r = self.local.session.get(target, headers=sent, stream=True, timeout=(10, 60),
-                                           allow_redirects=False)
-                size, etag = (r.headers.get(f"X-Linked-{k}", "").strip('W/"') for k in ("Size", "Etag"))
-                if own and len(etag) == 64:
-                    linked = int(size) if size.isdigit() else None, etag
-                if not r.is_redirect:
-                    r.linked = linked
-                    return r
-                r.close()
-                try:
-                    target = urljoin(target, r.headers["Location"])
-                except ValueError:
-                    raise NetError(f"{what}: redirected to what is no URL") from None
-            raise NetError(f"{what}: more than 5 redirects")
-
-        return patiently(send, what, tries or TRIES, PAUSE)
+    def headers_for(self, target, url, headers):
+        """What a host may know. Where a redirect of `url` leads elsewhere, nobody learns who asks."""
+        allowed = {"Accept-Encoding": "identity"} | headers
+        if origin(target) != origin(url):
+            allowed = {k: v for k, v in allowed.items() if k in ("Accept-Encoding", "Range")}
+        if self.token and origin(target) in self.trusted:
+            allowed["Authorization"] = f"Bearer {self.token}"
+        return allowed
 
     def json(self, url, what, needs=None, tries=None):
         """(parsed answer, the next page's URL or None); `needs` is a field that the answer must have."""
         for _ in range(TRIES):
-            with self.slot(url), self.get(url, what, tries=tries) as r:
-                self.must(r, what)
-                with contextlib.suppress(requests.RequestException):  # it broke in the middle: again
-                    body = r.content
-                    try:
-                        answer = json.loads(body)
-                    except (ValueError, RecursionError):
-                        raise NetError(f"{what}: the answer is not JSON: {body[:80]!r}") from None
-                    if needs and not (isinstance(answer, dict) and needs in answer):
-                        raise NetError(f"{what}: the answer has no {needs}: {body[:80]!r}")
-                    return answer, r.links.get("next", {}).get("url")
+            with self.slot(url), self.get(url, what, tries=tries) as response:
+                self.must(response, what)
+                try:
+                    body = response.content
+                except requests.RequestException:  # it broke in the middle: again
+                    continue
+                try:
+                    answer = json.loads(body)
+                except (ValueError, RecursionError):
+                    raise NetError(f"{what}: the answer is not JSON: {body[:80]!r}") from None
+                if needs and not (isinstance(answer, dict) and needs in answer):
+                    raise NetError(f"{what}: the answer has no {needs}: {body[:80]!r}")
+                return answer, response.links.get("next", {}).get("url")
         raise NetError(f"{what}: the connection broke {TRIES} times")
 
-    def must(self, r, what):
+    def must(self, response, what):
         """NetError unless a response carries what was asked for."""
-        if r.status_code in (401, 403) and origin(r.url) in self.own:
-            raise NetError(f"{what}: status {r.status_code}, behind terms or private: accept them on its "
+        status = response.status_code
+        if status in (401, 403) and origin(response.url) in self.trusted:
+            raise NetError(f"{what}: status {status}, behind terms or private: accept them on its "
                            f"page at {self.hub} and set HF_TOKEN to a token that may read it")
-        if r.status_code not in (200, 206):
-            raise NetError(f"{what}: status {r.status_code} {r.reason}")
+        if status not in (200, 206):
+            raise NetError(f"{what}: status {status} {response.reason}")
 
 
 def room_for(path, size=0):
@@ -251,22 +250,24 @@ def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=No
     most: bytes that are too many. NetError after `tries` in a row that brought nothing, or as many files that
     were thrown away; BadMedia of `trust`.
     """
-    what, part, failed, wasted = url[:200], f"{path}{mark and '.'}{mark}.part", 0, 0
+    what = url[:200]
+    part = f"{path}.{mark}.part" if mark else f"{path}.part"
+    failed = 0   # tries in a row that brought nothing
+    thrown = 0   # files that were thrown away
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    while max(failed, wasted) < tries:
+    while max(failed, thrown) < tries:
         if failed:
             time.sleep(PAUSE * 2 ** failed * random.uniform(0.5, 1))
         have = os.path.getsize(part) if os.path.exists(part) else 0
-        sent = (headers or {}) | ({"Range": f"bytes={have}-"} if have else {})
-        with net.slot(url), net.get(url, what, sent, tries) as r:
-            size, sha256 = r.linked[0] if size is None else size, sha256 or r.linked[1]
-            problem = receive(net, r, part, have, what, most, url)
-        if not problem and size not in (None, os.path.getsize(part)):
-            problem = f"{os.path.getsize(part)} bytes instead of {size}"
-            os.remove(part)
-        elif not problem and sha256 and file_digest(part) != sha256:
-            problem = "its sha256 is not the one published"
-            os.remove(part)
+        sent = dict(headers or {})
+        if have:
+            sent["Range"] = f"bytes={have}-"
+        with net.slot(url), net.get(url, what, sent, tries) as response:
+            linked_size, linked_sha256 = response.linked
+            size = linked_size if size is None else size
+            sha256 = sha256 or linked_sha256
+            problem = receive(net, response, part, have, what, most, url)
+        problem = problem or wrong_contents(part, size, sha256)
         if not problem:
             try:
                 if trust:
@@ -277,39 +278,61 @@ def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=No
             os.replace(part, path)
             return
         # What brought something new is no failure: a long file may break any number of times.
-        failed = 0 if os.path.exists(part) and os.path.getsize(part) > have else failed + 1
-        wasted += not os.path.exists(part)
+        if not os.path.exists(part):
+            thrown += 1
+            failed += 1
+        elif os.path.getsize(part) > have:
+            failed = 0
+        else:
+            failed += 1
     raise NetError(f"{what}: gave up after {tries} tries, the last: {problem}")
 
 
-def receive(net, r, part, have, what, most, url):
+def wrong_contents(part, size, sha256):
+    """Remove a file that is not the published one, and say why; "" if it is."""
+    if size is not None and os.path.getsize(part) != size:
+        problem = f"{os.path.getsize(part)} bytes instead of {size}"
+    elif sha256 and file_digest(part) != sha256:
+        problem = "its sha256 is not the one published"
+    else:
+        return ""
+    os.remove(part)
+    return problem
+
+
+def receive(net, response, part, have, what, most, url):
     """The body of a response into a partial file that has `have` bytes: what went wrong, or ""."""
-    if r.status_code == 416:  # nothing after what is here: all of it, or too much
-        if r.headers.get("Content-Range", "").endswith(f"/{have}"):
+    content_range = response.headers.get("Content-Range", "")
+    if response.status_code == 416:  # nothing after what is here: all of it, or too much
+        if content_range.endswith(f"/{have}"):
             return ""
         os.remove(part)
         return "the server has less than was here"
-    if r.status_code == 403 and r.url != url:
+    if response.status_code == 403 and response.url != url:
         return "status 403: the signed link has expired"  # what led there leads to a new one
-    net.must(r, what)
-    go_on = r.status_code == 206
-    if go_on and not r.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+    net.must(response, what)
+    continues = response.status_code == 206
+    if continues and not content_range.startswith(f"bytes {have}-"):
         return "the server sent another range than it was asked for"
-    length = r.headers.get("Content-Length", "")
-    total = int(length) + have * go_on if length.isdigit() else None
+    length = response.headers.get("Content-Length", "")
+    total = None
+    if length.isdigit():
+        total = int(length) + have if continues else int(length)
     room_for(part, total or 0)
-    with open(part, "ab" if go_on else "wb") as f, \
+    is_large = (total or 0) > 50 << 20
+    # a server that ignores the range sends all of it: from the start
+    with open(part, "ab" if continues else "wb") as f, \
             tqdm(total=total, initial=f.tell(), unit="B", unit_scale=True, leave=False,
-                 disable=None if (total or 0) > 50 << 20 else True) as bar:
+                 disable=None if is_large else True) as bar:
         try:
-            for chunk in r.iter_content(1 << 16):
+            for chunk in response.iter_content(1 << 16):
                 f.write(chunk)
                 bar.update(len(chunk))
                 if most and f.tell() > most:
                     raise NetError(f"{what}: more than {most} bytes")
         except requests.RequestException as e:
             return f"the connection broke ({type(e).__name__})"
-        if not most:  # a weight file must outlive a power cut, a picture need not
+        if not most:  # a weight file must outlive a power cut, an image need not
             f.flush()
             os.fsync(f.fileno())
     came = os.path.getsize(part)
@@ -327,7 +350,10 @@ class Manifest:
 
     def __init__(self, path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.path, self.lock, self.why, self.dead = path, threading.Lock(), {}, set()
+        self.path = path
+        self.lock = threading.Lock()
+        self.why = {}      # file -> why it could not be had
+        self.dead = set()  # files that are not tried again
         with open(path, "ab+") as f:
             f.seek(0)
             line = b"\n"
@@ -338,12 +364,13 @@ class Manifest:
                 f.write(b"\n")
 
     def learn(self, entry):
-        file, reason = entry["file"], entry["reason"]
+        file = entry["file"]
         self.why.pop(file, None)
         self.dead.discard(file)
-        if reason:
-            self.why[file] = reason
-            self.dead |= set() if entry["again"] else {file}
+        if entry["reason"]:
+            self.why[file] = entry["reason"]
+            if not entry["again"]:
+                self.dead.add(file)
 
     def note(self, file, url, reason="", again=False):
         """Write down what became of a file; `again` if it may be there the next time."""
@@ -353,8 +380,8 @@ class Manifest:
             self.learn(entry)
 
 
-def is_picture(path):
-    """BadMedia unless a file is a picture: hosts send pages in place of those that are gone."""
+def is_image(path):
+    """BadMedia unless a file is an image: hosts send pages in place of those that are gone."""
     image_size(path)
 
 
@@ -365,102 +392,123 @@ def is_video(path):
 
 def fetch_all(net, manifest, jobs, what, fresh=False):
     """Fetch [(url, path, options of `fetch`)] side by side; the manifest says which could not be had. Links
-    known to be dead are not asked for, unless they are fresh; what may be the network's fault is asked for
-    the next time."""
-    def one(job):
+    known to be dead are not tried, unless they are fresh. What may be the network's fault is not
+    known to be dead: the next run tries it again."""
+    def fetch_one(job):
         url, path, options = job
         try:
             fetch(net, url, path, **options)
             manifest.note(path, url)
         except (NetError, BadMedia) as e:
             reason = str(e).removeprefix(f"{path}.part: ").removeprefix(f"{url[:200]}: ")
-            again = net.offline or any(t in reason for t in ("gave up", "HF_TOKEN", "no such host"))
+            again = net.offline or any(text in reason for text in ("gave up", "HF_TOKEN", "no such host"))
             manifest.note(path, url, reason, again)
 
-    jobs = list({job[1]: job for job in jobs if not os.path.exists(job[1])
-                 and (fresh or job[1] not in manifest.dead)}.values())
+    wanted = {}  # each path once
+    for job in jobs:
+        _, path, _ = job
+        if not os.path.exists(path) and (fresh or path not in manifest.dead):
+            wanted[path] = job
     with ThreadPoolExecutor(WORKERS) as pool:
-        for _ in tqdm(pool.map(one, jobs), what, len(jobs), leave=False,
-                      disable=None if len(jobs) > 1 else True):
+        for _ in tqdm(pool.map(fetch_one, wanted.values()), what, len(wanted), leave=False,
+                      disable=None if len(wanted) > 1 else True):
             pass
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------
 
 def hub_files(net, repo, patterns, kind="datasets"):
-    """The files of a hub repository that match, at its newest revision: [dict(url, name, size, sha256,
-    mark)]."""
-    where = f"{net.hub}/api/{kind}/{repo}"
-    revision = net.json(where, f"{kind} {repo}", "sha")[0]["sha"]
-    page, found = f"{where}/tree/{quote(revision)}?recursive=true", []
+    """The files of a hub repository that match, at its newest revision, each as a dict of url,
+    name, size, sha256 and mark."""
+    api = f"{net.hub}/api/{kind}/{repo}"
+    info, _ = net.json(api, f"{kind} {repo}", "sha")
+    revision = info["sha"]
+    folder = "datasets/" if kind == "datasets" else ""
+    head = f"{net.hub}/{folder}{repo}/resolve/{quote(revision)}/"
+    found = []
+    page = f"{api}/tree/{quote(revision)}?recursive=true"
     while page:
         entries, page = net.json(page, f"files of {repo}")
-        found += [e for e in entries if e["type"] == "file"
-                  and any(fnmatch.fnmatch(e["path"], p) for p in patterns)]
+        for entry in entries:
+            path = entry["path"]
+            if entry["type"] == "file" and any(fnmatch.fnmatch(path, pattern) for pattern in patterns):
+                sha256 = (entry.get("lfs") or {}).get("oid")
+                found.append(dict(url=head + quote(path), name=path, size=entry["size"], sha256=sha256,
+                                  mark=revision[:8]))
     if not found:
         raise NetError(f"{repo}: has no file {' or '.join(patterns)}")
-    head = f"{net.hub}/{'datasets/' if kind == 'datasets' else ''}{repo}/resolve/{quote(revision)}/"
-    return [dict(url=head + quote(e["path"]), name=e["path"], size=e["size"],
-                 sha256=(e.get("lfs") or {}).get("oid"), mark=revision[:8]) for e in found]
+    return found
 
 
 def fetch_files(net, files, folder):
-    """Those of `files` that are not in `folder` yet; their paths. NetError names the first that cannot be
-    had."""
+    """Those of `files` that are not in `folder` yet; their paths. NetError names the first that cannot be had."""
     os.makedirs(folder, exist_ok=True)
-    paths = [inside_folder(folder, f["name"]) for f in files]
-    jobs = [(f, path) for f, path in zip(files, paths) if not os.path.exists(path)]
-    room_for(os.path.join(folder, "x"), sum(f["size"] or 0 for f, _ in jobs))
+    paths = [inside_folder(folder, file["name"]) for file in files]
+    missing = [(file, path) for file, path in zip(files, paths) if not os.path.exists(path)]
+    room_for(os.path.join(folder, "x"), sum(file["size"] or 0 for file, _ in missing))
+
+    def fetch_one(job):
+        file, path = job
+        fetch(net, file["url"], path, file["size"], file["sha256"], mark=file["mark"])
+
     with ThreadPoolExecutor(PER_HOST) as pool:
-        list(pool.map(lambda job: fetch(net, job[0]["url"], job[1], job[0]["size"], job[0]["sha256"],
-                                        mark=job[0]["mark"]), jobs))
+        list(pool.map(fetch_one, missing))
     return paths
 
 
 def hub_page(net, repo, config, split, offset, length):
     """`length` rows from `offset` on, as the hub answers."""
     query = urlencode(dict(dataset=repo, config=config, split=split, offset=offset, length=length))
-    again = functools.partial(hub_page, net, repo, config, split)
+    tries = TRIES if length == 1 else 3
     try:
-        page = net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", "rows",
-                        TRIES if length == 1 else 3)[0]
+        page, _ = net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", "rows", tries)
     except NetError as e:
         if "gave up" not in str(e) or "status 429" in str(e) or length == 1:
             raise
-        part = max(length // 10, 1)  # a page may be too much for the server
-        parts = [again(at, min(part, offset + length - at)) for at in range(offset, offset + length, part)]
-        return parts[0] | dict(rows=[row for p in parts for row in p["rows"]])
+        # it may be too much for the server
+        part = max(length // 10, 1)
+        end = offset + length
+        pages = [hub_page(net, repo, config, split, start, min(part, end - start))
+                 for start in range(offset, end, part)]
+        rows = list(itertools.chain.from_iterable(page["rows"] for page in pages))
+        return pages[0] | dict(rows=rows)
     came = len(page["rows"])
     if 0 < came < length and offset + came < page.get("num_rows_total", 0):
-        page["rows"] += again(offset + came, length - came)["rows"]
+        page["rows"] += hub_page(net, repo, config, split, offset + came, length - came)["rows"]
     return page
 
 
-def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows: False, cache=None):
-    """The rows of a set on the hub, each a dict, `length` to a page, some pages ahead. keep(rows) puts
-    pictures inside them on the disk, and asks for the page once more when their links have expired. Large
-    sets come as parquet files, into `cache`."""
-    first = hub_page(net, repo, config, split, 0, min(length, limit or length))
-    total = first.get("num_rows_total", len(first["rows"]))
-    if first.get("partial"):
+def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows, may_ask_again: False, cache=None):
+    """The rows of a set on the hub, each a dict, `length` to a page, some pages ahead. keep(rows, may_ask_again)
+    puts images inside them on the disk; it returns True to have the page again, as links in it have expired.
+    Large sets come as parquet files, into `cache`."""
+    # the first page tells how many rows there are
+    page = hub_page(net, repo, config, split, 0, min(length, limit or length))
+    total = page.get("num_rows_total", len(page["rows"]))
+    if page.get("partial"):
         print(f"{repo} {config}: the hub offers only the first {total:,} rows this way")
     if not limit and total > WHOLE:
         yield from parquet_rows(net, repo, config, split, keep, cache)
         return
     total = min(total, limit or total)
-    starts, waiting = iter(range(length, total, length)), deque()
+
+    def get_page(start):
+        return hub_page(net, repo, config, split, start, min(length, total - start))
+
+    waiting = deque()  # pages that are being fetched
+    next_start = length
     with ThreadPoolExecutor(PER_HOST) as pool:
-        while True:
-            for at in itertools.islice(starts, 2 * PER_HOST - len(waiting)):
-                waiting.append((at, pool.submit(hub_page, net, repo, config, split, at,
-                                                min(length, total - at))))
-            at, page = (0, first) if first else (waiting[0][0], waiting.popleft()[1].result())
-            first = None
-            while keep(page["rows"]):
-                page = hub_page(net, repo, config, split, at, min(length, total - at))
-            yield from (r["row"] for r in page["rows"])
-            if not waiting:
-                return
+        for start in range(0, max(total, 1), length):
+            while next_start < total and len(waiting) < 2 * PER_HOST:
+                waiting.append(pool.submit(get_page, next_start))
+                next_start += length
+            if start > 0:
+                page = waiting.popleft().result()
+            for may_ask_again in (True, True, False):
+                if not keep(page["rows"], may_ask_again):
+                    break
+                page = get_page(start)
+            yield from (entry["row"] for entry in page["rows"])
 
 
 def parquet_rows(net, repo, config, split, keep, cache):
@@ -470,14 +518,16 @@ def parquet_rows(net, repo, config, split, keep, cache):
                         "pyarrow (pip install pyarrow); or take some, with --limit")
     import pyarrow.parquet
     query = urlencode(dict(dataset=repo, config=config, split=split))
-    listed = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}", "parquet_files")[0][
-        "parquet_files"]
-    files = [dict(url=f["url"], name=f"{config}/{split}/{os.path.basename(f['filename'])}", size=f["size"],
-                  sha256=None, mark="") for f in listed if (f["config"], f["split"]) == (config, split)]
+    listed, _ = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}", "parquet_files")
+    files = []
+    for file in listed["parquet_files"]:
+        if (file["config"], file["split"]) == (config, split):
+            name = f"{config}/{split}/{os.path.basename(file['filename'])}"
+            files.append(dict(url=file["url"], name=name, size=file["size"], sha256=None, mark=""))
     number = 0
     for path in fetch_files(net, files, cache):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-            rows = [dict(row_idx=number + i, row=row) for i, row in enumerate(batch.to_pylist())]
+            rows = [dict(row_idx=i, row=row) for i, row in enumerate(batch.to_pylist(), number)]
             number += len(rows)
-            keep(rows)
-            yield from (r["row"] for r in rows)
+            keep(rows, False)
+            yield from (entry["row"] for entry in rows)
