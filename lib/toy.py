@@ -302,7 +302,8 @@ def draw_path(rng, looks):
     steps = [rng.randint(longest // 2, longest) for _ in range(looks - 1)]
     if manner == "returns":  # past the edge at 20 and back
         turn = looks // 2 - rng.randint(0, 1)
-        steps = [rng.randint(2, 4) * (1 if k < turn else -1) for k in range(looks - 1)]
+        for k in range(looks - 1):
+            steps[k] = rng.randint(2, 4) if k < turn else -rng.randint(2, 4)
     distances = list(itertools.accumulate(steps, initial=0))
     if manner == "moves":  # start and end are inside
         start = rng.randint(2, max(18 - distances[-1], 2))
@@ -314,9 +315,7 @@ def draw_path(rng, looks):
     path = []
     across = rng.randint(4, 16)
     for distance in distances:
-        along = start + distance
-        if dx + dy < 0:
-            along = 20 - along
+        along = start + distance if dx + dy > 0 else 20 - (start + distance)
         path.append((along, across) if dx else (across, along))
         across = min(max(across + rng.choice((-1, 0, 0, 1)), 2), 18)  # it drifts a little sideways
     return "returns" if manner == "returns" else way, path
@@ -754,15 +753,15 @@ def grown(mask):
 
 
 def segment(frames, points):
-    """Masks of the shapes under points: {id: (frames, H, W) bool}. frames: [(H, W, 3) uint8]; points: [(frame, x, y,
-    id)].
+    """Masks of the shapes under points, [(frame, x, y, id)], in frames, [(H, W, 3) uint8]: {id: (frames, H, W) bool}.
 
     A shape is one colour inside a dark line: the region of like colour around the point, and half of the line.
     It takes the place of SAM 2 or the like, and has the signature that eval.py --segmenter asks for.
     """
     h, w = frames[0].shape[:2]
-    masks = {i: np.zeros((len(frames), h, w), bool) for *_, i in points}
+    masks = {}
     for frame, x, y, i in points:
+        shape_masks = masks.setdefault(i, np.zeros((len(frames), h, w), bool))
         image = Image.fromarray(np.ascontiguousarray(frames[frame]))
         start = min(int(x * w), w - 1), min(int(y * h), h - 1)
         ImageDraw.floodfill(image, start, (255, 0, 255), thresh=130)
@@ -773,7 +772,7 @@ def segment(frames, points):
         for _ in range(6):  # out to the line, and along it into the tips of a star
             found |= grown(found) & line
         # the line is three pixels wide, and its middle is where the shape ends
-        masks[i][frame] |= ~grown(grown(~grown(found)))
+        shape_masks[frame] |= ~grown(grown(~grown(found)))
     return masks
 
 
