@@ -64,10 +64,13 @@ def draw_places(rng, n, w, h):
     while len(places) < n:
         x, y = rng.randint(2, 18) / 20, rng.randint(2, 18) / 20
         radius = rng.uniform(0.18, 0.25) * min(w, h)
-        inside = 1.1 * radius < min(x * w, y * h, w - x * w, h - y * h)
-        # x apart too: "from left to right" is then clear
-        if inside and all(math.hypot((x - a) * w, (y - b) * h) > 1.2 * (radius + c) and abs(x - a) > 0.07
-                          for a, b, c in places):
+        fits = 1.1 * radius < min(x * w, y * h, w - x * w, h - y * h)
+        for a, b, other_radius in places:
+            distance = math.hypot((x - a) * w, (y - b) * h)
+            # x apart too: "from left to right" is then clear
+            if distance <= 1.2 * (radius + other_radius) or abs(x - a) <= 0.07:
+                fits = False
+        if fits:
             places.append((x, y, radius))
         tries += 1
         if tries % 60 == 0:  # no room left for the next one
@@ -105,9 +108,9 @@ def draw_background(rng, w, h, always_tilted=False):
 
 def draw_shape(pen, polygon, w, h, colour):
     """A filled polygon of [0, 1] with its dark outline, on a canvas twice w x h."""
-    corners = [(2 * w * x, 2 * h * y) for x, y in polygon]
+    corners = (np.array(polygon) * (2 * w, 2 * h)).flatten().tolist()  # x, y, x, y, ...
     pen.polygon(corners, colour)
-    pen.line(corners + corners[:2], (15, 15, 15), width=6, joint="curve")
+    pen.line(corners + corners[:4], (15, 15, 15), width=6, joint="curve")
 
 
 def paint(scene):
@@ -125,7 +128,7 @@ def paint(scene):
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
     for o in scene["objects"]:
         colour = np.array(COLOURS[o["colour"]]) + rng.uniform(-12, 12, 3)
-        draw_shape(pen, o["polygon"], w, h, tuple(int(c) for c in colour.clip(0, 255)))
+        draw_shape(pen, o["polygon"], w, h, tuple(colour.clip(0, 255).astype(int).tolist()))
     return image.resize((w, h), Image.BOX)
 
 
@@ -188,8 +191,11 @@ def pointing(rng, scene, colour, shape):
     if len(found) > 1 or not found and rng.random() >= 0.5:  # about absent ones in either number
         label = plural(label)
         prompts = POINT_ALL_PROMPTS
-    points = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(found)]
-    masks = [dict(id=i, polygon=o["polygon"]) for i, o in enumerate(found)]  # in held-out records alone
+    points = []
+    masks = []  # in held-out records alone
+    for i, o in enumerate(found):
+        points.append(dict(x=o["x"], y=o["y"], id=i))
+        masks.append(dict(id=i, polygon=o["polygon"]))
     return dict(task="image_pointing", prompt=rng.choice(prompts).format(label), label=label, points=points,
                 masks=masks)
 
@@ -202,9 +208,9 @@ def pointing_tree(rng, scene):
     queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), (colour, None), (None, shape)]
     colour, shape = rng.choice(kinds)
     if rng.random() < 0.5:
-        similar = [(colour, other) for other in SHAPES]
+        similar = itertools.product([colour], SHAPES)
     else:
-        similar = [(other, shape) for other in COLOURS]
+        similar = itertools.product(COLOURS, [shape])
     absent = [query for query in similar if not select(scene, *query)]  # not there, but half of it is
     if absent:
         queries.append(rng.choice(absent))
@@ -231,27 +237,29 @@ def pair(rng, scenes, trains=False):
     for k, scene in enumerate(scenes if trains else ()):
         answer = objects_listed(scene).capitalize() + "."
         out.append(dict(task="multi_image_qa", prompt=f"What is in image {k}?", answer=answer))
-
-    def find(colour, shape):
-        return [(k, o) for k, scene in enumerate(scenes) for o in select(scene, colour, shape)]
     for _ in range(2):
         target = rng.choice(scenes[rng.randrange(2)]["objects"])
         colour, shape = target["colour"], target["shape"]
-        images = sorted({k for k, _ in find(colour, shape)})
+        images = [k for k, scene in enumerate(scenes) if select(scene, colour, shape)]
         out.append(dict(task="multi_image_qa", prompt=f"Which image shows a {kind(colour, shape)}?",
                         answer="Both." if len(images) == 2 else f"Image {images[0]}."))
         if rng.random() >= 0.7:
             colour = None
         where = "all images"
-        found = find(colour, shape)
+        searched = range(len(scenes))
         if rng.random() < 0.3:
             image = rng.choice(images)
             where = f"image {image}"
-            found = [(k, o) for k, o in found if k == image]
+            searched = [image]
+        points = []
+        masks = []
+        for k in searched:
+            for o in select(scenes[k], colour, shape):
+                points.append(dict(image=k, x=o["x"], y=o["y"], id=len(points)))
+                masks.append(dict(image=k, id=len(masks), polygon=o["polygon"]))
         label = plural(kind(colour, shape))
         out.append(dict(task="multi_image_pointing", label=label, prompt=f"Point to the {label} in {where}.",
-                        points=[dict(image=k, x=o["x"], y=o["y"], id=i) for i, (k, o) in enumerate(found)],
-                        masks=[dict(image=k, id=i, polygon=o["polygon"]) for i, (k, o) in enumerate(found)]))
+                        points=points, masks=masks))
     return out
 
 
@@ -294,32 +302,34 @@ def draw_path(rng, looks):
     steps = [rng.randint(longest // 2, longest) for _ in range(looks - 1)]
     if manner == "returns":  # past the edge at 20 and back
         turn = looks // 2 - rng.randint(0, 1)
-        steps = [rng.randint(2, 4) * (1 if k < turn else -1) for k in range(looks - 1)]
-    distances = [0, *itertools.accumulate(steps)]
+        for k in range(looks - 1):
+            steps[k] = rng.randint(2, 4) if k < turn else -rng.randint(2, 4)
+    distances = list(itertools.accumulate(steps, initial=0))
     if manner == "moves":  # start and end are inside
         start = rng.randint(2, max(18 - distances[-1], 2))
     elif manner == "leaves":  # passes the edge on the way
         start = 21 - max(rng.choice(distances[2:]), 2)
     else:
         start = 22 - max(distances)
-    along = [start + distance for distance in distances]
-    across = []
-    drift = rng.randint(4, 16)
-    for _ in range(looks):
-        across.append(drift)
-        drift = min(max(drift + rng.choice((-1, 0, 0, 1)), 2), 18)
     dx, dy = WAYS[way]
-    if dx + dy < 0:
-        along = [20 - place for place in along]
-    path = zip(along, across) if dx else zip(across, along)
-    return "returns" if manner == "returns" else way, list(path)
+    path = []
+    across = rng.randint(4, 16)
+    for distance in distances:
+        along = start + distance if dx + dy > 0 else 20 - (start + distance)
+        path.append((along, across) if dx else (across, along))
+        across = min(max(across + rng.choice((-1, 0, 0, 1)), 2), 18)  # it drifts a little sideways
+    return "returns" if manner == "returns" else way, path
 
 
-def looks_covered(a, b, w, h):
-    """At how many looks two objects lie on each other, in an image of w x h pixels."""
-    reach = a["radius"] + b["radius"]
-    return sum(math.hypot((x - u) / 20 * w, (y - v) / 20 * h) < reach
-               for (x, y), (u, v) in zip(a["path"], b["path"]))
+def looks_covered(objects, w, h):
+    """At how many looks two objects lie on each other, over all pairs, in an image of w x h pixels."""
+    covered = 0
+    for a, b in itertools.combinations(objects, 2):
+        for (x, y), (u, v) in zip(a["path"], b["path"]):
+            distance = math.hypot((x - u) / 20 * w, (y - v) / 20 * h)
+            if distance < a["radius"] + b["radius"]:
+                covered += 1
+    return covered
 
 
 def draw_clip(rng, seconds=2.5):
@@ -336,7 +346,7 @@ def draw_clip(rng, seconds=2.5):
             way, path = draw_path(rng, looks)
             objects.append(dict(colour=colour, shape=shape, way=way, path=path, since=0, turns=None,
                                 radius=rng.uniform(0.19, 0.25) * min(w, h), angle=rng.uniform(-0.15, 0.15)))
-        covered = sum(looks_covered(a, b, w, h) for a, b in itertools.combinations(objects, 2))
+        covered = looks_covered(objects, w, h)
     for o, colour in zip(objects, colours[n:]):  # at most one more event for each besides its way
         event = rng.random()
         if event < 0.3:
@@ -348,7 +358,8 @@ def draw_clip(rng, seconds=2.5):
 
 def there(o, k):
     """Whether an object is seen at look k: it has come, and its centre is in the image."""
-    return k >= o["since"] and all(1 <= c <= 19 for c in o["path"][k])
+    x, y = o["path"][k]
+    return k >= o["since"] and 1 <= x <= 19 and 1 <= y <= 19
 
 
 def colour_at(o, k):
@@ -362,8 +373,9 @@ def name_of(rng, o, k=0):
 
 def polygon(o, size, k):
     """Its outline at look k, which may be a fraction: [(x, y)] in [0, 1]."""
-    before, after = o["path"][math.floor(k)], o["path"][math.ceil(k)]
-    centre = [(p + (q - p) * (k % 1)) / 20 for p, q in zip(before, after)]
+    before = np.array(o["path"][math.floor(k)])
+    after = np.array(o["path"][math.ceil(k)])
+    centre = (before + (after - before) * (k % 1)) / 20
     return (outline(o["shape"], o["radius"], o["angle"]) / size + centre).round(4).tolist()
 
 
@@ -381,7 +393,9 @@ def mask(o, size, k, i=0):
 def write_clip(path, clip, rate=4):
     """The clip as an H.264 file of `rate` frames a second."""
     rng = np.random.default_rng(clip["pixel_seed"])
-    w, h = (n // 2 * 2 for n in clip["size"])  # yuv420p halves them
+    w, h = clip["size"]
+    w -= w % 2  # yuv420p halves both
+    h -= h % 2
     background = draw_background(rng, w, h, always_tilted=True)
     with av.open(path, "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": "18"})
@@ -538,15 +552,13 @@ def finish(temporary, folder, recipe):
     return folder
 
 
-def without_masks(record):
-    """A record to train on: masks are for the evaluation alone."""
-    annotations = [{key: value for key, value in a.items() if key != "masks"} for a in record["annotations"]]
-    return dict(record, annotations=annotations)
-
-
-def write_lines(path, records):
+def write_lines(path, records, trains=False):
+    """Write records as JSONL; those to train on lose their masks, which are for the evaluation alone."""
     with open(path, "w") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)
+        for record in records:
+            for annotation in record["annotations"] if trains else ():
+                annotation.pop("masks", None)
+            f.write(json.dumps(record) + "\n")
 
 
 def new_scene(rng, seen):
@@ -559,15 +571,10 @@ def new_scene(rng, seen):
             return scene
 
 
-def save_image(image, path):
-    options = {"compress_level": 1} if path.endswith("png") else {"quality": 92}
-    image.save(path, **options)
-
-
 def pair_record(rng, name, scenes, trains):
     """A record about two scenes, [(image, scene)]."""
-    return dict(id=name, images=[image for image, _ in scenes],
-                annotations=pair(rng, [scene for _, scene in scenes], trains))
+    images, contents = zip(*scenes)
+    return dict(id=name, images=images, annotations=pair(rng, contents, trains))
 
 
 def training_pairs(scenes, start, seed):
@@ -612,14 +619,14 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     temporary = begin(folder, "images", "eval/images")
     seen = set()
     drawn = []  # (image, scene), the held-out ones first, so that no later one repeats them
-    caption_records = []
-    point_records = []
+    train = {"captions": [], "points": [], "text": text_records(texts, seed)}
     held_out_records = []
     for i in range(held_out + scenes):
         rng = random.Random(f"toy {seed} scene {i}")
         scene = new_scene(rng, seen)
         name = f"images/{i:05d}.{'png' if rng.random() < 0.5 else 'jpg'}"
-        save_image(paint(scene), os.path.join(temporary, "eval" if i < held_out else "", name))
+        path = os.path.join(temporary, "eval" if i < held_out else "", name)
+        paint(scene).save(path, compress_level=1, quality=92)  # the one for PNG, the other for JPEG
         drawn.append((name, scene))
         w, h = scene["size"]
         image = dict(image=name, width=w, height=h)  # with the size no header need be read
@@ -628,12 +635,11 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
         if i < held_out:
             held_out_records.append(dict(id=f"held-out-{i}", **image, annotations=about_all[:1] + about_kinds))
         else:
-            caption_records.append(dict(id=f"scene-{i}", **image, annotations=about_all))
-            point_records.append(dict(id=f"scene-{i}", **image, annotations=about_kinds))
-    train = {"captions": caption_records, "points": point_records, "text": text_records(texts, seed),
-             "pairs": training_pairs(drawn[held_out:], held_out, seed)}
+            train["captions"].append(dict(id=f"scene-{i}", **image, annotations=about_all))
+            train["points"].append(dict(id=f"scene-{i}", **image, annotations=about_kinds))
+    train["pairs"] = training_pairs(drawn[held_out:], held_out, seed)
     for name, records in train.items():
-        write_lines(os.path.join(temporary, name + ".jsonl"), map(without_masks, records))
+        write_lines(os.path.join(temporary, name + ".jsonl"), records, trains=True)
     write_lines(os.path.join(temporary, "eval/scenes.jsonl"), held_out_records)
     write_lines(os.path.join(temporary, "eval/pairs.jsonl"), held_out_pairs(drawn[:held_out], seed))
     return finish(temporary, folder, recipe)
@@ -641,9 +647,11 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
 
 def visible(clip):
     """What is seen of a clip: its shapes, where and in which colour at every look."""
-    def places(o):
-        return [(k, o["path"][k], colour_at(o, k)) for k in range(clip["looks"]) if there(o, k)]
-    return frozenset((o["shape"], *places(o)) for o in clip["objects"])
+    shown = set()
+    for o in clip["objects"]:
+        places = [(k, o["path"][k], colour_at(o, k)) for k in range(clip["looks"]) if there(o, k)]
+        shown.add((o["shape"], *places))
+    return frozenset(shown)
 
 
 @functools.cache
@@ -684,14 +692,16 @@ def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0, prefix=""
     print(f"filming the toy world: {clips} clips of {seconds} s to train on, {held_out} held out -> {folder}",
           flush=True)
     temporary = begin(folder, "video", "eval/video")
-    jobs = [(os.path.join(temporary, "eval") if i < held_out else temporary, f"video/{i:05d}.mp4",
-             f"toy {seed} clip {seconds}", i, held_out, seconds) for i in range(held_out + clips)]
+    jobs = []
+    for i in range(held_out + clips):
+        parent = os.path.join(temporary, "eval") if i < held_out else temporary
+        jobs.append((parent, f"video/{i:05d}.mp4", f"toy {seed} clip {seconds}", i, held_out, seconds))
     # spawned, not forked: a copy of a process with threads can wait for ever for a lock that one of them held
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         records = list(pool.map(film, jobs, chunksize=64))  # three of each clip
     for name, of_all_clips in zip(("clips", "tracks", "stills"), zip(*records)):
         file = f"{prefix}{name}.jsonl"
-        write_lines(os.path.join(temporary, file), map(without_masks, of_all_clips[held_out:]))
+        write_lines(os.path.join(temporary, file), of_all_clips[held_out:], trains=True)
         if name != "stills":  # a still teaches to find things in a frame; nothing asks for it alone
             write_lines(os.path.join(temporary, "eval", file), of_all_clips[:held_out])
     return finish(temporary, folder, recipe)
@@ -743,15 +753,15 @@ def grown(mask):
 
 
 def segment(frames, points):
-    """Masks of the shapes under points: {id: (frames, H, W) bool}. frames: [(H, W, 3) uint8]; points: [(frame, x, y,
-    id)].
+    """Masks of the shapes under points, [(frame, x, y, id)], in frames, [(H, W, 3) uint8]: {id: (frames, H, W) bool}.
 
     A shape is one colour inside a dark line: the region of like colour around the point, and half of the line.
     It takes the place of SAM 2 or the like, and has the signature that eval.py --segmenter asks for.
     """
     h, w = frames[0].shape[:2]
-    masks = {i: np.zeros((len(frames), h, w), bool) for *_, i in points}
+    masks = {}
     for frame, x, y, i in points:
+        shape_masks = masks.setdefault(i, np.zeros((len(frames), h, w), bool))
         image = Image.fromarray(np.ascontiguousarray(frames[frame]))
         start = min(int(x * w), w - 1), min(int(y * h), h - 1)
         ImageDraw.floodfill(image, start, (255, 0, 255), thresh=130)
@@ -762,7 +772,7 @@ def segment(frames, points):
         for _ in range(6):  # out to the line, and along it into the tips of a star
             found |= grown(found) & line
         # the line is three pixels wide, and its middle is where the shape ends
-        masks[i][frame] |= ~grown(grown(~grown(found)))
+        shape_masks[frame] |= ~grown(grown(~grown(found)))
     return masks
 
 
