@@ -35,15 +35,10 @@ SPARE = re.compile(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|")
 
 def byte_alphabet():
     """The printable character that stands for each byte in a tokenizer.json: {character: byte}."""
-    alphabet = {}
-    stand_in = 256  # the next character for a byte that does not print
-    for b in range(256):
-        if 33 <= b < 127 or 161 <= b < 173 or 174 <= b:
-            alphabet[chr(b)] = b
-        else:
-            alphabet[chr(stand_in)] = b
-            stand_in += 1
-    return alphabet
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unprintable = sorted(set(range(256)) - set(plain))
+    characters = [*plain, *range(256, 256 + len(unprintable))]
+    return {chr(character): b for character, b in zip(characters, [*plain, *unprintable])}
 
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -110,10 +105,10 @@ class Tokenizer:
         None where it names none."""
         beside = os.path.join(os.path.dirname(self.path), "tokenizer_config.json")
         config = read_json(beside) if os.path.exists(beside) else {}
-
-        def name_of(token):
-            return token.get("content") if isinstance(token, dict) else token
-        return name_of(config.get("bos_token")), name_of(config.get("eos_token"))
+        names = []
+        for token in (config.get("bos_token"), config.get("eos_token")):
+            names.append(token.get("content") if isinstance(token, dict) else token)
+        return names
 
     def save(self, folder):
         """Write tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template.
@@ -264,9 +259,9 @@ def multiple_choice(question, options, correct, rng=None):
             template = rng.choice(OPTIONS[1:])
             lettered = rng.random() < 0.8 or not options[correct].strip()
     lines = []
-    for k, option in enumerate(order):
+    for k, i in enumerate(order):
         letter = f"{chr(ord('A') + k)}. " if lettered else ""
-        lines.append(letter + options[option])
+        lines.append(letter + options[i])
     return template.format(question=question, options="\n".join(lines)), lines[order.index(correct)]
 
 
@@ -367,10 +362,7 @@ def released_tag(name, groups, label, alt):
     """groups: [(prefix, [(id, (x, y) in thousandths)])]."""
     written = []
     for prefix, items in groups:
-        points = []
-        for i, (x, y) in items:
-            points.append(f"{i} {x:03d} {y:03d}")
-        written.append(f"{prefix} " + " ".join(points))
+        written.append(f"{prefix} " + " ".join(f"{i} {x:03d} {y:03d}" for i, (x, y) in items))
     alt = "" if alt is None else f' alt="{alt}"'
     return f'<{name}{alt} coords="{";".join(written)}">{label}</{name}>'
 
