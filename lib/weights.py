@@ -381,8 +381,11 @@ def read_shards(folder):
         if not isinstance(listed, dict) or not all(map(is_name, listed.values())):
             raise BadCheckpoint(f"{index}: weight_map must map tensors to file names in this folder")
         files = sorted(set(listed.values()))
-    shards = {file: read_safetensors(os.path.join(folder, file)) for file in files}
-    names = [name for shard in shards.values() for name in shard]
+    shards = {}
+    names = []
+    for file in files:
+        shards[file] = read_safetensors(os.path.join(folder, file))
+        names.extend(shards[file])
     olmo = any(name.endswith("post_feedforward_layernorm.weight") for name in names)
     found = {}
     for file, shard in shards.items():
@@ -443,15 +446,16 @@ def fill(model, found, folder, new=()):
         found.pop("lm_head.weight", None)
         wanted.pop("lm_head.weight")
     check_names(wanted, found, folder, new)
-    state = {}
+    pieces = {}  # name -> the tensors that make it up, in order
     for name, parts in found.items():
-        tensors = [t for _, t in sorted(parts.items())]
+        tensors = [parts[part] for part in sorted(parts)]
+        pieces[name] = tensors
         shapes = [tuple(t.shape) for t in tensors]
         fused = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
         if fused != wanted[name].shape or any(shape[1:] != fused[1:] for shape in shapes):
             raise BadCheckpoint(f"{folder}: {name} is {fused}, the model needs {tuple(wanted[name].shape)}")
-    for name, parts in found.items():
-        tensors = [t for _, t in sorted(parts.items())]
+    state = {}
+    for name, tensors in pieces.items():
         fused = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         state[name] = fused.to(torch.float32, copy=True)
     state |= {name: torch.empty(wanted[name].shape) for name in new}
