@@ -102,8 +102,8 @@ def image_size(path):
 def pick_tiling(height, width, window, max_crops):
     """(rows, columns) of crops: the grid that enlarges the image least, or if all shrink it, shrinks it least.
 
-    height, width: pixels without the margins; window: pixels of a crop without them. Ties go to fewer crops, then to
-    fewer rows.
+    height, width: pixels without the margins; window: pixels of a crop without them. Ties go to fewer crops, then
+    to fewer rows.
     """
     grids = []
     for rows in range(1, max_crops + 1):
