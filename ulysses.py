@@ -121,12 +121,12 @@ def assign_crops(n_crops, pool, patches, ranks):
 def all_gather_rows(x, group):
     """What every rank holds, however many rows each: a list of P tensors. No gradient."""
     P = dist.get_world_size(group)
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(P)]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device), group=group)
-    counts = torch.cat(counts).tolist()
+    counts = torch.zeros(P, 1, dtype=torch.long, device=x.device)
+    dist.all_gather(list(counts), torch.tensor([len(x)], device=x.device), group=group)
+    counts = counts.flatten().tolist()
     # An all-gather takes tensors of one size, so all are padded to the longest.
-    padded = [x.new_empty(max(counts), *x.shape[1:]) for _ in range(P)]
-    dist.all_gather(padded, torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])]), group=group)
+    padded = x.new_empty(P, max(counts), *x.shape[1:])
+    dist.all_gather(list(padded), torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])]), group=group)
     return [tensor[:n] for tensor, n in zip(padded, counts)]
 
 

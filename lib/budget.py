@@ -120,19 +120,25 @@ def activations(model, sequences, tokens, crops, windows, has_loss, recompute, s
 
 # ---- what FSDP and the optimiser add -------------------------------------------------------------------------------
 
+def count_numbers(parameters):
+    return sum(p.numel() for p in parameters)
+
+
 def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1):
     """Bytes of one rank, {what: n}. model: on the meta device, used up; optimizers: of its parameters; shape:
     dict(rows=B, tokens=T, crops, windows=(M, K), learned) of a micro-batch before it is cut for `cp` ranks."""
-    numbers = sum(p.numel() for p in model.parameters())
+    numbers = count_numbers(model.parameters())
     trained = moments = 0
     for optimizer in optimizers:
-        n = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        trained += n
-        moments += n * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)  # Muon keeps momentum alone
+        copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 1  # Muon keeps momentum alone
+        for group in optimizer.param_groups:
+            n = count_numbers(group["params"])
+            trained += n
+            moments += n * copies
     shards = 8 if ranks % 8 == 0 else ranks  # a node's ranks, or all of them (lib/distributed.py)
     use = {"weights": 4 * numbers // shards, "gradients": 4 * trained // shards, "optimiser": 4 * moments // shards}
     if ranks > 1:
-        sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
+        sizes = [count_numbers(block.parameters()) for block in model.blocks()]
         outside = numbers - sum(sizes)  # in no block: embedding, head, connector
         wide = 2 if bf16 else 4
         # FSDP gathers this block and the next one. A gradient is as it was made, then in fp32 to be summed.
@@ -224,8 +230,10 @@ def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
     per_batch = sum(step_flops(batch, model.cfg, cfg.freeze) for batch in batches) / len(batches)
     work = per_batch / micro_batch * cfg.global_batch
     turns = math.ceil(cfg.global_batch / (dp * micro_batch))
-    sizes = {part: sum(p.numel() for _, p in named) for part, named in model.parts().items()}
-    print(f"{model.num_params():,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in sizes.items()))
+    sizes = []
+    for part, named in model.parts().items():
+        sizes.append(f"{part} {count_numbers(dict(named).values()):,}")
+    print(f"{model.num_params():,} parameters: " + ", ".join(sizes))
     print(f"a step: {cfg.global_batch} sequences of {cfg.seq_len:,} tokens; {micro_batch} at a time on each of "
           f"{dp} x {cfg.cp} ranks, {turns} times; {work:.3g} operations, {work / ranks:.3g} a rank")
     print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, "

@@ -102,10 +102,13 @@ def image_size(path):
 def pick_tiling(height, width, window, max_crops):
     """(rows, columns) of crops: the grid that enlarges the image least, or if all shrink it, shrinks it least.
 
-    height, width: pixels without the margins; window: pixels of a crop without them. Ties go to fewer crops, then to
-    fewer rows.
+    height, width: pixels without the margins; window: pixels of a crop without them. Ties go to fewer crops, then
+    to fewer rows.
     """
-    grids = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)]
+    grids = []
+    for rows in range(1, max_crops + 1):
+        for columns in range(1, max_crops // rows + 1):
+            grids.append((rows, columns))
     grids.sort(key=lambda g: (g[0] * g[1], g[0]))
     sides = np.array(grids, np.float32) * np.float32(window)  # fp32 as published: it decides ties
     scale = (sides / np.array([height, width], np.float32)).min(1)
@@ -207,8 +210,10 @@ def video_duration(path):
         if container.duration:
             return container.duration / av.time_base
         try:
-            packets = [p for p in container.demux(stream) if p.pts is not None]
-            ends = [float((p.pts + (p.duration or 0)) * stream.time_base) for p in packets]
+            ends = []
+            for p in container.demux(stream):
+                if p.pts is not None:
+                    ends.append(float((p.pts + (p.duration or 0)) * stream.time_base))
         except av.FFmpegError as e:
             raise BadMedia(f"{path}: broken video ({e})") from None
         if not ends:
@@ -369,7 +374,8 @@ def load_frames(path, times, keep=lambda rgb: rgb):
 def decode_wanted(path, times, wanted, decode, keep):
     """[keep(frame)] for the pts in `wanted`, decoding as `frame_plan` says; None if one of them did not come."""
     container, stream = open_video(path)
-    distinct, kept = set(wanted), {}
+    distinct = set(wanted)
+    kept = {}  # pts -> what is kept of the frame
     with container:
         for frame in frames_of(stream, packets_of(container, stream, times), decode, distinct):
             if frame.pts in distinct:

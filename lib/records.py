@@ -84,9 +84,13 @@ def is_list_of(value, is_fine):
 
 # ---- a record, from its fields to the whole ----------------------------------------------------------------
 
+def given_values(record, keys):
+    return [record[key] for key in keys if key in record]
+
+
 def check_size(record):
     """width and height save reading an image's header; one without the other is a slip."""
-    given = [record[key] for key in ("width", "height") if key in record]
+    given = given_values(record, ("width", "height"))
     if not given:
         return
     if len(given) == 1 or not all(map(is_index, given)) or not 0 < given[0] * given[1] <= MAX_PIXELS:
@@ -99,7 +103,7 @@ def check_clip(record):
     def is_subtitle(s):
         return isinstance(s, dict) and is_time(s.get("start")) and is_time(s.get("end")) and is_text(s.get("text"))
 
-    times = [record[key] for key in ("start", "end", "duration", "fps") if key in record]
+    times = given_values(record, ("start", "end", "duration", "fps"))
     if not is_list_of(record.get("subtitles", []), is_subtitle) or not all(map(is_time, times)):
         raise wrong_field("start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
 
@@ -166,7 +170,7 @@ def check_annotation(a, kind, n_media):
     for name in ("points", "input_points"):
         if name in a:
             check_points(a[name], kind, n_media)
-    if not all(i < n_media for i in a.get("images", ())):
+    if "images" in a and max(a["images"]) >= n_media:
         raise wrong_field(f"images {a['images']} of {n_media}")
 
 
@@ -234,8 +238,11 @@ def in_clip(annotation, record):
     moved = dict(annotation)
     for key in ("points", "input_points"):
         if key in moved:
-            inside = [p for p in moved[key] if start - 0.01 <= p["t"] <= end + 0.01]
-            moved[key] = [dict(p, t=max(p["t"] - start, 0)) for p in inside]
+            inside = []
+            for p in moved[key]:
+                if start - 0.01 <= p["t"] <= end + 0.01:
+                    inside.append(dict(p, t=max(p["t"] - start, 0)))
+            moved[key] = inside
     for key in ("start_time", "end_time", "timestamp"):
         if key in moved:
             moved[key] = max(moved[key] - start, 0)
@@ -367,16 +374,18 @@ def find_files(paths, stage=None):
             found.append((os.path.basename(file).removesuffix(".jsonl"), [file], None))
         if len(found) == before:
             raise FileNotFoundError(f"--data {path}: no such JSONL file, or no *.jsonl of this stage in it")
-    for _, files, _ in found:
-        if not any(line_index(file)[1][1] for file in files):
-            raise ValueError(f"--data {files[0]}: not a single line in it")
     names = [name for name, _, _ in found]
+    datasets = []
+    for name, files, entry in found:
+        if not len(Lines(files)):
+            raise ValueError(f"--data {files[0]}: not a single line in it")
+        # Datasets are known by their names; two of one name by the paths of their files.
+        unique_name = name if names.count(name) == 1 else files[0]
+        datasets.append((unique_name, files, entry))
     missing = [name for name in of_stage if name not in names]
     if not any(entry for _, _, entry in found):
         missing = []  # whoever has only files of his own does not miss the registry's
-    # Datasets are known by their names; two of one name by the paths of their files.
-    found = [(name if names.count(name) == 1 else files[0], files, entry) for name, files, entry in found]
-    return found, missing
+    return datasets, missing
 
 
 # ---- what could not be used --------------------------------------------------------------------------------

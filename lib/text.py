@@ -36,8 +36,9 @@ SPARE = re.compile(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|")
 def byte_alphabet():
     """The printable character that stands for each byte in a tokenizer.json: {character: byte}."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    unprintable = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(unprintable)}
+    unprintable = sorted(set(range(256)) - set(plain))
+    characters = [*plain, *range(256, 256 + len(unprintable))]
+    return {chr(character): b for character, b in zip(characters, [*plain, *unprintable])}
 
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -63,7 +64,8 @@ class Tokenizer:
         unused = [*spare, *range(last + 1, vocab)]
         missing = [name for name in WRITABLE if name not in special]
         special |= zip(missing, unused)
-        special |= {name: vocab + k for k, name in enumerate(READ_ONLY)}  # what it only reads: the rows after V
+        for k, name in enumerate(READ_ONLY):
+            special[name] = vocab + k  # what it only reads: the rows after V
 
         self.ids = special
         self.encoding = tiktoken.Encoding(os.path.basename(path), pat_str=split_pattern(spec.get("pre_tokenizer")),
@@ -74,7 +76,8 @@ class Tokenizer:
             raise BadCheckpoint(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
         self.eos_name = known[0]
         self.eos = special[self.eos_name]
-        self.bos = special.get(bos, self.eos)  # Qwen has none: there a sequence opens with what ends another
+        self.bos_name = bos if bos in special else self.eos_name  # Qwen has none: it opens with what ends another
+        self.bos = special[self.bos_name]
 
     def read_vocabulary(self, spec):
         """The ordinary tokens of a tokenizer.json, {bytes: id}, and its special ones, {name: id}."""
@@ -102,8 +105,10 @@ class Tokenizer:
         None where it names none."""
         beside = os.path.join(os.path.dirname(self.path), "tokenizer_config.json")
         config = read_json(beside) if os.path.exists(beside) else {}
-        names = [config.get("bos_token"), config.get("eos_token")]
-        return [name.get("content") if isinstance(name, dict) else name for name in names]
+        names = []
+        for token in (config.get("bos_token"), config.get("eos_token")):
+            names.append(token.get("content") if isinstance(token, dict) else token)
+        return names
 
     def save(self, folder):
         """Write tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template.
@@ -113,9 +118,11 @@ class Tokenizer:
         """
         spec = read_json(self.path)
         ordinary = set(spec["model"]["vocab"].values())
-        names = {i: name for name, i in self.ids.items() if i < self.vocab}
-        for k, name in enumerate(READ_ONLY):
-            names[self.vocab + k] = "<im_patch>" if name == "<image>" else name.replace("image_", "im_")
+        names = {}
+        for name, i in self.ids.items():
+            if name in READ_ONLY:
+                name = "<im_patch>" if name == "<image>" else name.replace("image_", "im_")
+            names[i] = name
         unchanged = {t["id"]: t for t in spec.get("added_tokens", []) if t["content"] == names.get(t["id"])}
         added = []
         for i in range(self.vocab + len(READ_ONLY)):
@@ -127,9 +134,8 @@ class Tokenizer:
                                   special=name not in WRITABLE))
         spec["added_tokens"] = added
         write_json(os.path.join(folder, "tokenizer.json"), spec)
-        bos_name = next(name for name, i in self.ids.items() if i == self.bos)
         write_json(os.path.join(folder, "tokenizer_config.json"),
-                   dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=bos_name,
+                   dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=self.bos_name,
                         chat_template=CHAT_TEMPLATE))
         with open(os.path.join(folder, "chat_template.jinja"), "w") as f:  # where processors expect it
             f.write(CHAT_TEMPLATE)
@@ -225,10 +231,11 @@ PROMPTS = {
     "video_single_point_track_per_frame": ("Track the {label} from {input_points}.",
                                            "Where does {input_points} go from here?"),
 }
-PROMPTS |= {alias: PROMPTS[style] for alias, style in (  # the released names of the same
-    ("long_caption", "image_caption"), ("pointing", "image_pointing"), ("cosyn_point", "image_pointing"),
-    ("video_long_caption", "video_caption"), ("video_point", "video_pointing"),
-    ("video_single_point_track_start_end", "video_single_point_track_per_frame"))}
+PROMPTS |= {  # the released names of the same
+    "long_caption": PROMPTS["image_caption"], "pointing": PROMPTS["image_pointing"],
+    "cosyn_point": PROMPTS["image_pointing"], "video_long_caption": PROMPTS["video_caption"],
+    "video_point": PROMPTS["video_pointing"],
+    "video_single_point_track_start_end": PROMPTS["video_single_point_track_per_frame"]}
 # Styles whose answer has a number: the mode of `format_points`.
 ANSWER_MODES = {"counting": "count", "video_count": "count", "multi_image_counting": "count",
                 "point_count": "point_count", "video_point_count": "point_count",
@@ -251,9 +258,10 @@ def multiple_choice(question, options, correct, rng=None):
         if rng.random() > 0.1:
             template = rng.choice(OPTIONS[1:])
             lettered = rng.random() < 0.8 or not options[correct].strip()
-    lines = [options[i] for i in order]
-    if lettered:
-        lines = [f"{chr(ord('A') + k)}. {line}" for k, line in enumerate(lines)]
+    lines = []
+    for k, i in enumerate(order):
+        letter = f"{chr(ord('A') + k)}. " if lettered else ""
+        lines.append(letter + options[i])
     return template.format(question=question, options="\n".join(lines)), lines[order.index(correct)]
 
 
@@ -385,19 +393,25 @@ def released_tracks(frames, label, alt=None, ends_only=False, after=None):
     """
     if not frames:
         return "No tracks available."
-    rounded = [(t, {k: thousandths(x, y) for k, (x, y) in seen.items()}) for t, seen in frames]
-    rounded.sort(key=lambda frame: frame[0])
     ids = {}
     times = {}  # object -> times at which it is seen
-    for t, seen in rounded:
-        for k in sorted(seen, key=lambda k: seen[k]):
-            ids.setdefault(k, len(ids) + 1)
+    rounded = []  # (t, {object: (x, y) in thousandths})
+    for t, seen in sorted(frames, key=lambda frame: frame[0]):
+        places = {}
+        for k, (x, y) in seen.items():
+            places[k] = thousandths(x, y)
             times.setdefault(k, []).append(t)
+        for k in sorted(places, key=places.get):
+            ids.setdefault(k, len(ids) + 1)
+        rounded.append((t, places))
     groups = []
-    for t, seen in rounded:
-        written = [k for k in seen if not ends_only or t in (times[k][0], times[k][-1])]
+    for t, places in rounded:
+        written = []
+        for k, place in places.items():
+            if not ends_only or t in (times[k][0], times[k][-1]):
+                written.append((ids[k], place))
         if written and (after is None or t > after):
-            groups.append((f"{t:.1f}", sorted((ids[k], seen[k]) for k in written)))
+            groups.append((f"{t:.1f}", sorted(written)))
     return released_tag("tracks", groups, label, alt) if groups else ""
 
 
@@ -416,19 +430,20 @@ def released_weight(task, n_trained, n_branches):
 def format_released(points, kind, label, tracks=False, mode="point"):
     """`data.format_points` in the released grammar: points are grouped by image or frame."""
     field = FIRST_FIELD[kind]
-    groups = {}  # prefix -> its points
+    groups = {}  # of tracks: {t: {object: place}}, else {prefix: [place]}
     for p in sorted(points, key=lambda p: p[field] if field else 0):
         prefix = "1"
         if kind == "images":
             prefix = str(p["image"] + 1)
         elif kind == "video":
             prefix = f"{p['t']:.1f}"
-        groups.setdefault(prefix, []).append(p)
-    if tracks:
-        frames = [(float(t), {p["id"]: (p["x"], p["y"]) for p in group}) for t, group in groups.items()]
-        return released_tracks(frames, label)
-    places = [(prefix, [(p["x"], p["y"]) for p in group]) for prefix, group in groups.items()]
-    return released_points(places, label, mode)
+        place = (p["x"], p["y"])
+        if tracks:
+            groups.setdefault(float(prefix), {})[p["id"]] = place
+        else:
+            groups.setdefault(prefix, []).append(place)
+    groups = list(groups.items())
+    return released_tracks(groups, label) if tracks else released_points(groups, label, mode)
 
 
 def parse_released(text):

@@ -206,8 +206,8 @@ def parse_yarn(rope, path):
 
 
 def parse_text(text, path):
-    """The language half of ModelConfig, from the text_config of a Molmo2 or the config of a plain OLMo-2, OLMo-3 or
-    Qwen3."""
+    """The language half of ModelConfig, from the text_config of a Molmo2 or the config of a plain OLMo-2,
+    OLMo-3 or Qwen3."""
     check_fixed("text", text, path)
     kind = text.get("model_type")
     n = text["num_hidden_layers"]
@@ -272,13 +272,13 @@ def check_sizes(fields, path):
             raise BadCheckpoint(f"{path}: {key} of the model would be {value!r}")
     heads, kv_heads, head_dim, blocks = (fields[k] for k in ("heads", "kv_heads", "head_dim", "vit_features"))
     if heads % kv_heads or head_dim % 2 or not blocks:
-        raise BadCheckpoint(f"{path}: {heads} heads, {kv_heads} key/value heads of {head_dim} and ViT blocks {blocks} "
-                            "make no model")
+        raise BadCheckpoint(f"{path}: {heads} heads, {kv_heads} key/value heads of {head_dim} and ViT blocks "
+                            f"{blocks} make no model")
 
 
 def parse_config(config, path, vision=None):
-    """config.json -> ModelConfig: of a Molmo2 (with vit_config, rope_theta or, newer, vision_config, rope_parameters),
-    or of a plain language model together with `vision`, the config of a SigLIP."""
+    """config.json -> ModelConfig: of a Molmo2 (with vit_config, rope_theta or, newer, vision_config,
+    rope_parameters), or of a plain language model together with `vision`, the config of a SigLIP."""
     try:
         if config.get("model_type") in LANGUAGE_MODELS:
             vision = vision.get("vision_config", vision)
@@ -381,8 +381,11 @@ def read_shards(folder):
         if not isinstance(listed, dict) or not all(map(is_name, listed.values())):
             raise BadCheckpoint(f"{index}: weight_map must map tensors to file names in this folder")
         files = sorted(set(listed.values()))
-    shards = {file: read_safetensors(os.path.join(folder, file)) for file in files}
-    names = [name for shard in shards.values() for name in shard]
+    shards = {}
+    names = []
+    for file in files:
+        shards[file] = read_safetensors(os.path.join(folder, file))
+        names.extend(shards[file])
     olmo = any(name.endswith("post_feedforward_layernorm.weight") for name in names)
     found = {}
     for file, shard in shards.items():
@@ -409,8 +412,8 @@ def load(folder, vision=None):
     if is_plain and not vision:
         raise BadCheckpoint(f"{path}: a plain language model sees nothing; name a SigLIP folder after it")
     if vision and not is_plain:
-        raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only after {', '.join(LANGUAGE_MODELS)} "
-                            "does a second folder make sense")
+        raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only after "
+                            f"{', '.join(LANGUAGE_MODELS)} does a second folder make sense")
     cfg = parse_config(config, path, read_json(os.path.join(vision, "config.json")) if is_plain else None)
     found = read_shards(folder)
     if is_plain:
@@ -443,15 +446,16 @@ def fill(model, found, folder, new=()):
         found.pop("lm_head.weight", None)
         wanted.pop("lm_head.weight")
     check_names(wanted, found, folder, new)
-    state = {}
+    pieces = {}  # name -> the tensors that make it up, in order
     for name, parts in found.items():
-        tensors = [t for _, t in sorted(parts.items())]
+        tensors = [parts[part] for part in sorted(parts)]
+        pieces[name] = tensors
         shapes = [tuple(t.shape) for t in tensors]
         fused = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
         if fused != wanted[name].shape or any(shape[1:] != fused[1:] for shape in shapes):
             raise BadCheckpoint(f"{folder}: {name} is {fused}, the model needs {tuple(wanted[name].shape)}")
-    for name, parts in found.items():
-        tensors = [t for _, t in sorted(parts.items())]
+    state = {}
+    for name, tensors in pieces.items():
         fused = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         state[name] = fused.to(torch.float32, copy=True)
     state |= {name: torch.empty(wanted[name].shape) for name in new}

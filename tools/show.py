@@ -99,7 +99,8 @@ def media_html(plan, record, cfg):
     n = cfg.crop // cfg.patch
     points = []  # (annotation, point)
     for a, annotation in enumerate(record["annotations"]):
-        points += [(a, p) for p in annotation.get("points", ())]
+        for p in annotation.get("points", ()):
+            points.append((a, p))
     out = []
     for k, (path, layout) in enumerate(plan.media):
         crops = load_crops(path, layout, n, cfg.patch)
