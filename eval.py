@@ -133,8 +133,7 @@ def point_f1(predicted, true, hits):
     the j-th marks. First matched by least total distance, as published; a match that misses is no hit."""
     n_hits = 0
     for i, j in assign(pairwise(math.dist, predicted, true)):
-        if hits(i, j):
-            n_hits += 1
+        n_hits += int(hits(i, j))
     return precision_recall_f1(n_hits, len(predicted), len(true))
 
 
@@ -433,12 +432,12 @@ def score_points(q, text):
         return [1e4 * p.get("image", 0), 100 * p["x"], 100 * p["y"]]  # images are too far apart to be matched
 
     def hits(i, j):
-        p = predicted[i]
-        if q.kind == "video" and abs(p["t"] - q.points[j]["t"]) >= 0.05:  # another half second, whatever its digits
-            return False
-        return q.hits(p, q.points[j])
-    precision, recall, f1 = point_f1([place(p) for p in predicted], [place(p) for p in q.points], hits)
-    scores = dict(precision=precision, recall=recall, f1=f1)
+        # times may be rounded: a twentieth of a second apart is another half second
+        same_time = q.kind != "video" or abs(predicted[i]["t"] - q.points[j]["t"]) < 0.05
+        return same_time and q.hits(predicted[i], q.points[j])
+
+    values = point_f1([place(p) for p in predicted], [place(p) for p in q.points], hits)
+    scores = dict(zip(("precision", "recall", "f1"), values))
     if not q.points:
         scores["none"] = float(text.strip() == NOTHING)
     return scores
@@ -467,10 +466,8 @@ def score_words(q, text):
 
 def score_caption(q, text, judge=None):
     if judge:
-        precision, recall, f1 = judge.score(text, q.truth, q.annotation.get("statements"))
-        return dict(precision=precision, recall=recall, f1=f1)
-    precision, recall, f1 = word_overlap(text, q.truth)
-    return dict(overlap_precision=precision, overlap_recall=recall, overlap_f1=f1)
+        return dict(zip(("precision", "recall", "f1"), judge.score(text, q.truth, q.annotation.get("statements"))))
+    return dict(zip(("overlap_precision", "overlap_recall", "overlap_f1"), word_overlap(text, q.truth)))
 
 
 def half_second(p):
@@ -518,7 +515,7 @@ def score_masks(q, predicted, times, segmenter):
     scores = np.zeros((len(true_masks), len(segmented), 3))  # J, F, J&F
     for i, (_, mask_at) in enumerate(sorted(true_masks.items())):
         for j, masks in enumerate(segmented.values()):
-            # of the frames that have either mask
+            # the frames in which either is visible
             pairs = [(masks[k], mask_at.get(t, empty)) for k, t in enumerate(times) if t in mask_at or masks[k].any()]
             scores[i, j] = j_and_f(*zip(*pairs))
     total = np.zeros(3)
