@@ -133,7 +133,8 @@ def point_f1(predicted, true, hits):
     the j-th marks. First matched by least total distance, as published; a match that misses is no hit."""
     n_hits = 0
     for i, j in assign(pairwise(math.dist, predicted, true)):
-        n_hits += int(hits(i, j))
+        if hits(i, j):
+            n_hits += 1
     return precision_recall_f1(n_hits, len(predicted), len(true))
 
 
