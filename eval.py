@@ -40,7 +40,7 @@ from data import find_datasets, in_clip, parse_points, prompt_of
 from lib import toy
 from lib.draw import contact_sheet
 from lib.media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
-from lib.records import MEDIA, BadRecord, parse_record
+from lib.records import BadRecord, media_kind, parse_record
 from lib.text import NOTHING, multiple_choice
 from lib.weights import BadCheckpoint
 from sample import Prompt, answers
@@ -62,7 +62,8 @@ def assign(cost):
     if 0 in cost.shape:
         return []
     if cost.shape[0] > cost.shape[1]:
-        return sorted((i, j) for j, i in assign(cost.T))
+        columns, rows = zip(*assign(cost.T))
+        return sorted(zip(rows, columns))
     n, m = cost.shape
     row_price, column_price = np.zeros(n), np.zeros(m)
     row_of = np.full(m, -1)  # the row matched with each column, -1 = free
@@ -86,22 +87,31 @@ def assign(cost):
             row = row_of[column]
             travelled = distance[column]
         row_price[start] += distance[nearest]
-        for column in np.flatnonzero(visited):
-            rest = distance[nearest] - distance[column]
-            row_price[row_of[column]] += rest
-            column_price[column] -= rest
+        rest = distance[nearest] - distance[visited]
+        row_price[row_of[visited]] += rest
+        column_price[visited] -= rest
         column = nearest
         while column >= 0:  # each column on the path takes the row of the one before it
             before = previous[column]
             row_of[column] = row_of[before] if before >= 0 else start
             column = before
-    return sorted((int(row), column) for column, row in enumerate(row_of) if row >= 0)
+    columns = np.flatnonzero(row_of >= 0)
+    return sorted(zip(row_of[columns].tolist(), columns.tolist()))
+
+
+def pairwise(function, a, b):
+    """function(x, y) of each x of a and each y of b: (len(a), len(b))."""
+    table = np.zeros((len(a), len(b)))
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i, j] = function(x, y)
+    return table
 
 
 def in_mask(mask, x, y):
     """Whether the pixel nearest to (x, y), in pixels, is inside the image and set in mask (H, W)."""
-    i, j = round(y), round(x)
-    return 0 <= i < mask.shape[0] and 0 <= j < mask.shape[1] and bool(mask[i, j])
+    row, column = round(y), round(x)
+    return 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and bool(mask[row, column])
 
 
 def harmonic(precision, recall):
@@ -121,9 +131,11 @@ def precision_recall_f1(hits, predicted, true):
 def point_f1(predicted, true, hits):
     """(precision, recall, F1) of points: (n, d) and (m, d) coordinates, and hits(i, j): whether the i-th lies in what
     the j-th marks. First matched by least total distance, as published; a match that misses is no hit."""
-    pairs = assign([[math.dist(p, t) for t in true] for p in predicted]) if len(predicted) and len(true) else []
-    hit_pairs = [(i, j) for i, j in pairs if hits(i, j)]
-    return precision_recall_f1(len(hit_pairs), len(predicted), len(true))
+    n_hits = 0
+    for i, j in assign(pairwise(math.dist, predicted, true)):
+        if hits(i, j):
+            n_hits += 1
+    return precision_recall_f1(n_hits, len(predicted), len(true))
 
 
 def parse_number(text):
@@ -153,11 +165,7 @@ def region_j(a, b):
 def boundary(mask):
     """Pixels of mask (H, W) whose right, lower or lower right neighbour differs, as DAVIS draws a boundary."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    edge = (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
-    edge[-1] = mask[-1] ^ padded[-1, 1:]
-    edge[:, -1] = mask[:, -1] ^ padded[1:, -1]
-    edge[-1, -1] = False
-    return edge
+    return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 
 
 def dilate(mask, radius):
@@ -317,7 +325,7 @@ class Question:
         self.folder = folder
         self.where = where  # file:line
         self.task = annotation["task"]
-        self.kind = next((kind for kind in MEDIA if kind in record), None)
+        self.kind = media_kind(record)
         self.path = None if self.kind in (None, "images") else inside_folder(folder, record[self.kind])
         self.check(annotation)
         # from here on times count from the start of the clip, as the model counts
@@ -330,7 +338,7 @@ class Question:
             self.prompt, self.truth = multiple_choice(annotation["question"], annotation["options"],
                                                       annotation["correct"])
         else:
-            self.prompt = annotation.get("prompt") or prompt_of(annotation, self.kind, random.Random(where))
+            self.prompt = prompt_of(annotation, self.kind, random.Random(where))
             self.truth = annotation.get("answer", "")
         self.points = annotation.get("points", [])
         masks = in_clip(dict(points=annotation.get("masks", [])), record)["points"]
@@ -373,7 +381,8 @@ class Question:
         w, h = self.size(which[1])
         if "polygon" in mask:
             image = Image.new("1", (w, h))
-            ImageDraw.Draw(image).polygon([(x * w, y * h) for x, y in mask["polygon"]], 1)
+            corners = np.array(mask["polygon"]) * (w, h)
+            ImageDraw.Draw(image).polygon(corners.ravel().tolist(), 1)
             return np.array(image)
         rows, columns = mask["rle"]["size"]
         if (rows, columns) != (h, w):
@@ -408,25 +417,28 @@ def load_questions(datasets, limit=None):
 
 # ---- scoring one answer ------------------------------------------------------------------------------------
 
+def predicted_points(q, text):
+    """The points of an answer; of a video those with a time."""
+    return [p for p in parse_points(text, q.kind) if q.kind != "video" or "t" in p]
+
+
 def score_points(q, text):
     """Pointing: matched in space, with the image or the time as a third dimension, all on a scale of 0 to 100."""
-    predicted = parse_points(text, q.kind)
-    if q.kind == "video":
-        predicted = [p for p in predicted if "t" in p]
-    last = max([p["t"] for p in [*predicted, *q.points] if "t" in p], default=1) or 1
+    predicted = predicted_points(q, text)
+    last = max([p.get("t", 0) for p in predicted + q.points], default=0) or 1  # in seconds
 
     def place(p):
         if q.kind == "video":
-            return [round(100 * v, 1) for v in (p["t"] / last, p["x"], p["y"])]
+            return [round(100 * (p["t"] / last), 1), round(100 * p["x"], 1), round(100 * p["y"], 1)]
         return [1e4 * p.get("image", 0), 100 * p["x"], 100 * p["y"]]  # images are too far apart to be matched
 
     def hits(i, j):
-        p = predicted[i]
-        if q.kind == "video" and abs(p["t"] - q.points[j]["t"]) >= 0.05:  # another half second, whatever its digits
-            return False
-        return q.hits(p, q.points[j])
-    precision, recall, f1 = point_f1([place(p) for p in predicted], [place(t) for t in q.points], hits)
-    scores = dict(precision=precision, recall=recall, f1=f1)
+        # times may be rounded: a twentieth of a second apart is another half second
+        same_time = q.kind != "video" or abs(predicted[i]["t"] - q.points[j]["t"]) < 0.05
+        return same_time and q.hits(predicted[i], q.points[j])
+
+    values = point_f1([place(p) for p in predicted], [place(p) for p in q.points], hits)
+    scores = dict(zip(("precision", "recall", "f1"), values))
     if not q.points:
         scores["none"] = float(text.strip() == NOTHING)
     return scores
@@ -455,10 +467,8 @@ def score_words(q, text):
 
 def score_caption(q, text, judge=None):
     if judge:
-        precision, recall, f1 = judge.score(text, q.truth, q.annotation.get("statements"))
-        return dict(precision=precision, recall=recall, f1=f1)
-    precision, recall, f1 = word_overlap(text, q.truth)
-    return dict(overlap_precision=precision, overlap_recall=recall, overlap_f1=f1)
+        return dict(zip(("precision", "recall", "f1"), judge.score(text, q.truth, q.annotation.get("statements"))))
+    return dict(zip(("overlap_precision", "overlap_recall", "overlap_f1"), word_overlap(text, q.truth)))
 
 
 def half_second(p):
@@ -466,10 +476,14 @@ def half_second(p):
     return round(2 * p["t"], 1)
 
 
+def xy(points):
+    return [(p["x"], p["y"]) for p in points]
+
+
 def score_track(q, text, segmenter=None):
     """Tracking: points of every frame that has a true or a predicted one, HOTA, and J, F with a segmenter."""
-    predicted = [p for p in parse_points(text, "video") if "t" in p]
-    times = sorted({*map(half_second, predicted), *map(half_second, q.points)})
+    predicted = predicted_points(q, text)
+    times = sorted({half_second(p) for p in predicted + q.points})
     frames = []  # for `hota`
     scores = []  # (precision, recall, F1) of each frame
     n_hits = 0
@@ -477,10 +491,9 @@ def score_track(q, text, segmenter=None):
         true = [p for p in q.points if half_second(p) == t]
         first_of_id = {p["id"]: p for p in reversed(predicted) if half_second(p) == t}
         points = list(first_of_id.values())  # an id that comes twice in a frame counts once
-        hits = np.array([[q.hits(p, o) for p in points] for o in true]).reshape(len(true), len(points))
-        scores.append(point_f1([(p["x"], p["y"]) for p in points], [(o["x"], o["y"]) for o in true],
-                               lambda i, j: hits[j, i]))
-        frames.append(([o["id"] for o in true], [p["id"] for p in points], hits))
+        hits = pairwise(q.hits, points, true)
+        scores.append(point_f1(xy(points), xy(true), lambda i, j: hits[i, j]))
+        frames.append(([o["id"] for o in true], list(first_of_id), hits.T))
         n_hits += round(scores[-1][1] * len(true))
     precision, recall, f1 = np.mean(scores, 0).tolist() if scores else (1.0, 1.0, 1.0)
     out = dict(accuracy=n_hits / max(len(q.points), 1), precision=precision, recall=recall, f1=f1,
@@ -492,23 +505,24 @@ def score_track(q, text, segmenter=None):
 
 def score_masks(q, predicted, times, segmenter):
     """J, F, J&F, the mean over true objects: each is compared with the predicted track that suits it best."""
-    start, end = q.record.get("start", 0), video_duration(q.path)
     # a predicted time after the end is just wrong: it gets the last frame
-    frames = load_frames(q.path, [min(t / 2 + start, end) for t in times])
+    seconds = np.minimum(np.array(times) / 2 + q.record.get("start", 0), video_duration(q.path))
+    frames = load_frames(q.path, seconds.tolist())
     segmented = segmenter(frames, [(times.index(half_second(p)), p["x"], p["y"], p["id"]) for p in predicted])
-    objects = sorted({o["id"] for o in q.points})
-    tracks = list(segmented)
+    true_masks = {}  # object -> {half second: mask}
+    for o in q.points:
+        true_masks.setdefault(o["id"], {})[half_second(o)] = q.mask(o)
     empty = np.zeros(frames[0].shape[:2], bool)
-    table = {}  # (object, track) -> (J, F, J&F)
-    for i in objects:
-        true = {half_second(o): q.mask(o) for o in q.points if o["id"] == i}
-        for j in tracks:
-            masks = segmented[j]
-            either = [(masks[k], true.get(t, empty)) for k, t in enumerate(times) if t in true or masks[k].any()]
-            table[i, j] = j_and_f(*zip(*either)) if either else (1.0, 1.0, 1.0)
-    pairs = assign([[-table[i, j][2] for j in tracks] for i in objects]) if tracks else []
-    best = [table[objects[i], tracks[j]] for i, j in pairs]
-    j, f, both = (np.sum(best, 0) / len(objects)).tolist() if best else (0.0, 0.0, 0.0)
+    scores = np.zeros((len(true_masks), len(segmented), 3))  # J, F, J&F
+    for i, (_, mask_at) in enumerate(sorted(true_masks.items())):
+        for j, masks in enumerate(segmented.values()):
+            # the frames in which either is visible
+            pairs = [(masks[k], mask_at.get(t, empty)) for k, t in enumerate(times) if t in mask_at or masks[k].any()]
+            scores[i, j] = j_and_f(*zip(*pairs))
+    total = np.zeros(3)
+    for i, j in assign(-scores[:, :, 2]):
+        total += scores[i, j]
+    j, f, both = (total / len(true_masks)).tolist()
     return {"j": j, "f": f, "j&f": both}
 
 
@@ -557,14 +571,13 @@ def objects_named(text):
 def points_inside(q, points):
     """How many points lie inside an outline of the question, each outline counted once. Shapes do not overlap, so a
     point can lie in one alone: no matching is needed."""
-    outlines = [mask["polygon"] for mask in q.masks.values()]
-    n_hits = 0
+    masks = list(q.masks.values())
     for p in points:
-        hit = [outline for outline in outlines if toy.inside(outline, p["x"], p["y"])]
-        if hit:
-            outlines.remove(hit[0])
-            n_hits += 1
-    return n_hits
+        for mask in masks:
+            if toy.inside(mask["polygon"], p["x"], p["y"]):
+                masks.remove(mask)
+                break
+    return len(q.masks) - len(masks)
 
 
 def scene_scores(questions, texts):
@@ -623,12 +636,6 @@ def evaluate_scenes(model, planner, folder, n, sheet=None, world=None):
 
 # ---- the command -------------------------------------------------------------------------------------------
 
-def load_function(name):
-    """module:function of --segmenter."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -648,12 +655,11 @@ def parse_flags():
     return parser.parse_args()
 
 
-def print_table(scores):
+def print_table(scores, names):
     """{checkpoint: {name: value}} side by side."""
     for folder in scores:
         print(f"{'':34}{folder}")
-    names = set().union(*scores.values())
-    for name in sorted(names):
+    for name in names:
         print(f"{name:34}" + "".join(f"{values.get(name, math.nan):10.3f}" for values in scores.values()))
 
 
@@ -663,9 +669,10 @@ def main():
     predictions = {}  # checkpoint -> what `evaluate` says of each question
     try:
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
-        segmenter = load_function(args.segmenter) if args.segmenter else None
-        if not args.data and not segmenter:
-            segmenter = toy.segment
+        segmenter = None if args.data else toy.segment
+        if args.segmenter:
+            module, _, function = args.segmenter.partition(":")
+            segmenter = getattr(importlib.import_module(module), function)
         datasets, _ = find_datasets(args.data or toy.held_out(toy.FOLDER, "sft"))
         questions = load_questions(datasets, args.limit)
         for folder in args.checkpoints:
@@ -678,8 +685,9 @@ def main():
     except (OSError, ValueError, BadRecord, BadMedia, BadCheckpoint, ImportError, AttributeError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    print_table(scores)
-    if not judge and any("overlap" in name for values in scores.values() for name in values):
+    names = sorted(set().union(*scores.values()))
+    print_table(scores, names)
+    if not judge and "overlap" in " ".join(names):
         print("overlap: shared words, a proxy; --judge_url scores captions by their statements")
     with open(args.out, "w") as f:
         json.dump(dict(scores=scores, predictions=predictions), f, indent=1)

@@ -63,10 +63,12 @@ def prompt_batch(plans, cfg):
     """Plans of questions as a batch for `Molmo2.generate`, padded on the right: (batch, [media that failed to decode,
     as `decode` reports them])."""
     longest = max(plan.n_tokens for plan in plans)
-    sequences = [decode([plan], cfg, longest) for plan in plans]
+    sequences = []
     failed = []
-    for *_, events in sequences:
-        failed += events
+    for plan in plans:
+        sequence = decode([plan], cfg, longest)
+        sequences.append(sequence)
+        failed += sequence[-1]
     batch = collate(sequences)
     return {name: batch[name] for name in ("tokens", "crops", "pool", "pos", "example", "branch")}, failed
 
@@ -163,7 +165,9 @@ class Chat:
         self.encode(plan)
         tok = self.planner.tokenizer
         device = self.features.device
-        tokens, pos, branch = (torch.from_numpy(x)[None].to(device) for x in (plan.tokens, plan.pos, plan.branch))
+        tokens = torch.from_numpy(plan.tokens)[None].to(device)  # (1, T)
+        pos = torch.from_numpy(plan.pos)[None].to(device)
+        branch = torch.from_numpy(plan.branch)[None].to(device)
         generator = torch.Generator(device).manual_seed(seed)
         ids = []
         yielded = 0  # characters

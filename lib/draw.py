@@ -28,18 +28,20 @@ def draw_points(pixels, points, trails=(), side=640):
         scale = side // longest  # small images are enlarged until a number can be read
     elif longest < 2 * side:
         scale = side / longest
-    size = [max(round(n * scale), 2) for n in image.size]
-    image = image.resize(size, Image.NEAREST if scale > 1 else Image.BILINEAR)
+    width = max(round(image.width * scale), 2)
+    height = max(round(image.height * scale), 2)
+    image = image.resize((width, height), Image.NEAREST if scale > 1 else Image.BILINEAR)
     pen = ImageDraw.Draw(image)
     radius = max(min(image.size) / 40, 5)
     # trails lie under the points; each is black with its colour inside, to be seen on any background
     for i, places in trails:
-        line = [(x * image.width, y * image.height) for x, y in places]
-        if len(line) > 1:
+        if len(places) > 1:
+            line = (np.array(places) * (width, height)).ravel().tolist()  # x, y, x, y, ... in pixels
             pen.line(line, "black", max(int(radius * 0.7), 3), joint="curve")
             pen.line(line, colour_of(i), max(int(radius * 0.4), 1), joint="curve")
     for p in points:
-        x, y = p["x"] * image.width, p["y"] * image.height
+        x = p["x"] * width
+        y = p["y"] * height
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], colour_of(p["id"]), "black",
                     max(int(radius / 4), 1))
         pen.text((x + radius, y + radius / 2), str(p["id"]), "white", stroke_width=2, stroke_fill="black",
@@ -50,9 +52,13 @@ def draw_points(pixels, points, trails=(), side=640):
 def at_time(points, t, gap=1.0):
     """The points of all tracks at t seconds: on the line between two points of one id at most `gap` seconds apart. A
     point without such a neighbour is shown for a quarter of a second."""
+    tracks = {}  # id -> its points
+    for p in points:
+        if "t" in p:
+            tracks.setdefault(p["id"], []).append(p)
     shown = []
-    for i in sorted({p["id"] for p in points}):
-        track = sorted((p for p in points if p["id"] == i and "t" in p), key=lambda p: p["t"])
+    for _, track in sorted(tracks.items()):
+        track.sort(key=lambda p: p["t"])
         earlier = [p for p in track if p["t"] <= t + 1e-6]  # times are rounded: a point at t is one
         later = track[len(earlier):]
         if not earlier:
@@ -68,17 +74,22 @@ def at_time(points, t, gap=1.0):
     return shown
 
 
-def trails_of(frames, i):
-    """The lines along which id i moved through the points of some frames: [[(x, y)]]. A new one begins after each
-    time the id was away."""
-    trails = [[]]
+def trails_of(frames):
+    """The lines along which the points of some frames moved, ordered by id: [(id, [(x, y)])]. An id that was away
+    begins a new one."""
+    trails = []
+    going_on = {}  # id -> its line up to the last frame
     for points in frames:
-        places = [(p["x"], p["y"]) for p in points if p["id"] == i]
-        if places:
-            trails[-1] += places
-        elif trails[-1]:
-            trails.append([])
-    return trails
+        extended = {}
+        for p in points:
+            i = p["id"]
+            if i not in going_on:
+                going_on[i] = []
+                trails.append((i, going_on[i]))
+            going_on[i].append((p["x"], p["y"]))
+            extended[i] = going_on[i]
+        going_on = extended
+    return sorted(trails, key=lambda trail: trail[0])
 
 
 def save_sheet(images, path):
@@ -96,12 +107,16 @@ def draw_video(path, points, out, rate=10):
     seconds; and OUT.png, a contact sheet of up to twelve times at which there are points."""
     duration = video_duration(path)
     times = np.arange(0, duration, 1 / rate)
-    # a point moves to the frame nearest to its time, so that the frame shows it; one after the end is not drawn
-    nearest = [dict(p, t=min(round(p["t"] * rate), len(times) - 1) / rate) for p in points
-               if p.get("t", math.inf) < duration + 1 / rate]
-    ids = sorted({p["id"] for p in nearest})
+    nearest = []
+    marked = set()  # the frames with points
+    for p in points:
+        # a point moves to the frame nearest to its time, so that the frame shows it; one after the end is not drawn
+        if p.get("t", math.inf) < duration + 1 / rate:
+            frame = min(round(p["t"] * rate), len(times) - 1)
+            nearest.append(dict(p, t=frame / rate))
+            marked.add(frame)
     shown = [at_time(nearest, t) for t in times]  # the points of each frame
-    sheet_frames = sorted({round(p["t"] * rate) for p in nearest}) or [0]
+    sheet_frames = sorted(marked) or [0]
     if len(sheet_frames) > 12:  # evenly spaced, the first and the last among them
         sheet_frames = [sheet_frames[round(k * (len(sheet_frames) - 1) / 11)] for k in range(12)]
     sheet = []
@@ -109,10 +124,7 @@ def draw_video(path, points, out, rate=10):
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
         for k, pixels in enumerate(load_frames(path, times)):
             recent = shown[max(k - 2 * rate, 0):k + 1]
-            trails = []
-            for i in ids:
-                trails += [(i, places) for places in trails_of(recent, i)]
-            image = draw_points(pixels, shown[k], trails)
+            image = draw_points(pixels, shown[k], trails_of(recent))
             image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
             if k == 0:  # only now the size is known
                 stream.width, stream.height = image.size
@@ -153,11 +165,13 @@ def contact_sheet(cells, path, columns=6, side=150, text_height=46):
         with Image.open(file) as image:
             page.paste(image.convert("RGB").resize((side, side)), (left, top))
         for p in true:
-            x, y = left + p["x"] * side, top + p["y"] * side
+            x = left + p["x"] * side
+            y = top + p["y"] * side
             pen.ellipse([x - 7, y - 7, x + 7, y + 7], outline="black", width=3)
             pen.ellipse([x - 6, y - 6, x + 6, y + 6], outline="white", width=1)
         for p in predicted:
-            x, y = left + p["x"] * side, top + p["y"] * side
+            x = left + p["x"] * side
+            y = top + p["y"] * side
             for colour, width in (("black", 4), ("white", 2)):
                 pen.line([x - 5, y, x + 5, y], colour, width)
                 pen.line([x, y - 5, x, y + 5], colour, width)
