@@ -1,0 +1,450 @@
+"""
+Checks that the project computes the right numbers on a CUDA GPU, and measures how fast it is.
+
+    python -m tools.bench --cpu_rehearsal                  # tiny sizes, no GPU, two minutes: does this file work?
+    python -m tools.bench                                  # all parts, at most 9 minutes; figures go to out/bench
+    python -m tools.bench --parts env speed --out DIR      # DIR/results.jsonl and DIR/log.txt are appended to
+
+    env        versions; matrix product and copy: the two ceilings that later shares refer to, so run it first
+    correct    golden outputs; the mask of training against the dense mask; pretrain.py on the CPU and on the card
+    speed      training steps of the 1B model, eager; where the ms go; the kernels that take most of them
+    compiled   the same with --compile; whether batches of other images compile again
+    decode     tokens a second of an answer, against what the memory bandwidth allows
+    files      the 1B model trained from JPEG and MP4: the share of time it waits for data
+    long       one sequence of 36,864 tokens that a video fills
+
+Each part is a process with a time limit, so what fails, hangs or runs out of memory costs that part alone. The 1B
+model needs a card of 80 GB. A figure is a line of results.jsonl as soon as it is known. How to read them: `ok` must
+be true. Errors are relative: fp32 is off by less than 1e-4, bf16 by about as much as on a CPU (bf16_cpu). `of_matmul`
+is a step's share of the measured matrix product, `mfu` its share of what the card's maker states: an H200 had 0.31
+and 0.24 eager, 0.39 and 0.31 compiled. `forecast_gb` is what --dry_run says, `peak_gb` what was used. `busy_share` is
+the share of a step in which the card works: far below 1, the CPU does not launch kernels fast enough. `graphs`,
+compiled so far, stops growing after two batches. `floor_ms` is the time to read the decoder's weights and its cache
+once. `wait` near 0: the workers keep up. A line with `error` or `skipped` has the reason; the exit status is 1 where
+something failed or is not ok.
+"""
+import argparse
+import gc
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageChops
+from torch.utils.benchmark import Timer
+
+import pretrain
+from data import Packer, Planner, collate, decode, to_device
+from lib import budget, distributed, flex
+from lib.text import SMALL_TOKENIZER, Tokenizer
+from lib.weights import read_safetensors
+from model import Molmo2, PRESETS, attend, dense_mask, is_vision
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PRETRAIN = [sys.executable, os.path.join(ROOT, "pretrain.py")]
+LEAST, MOST = 25, 180  # seconds: with fewer left nothing is begun, and no part may take more
+
+
+class Bench:
+    """What a part needs: a device, the size of the model, a file for the figures. tiny: --cpu_rehearsal."""
+
+    def __init__(self, out, tiny, part, until):
+        self.tiny, self.part, self.until = tiny, part, until  # until: when this process will be stopped
+        self.device, self.config = ("cpu", "small") if tiny else ("cuda", "1b")
+        self.cfg = PRESETS[self.config]
+        self.results = os.path.join(out, "results.jsonl")
+
+    def say(self, what, **figures):
+        """Write a line of results, without the figures that are NaN: those need another one that is not known."""
+        machine = torch.cuda.get_device_name() if torch.cuda.is_initialized() else f"CPU, {os.cpu_count()} cores"
+        known = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items() if v == v}
+        with open(self.results, "a") as f:
+            f.write(json.dumps(dict(part=self.part, what=what, **known, machine=machine)) + "\n")
+
+    def known(self, what, key):
+        """The last such figure in the file, or NaN."""
+        figures = [line[key] for line in read_lines(self.results) if line["what"] == what and key in line]
+        return figures[-1] if figures else math.nan
+
+    def attempt(self, what, do, *args):
+        """do(bench, what, *args). If it fails a line of results has the reason."""
+        gc.collect()  # an earlier model and its hooks refer to each other
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if self.until - time.time() < LEAST:
+            return self.say(what, skipped="no time left")
+        try:
+            do(self, what, *args)
+        except Exception as error:
+            traceback.print_exc()
+            self.say(what, error=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def read_lines(path):
+    """The objects of a JSONL file, none if it does not exist. A last line that is half written is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def photo(i):
+    """The record of a photo that does not exist."""
+    width, height = ((800, 600), (600, 800), (1024, 512), (500, 375))[i % 4]
+    points = [dict(x=k / 10, y=0.5, id=k) for k in range(i % 8 + 1)]
+    return dict(id=f"photo {i}", image=f"{i}.jpg", width=width, height=height, annotations=[
+        dict(task="image_caption", answer="a round thing near the other blue wall " * 15),
+        dict(task="image_pointing", prompt="Point to the discs.", points=points)])
+
+
+def noise(path, layout, side, patch):
+    """Crops of a file that does not exist. Not zeros, which would be cheaper to compute with."""
+    return np.random.default_rng(0).integers(0, 256, (layout.n_crops, side ** 2, patch ** 2 * 3), dtype=np.uint8)
+
+
+def planner_for(cfg, seq_len, tiles=0, crops=48):
+    return Planner(Tokenizer(SMALL_TOKENIZER, cfg.vocab), cfg, seq_len, tiles, max_frames=crops, max_crops=crops)
+
+
+def photo_batches(cfg, seq_len, tiles, sequences, n):
+    """n batches of photos, planned and packed as in training."""
+    planner = planner_for(cfg, seq_len, tiles)
+    packer = Packer(seq_len, planner.max_crops)
+    decoded = []
+    i = 0
+    while len(decoded) < sequences * n:
+        plans, _ = planner.plan(photo(i), ".", random.Random(i))
+        decoded += [decode(packed, cfg, seq_len, noise) for packed in packer.add(plans[0])]
+        i += 1
+    return [collate(decoded[k:k + sequences]) for k in range(0, len(decoded), sequences)]
+
+
+def random_model(bench):
+    """A model on the device all of whose weights are random: training starts with some at zero."""
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        model = Molmo2(bench.config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1 if p.ndim == 1 else 0.02)
+    return model
+
+
+def off(x, wanted):
+    """|x - wanted| / |wanted|, infinite and not NaN where x is not finite, for max() may pass over a NaN."""
+    error = float((x.double().cpu() - wanted.double().cpu()).norm() / wanted.double().norm())
+    return error if math.isfinite(error) else math.inf
+
+
+@torch.no_grad()
+def golden(bench, what, name, case):
+    """The device's outputs, in fp32 and bf16, against those of the published code (fp32, on a CPU)."""
+    folder = os.path.join(ROOT, "tests", "golden")
+    model = Molmo2.from_pretrained(os.path.join(folder, f"molmo2-{name}-tiny", "hub"))
+    x = read_safetensors(os.path.join(folder, "molmo2-inputs", f"{case}.safetensors"))
+    wanted = read_safetensors(os.path.join(folder, f"molmo2-{name}-tiny", f"{case}_outputs.safetensors"))
+    kind, pixels = ("video", "pixel_values_videos") if case == "video" else ("image", "pixel_values")
+    inputs = [x["input_ids"], x[pixels], x[f"{kind}_token_pooling"]]
+    error = lambda: off(model(*inputs)[:, wanted["logit_positions"]], wanted["logits"])
+    with torch.autocast("cpu", torch.bfloat16):
+        bf16_cpu = error()
+    model.to(bench.device)
+    tokens, crops, pool = inputs = [tensor.to(bench.device) for tensor in inputs]
+    fp32 = max(off(model.vision_backbone.image_vit(crops), wanted["vit_features"]),
+               off(model.vision_backbone(crops, pool), wanted["connector_features"]), error())
+    with torch.autocast(bench.device, torch.bfloat16):
+        bf16 = error()
+    ids = list(model.generate(tokens[:, :int(x["prompt_len"])], crops, pool, max_new_tokens=12))
+    same_answer = torch.equal(torch.stack(ids, dim=1).cpu(), wanted["generated"])
+    ok = fp32 < 1e-4 and bf16 < 2 * bf16_cpu and same_answer
+    bench.say(what, ok=ok, fp32=fp32, bf16=bf16, bf16_cpu=bf16_cpu, same_answer=same_answer)
+
+
+def masks_agree(bench, what, heads, kv_heads, head_dim, dtype):
+    """Attention and its gradients with the mask of training (on CUDA in blocks), against the dense mask in fp64."""
+    with torch.device("meta"):
+        network = Molmo2("small")
+    flex.install(network)
+    batch = photo_batches(network.cfg, 1024, 0, 4, 1)[0]
+    tokens, example, branch = [batch[key].to(bench.device) for key in ("tokens", "example", "branch")]
+    real = (example > 0)[:, None, :, None]
+    torch.manual_seed(0)
+    q, k, v, gradient = [torch.randn(4, n, 1024, head_dim, device=bench.device).to(dtype)
+                         for n in (heads, kv_heads, kv_heads, heads)]
+
+    def outputs(attention, mask, dtype):
+        qkv = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        output = attention(*qkv, mask)
+        gradients = torch.autograd.grad(output, qkv, (gradient * real).to(dtype))  # padding is not trained on
+        return torch.where(real, output, 0).detach(), *gradients
+    exact = outputs(attend, dense_mask(example, branch, is_vision(tokens, network.cfg.vocab)), torch.float64)
+    attend_in_training = network.transformer.blocks[0].self_attn.attend
+    in_training = outputs(attend_in_training, network.mask(tokens, example, branch), dtype)
+    out, dq, dk, dv = [off(x, wanted) for x, wanted in zip(in_training, exact)]
+    ok = max(out, dq, dk, dv) < (1e-5 if dtype == torch.float32 else 1e-2)
+    bench.say(what, ok=ok, out=out, dq=dq, dk=dk, dv=dv)
+
+
+def five_steps(bench, what, device, dtype):
+    """pretrain.py itself has the losses it has on the CPU."""
+    # For sequences of up to 256 tokens, as --config small has them, training uses the dense mask.
+    flags = (f"--config small --seq_len 512 --global_batch 4 --micro_batch 4 --eval_scenes 4 --device {device} "
+             f"--dtype {dtype} --steps {2 if bench.tiny else 5} --out {device}_{dtype}")
+    subprocess.run(PRETRAIN + flags.split(), check=True)
+    log = f"{device}_{dtype}/small/pretrain/log.jsonl"
+    losses = [line["loss"] for line in read_lines(log) if "loss" in line]
+    wanted = losses if device == "cpu" else bench.known("five steps, cpu fp32", "losses")
+    error = off(torch.tensor(losses), torch.tensor(wanted))
+    bench.say(what, ok=error < (1e-4 if dtype == "fp32" else 1e-3), losses=losses, off=error)
+
+
+def part_correct(bench, what):
+    for name in ("qwen3", "olmo3"):
+        for case in ("image", "multi_image", "video"):
+            bench.attempt(f"golden {name} {case}", golden, name, case)
+    for sizes in ((8, 8, 64, torch.float32), (16, 16, 128, torch.bfloat16), (32, 8, 128, torch.bfloat16)):
+        bench.attempt("mask of training, {}/{} heads of {}, {}".format(*sizes), masks_agree, *sizes)
+    for run in ("cpu fp32",) if bench.tiny else ("cpu fp32", "cuda fp32", "cuda bf16"):
+        bench.attempt(f"five steps, {run}", five_steps, *run.split())
+
+
+def make_step(bench, cfg, compile, recompute):
+    """A step of pretrain.train: step(batch) trains on it and returns the ms of each phase."""
+    torch._dynamo.reset()  # what was compiled before would count against the compiler's limit
+    model = random_model(bench).train()
+    model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
+    flex.install(model)
+    distributed.shard_model(model, distributed.World(bench.device), compile, recompute, not bench.tiny)
+    optimizers, _ = pretrain.make_optimizers(model, cfg)
+    marks = []  # on the device's time line: (end of a phase, event)
+
+    def mark(phase):
+        event = time.perf_counter() if bench.tiny else torch.cuda.Event(enable_timing=True)
+        if not bench.tiny:
+            event.record()
+        marks.append((phase, event))
+
+    def watch(module, forward, backward):
+        def hook(module, inputs, output):
+            mark(forward)
+            output.register_hook(lambda gradient: mark(backward))
+        module.register_forward_hook(hook)
+    watch(model.vision_backbone.image_vit, "forward ViT", "backward connector")
+    watch(model.vision_backbone, "forward connector", "backward decoder")
+    watch(model.transformer, "forward decoder", "backward head")
+
+    def step(batch):
+        marks.clear()
+        mark("begin")
+        weight = float(batch["weights"].sum())
+        batch = to_device(batch, bench.device)
+        mark("copy to device")
+        with torch.autocast(bench.device, torch.bfloat16, enabled=not bench.tiny):
+            loss = model(**batch, z_loss=cfg.z_loss) / weight
+        mark("head and loss")
+        loss.backward()
+        mark("backward ViT")
+        assert math.isfinite(float(loss.detach())), "the loss is not a number"
+        for named in model.parts().values():
+            float(torch.nn.utils.clip_grad_norm_([p for _, p in named], cfg.clip))
+        mark("clip")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        mark("optimizer")
+        if not bench.tiny:
+            torch.cuda.synchronize()  # until then the events have no time
+        return {phase: (end - begin) * 1e3 if bench.tiny else begin.elapsed_time(end)
+                for (_, begin), (phase, end) in zip(marks, marks[1:])}
+    return step
+
+
+def profile(bench, what, do):
+    """How busy the device is in do(), and the kernels that take most of its time: [[ms, calls, name]]."""
+    with torch.profiler.profile(acc_events=True) as profiler:
+        began = time.perf_counter()
+        do()
+        wall_ms = (time.perf_counter() - began) * 1e3
+    spans = ("Optimizer.", "ProfilerStep", "##", "Torch-Compiled", "Compiled")  # around kernels, not kernels
+    kernels = []
+    for row in profiler.key_averages():
+        if ("CPU" if bench.tiny else "CUDA") in str(row.device_type) and not row.key.startswith(spans):
+            microseconds = row.self_cpu_time_total if bench.tiny else row.self_device_time_total
+            kernels.append([round(microseconds / 1e3, 2), row.count, " ".join(row.key.split())[:80]])
+    busy_ms = sum(ms for ms, _, _ in kernels)
+    bench.say(what, wall_ms=wall_ms, busy_share=busy_ms / wall_ms, top=sorted(kernels, reverse=True)[:8])
+
+
+def time_steps(bench, what, compile, recompute, batch, *others):
+    """Steps on a batch and where their ms go, with a step on each of the others in between."""
+    cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, ["--config", bench.config, "--data", "none.jsonl"])
+    with torch.device("meta"):
+        empty = Molmo2(bench.config)
+    optimizers, _ = pretrain.make_optimizers(empty, cfg)
+    shape = dict(rows=len(batch["tokens"]), tokens=batch["tokens"].shape[1], crops=len(batch["crops"]),
+                 windows=tuple(batch["pool"].shape), learned=int((batch["weights"] > 0).sum()))
+    forecast = sum(budget.memory(empty, optimizers, shape, not bench.tiny, recompute).values()) / 2 ** 30
+    if not bench.tiny and forecast > 1.1 * torch.cuda.mem_get_info()[1] / 2 ** 30:
+        return bench.say(what, skipped=f"the forecast is {forecast:.0f} GB, more than the card has")
+    step = make_step(bench, cfg, compile, recompute)
+    steps = [step(batch) for _ in range(5)][2:]  # the first two are the warm-up
+    ms = float(np.median([sum(phases.values()) for phases in steps]))
+    tflops = budget.step_flops(batch, bench.cfg, ()) / ms / 1e9
+    bench.say(what, ms=ms, tokens_per_s=int((batch["example"] > 0).sum()) / ms * 1e3, tflops=tflops,
+              of_matmul=tflops / bench.known("matmul bf16", "tflops"),
+              mfu=tflops * 1e12 / (budget.peak_flops(bench.device, True) or math.nan), forecast_gb=forecast,
+              peak_gb=budget.peak_memory(bench.device) / 2 ** 30, crops=len(batch["crops"]))
+    medians = {phase: float(np.median([phases[phase] for phases in steps])) for phase in steps[0]}
+    bench.say(f"{what}: where the ms go", **medians)
+    for i, other in enumerate(others, 1):
+        ms = sum(step(other).values())
+        bench.say(f"{what}: other images {i}", ms=ms, crops=len(other["crops"]),
+                  graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    profile(bench, f"{what}: kernels", lambda: step(batch))
+
+
+def part_speed(bench, what):
+    seq_len, tiles, n_batches = (512, 0, 2) if bench.tiny else (4096, 8, 5)
+    compile = bench.part == "compiled"
+    for sequences, recompute in [(1, True)] if bench.tiny else [(4, True), (1, False), (2, False)]:
+        batches = photo_batches(bench.cfg, seq_len, tiles, sequences, n_batches if compile and recompute else 1)
+        name = f"{sequences} x {seq_len} tokens, recompute {recompute}, compile {compile}"
+        bench.attempt(name, time_steps, compile, recompute, *batches)
+
+
+def part_long(bench, what):
+    frames, seq_len = (6, 1024) if bench.tiny else (384, 36864)
+    plans = budget.long_video(planner_for(bench.cfg, seq_len, crops=frames))
+    batch = collate([decode(plans, bench.cfg, seq_len, noise)])
+    for compile in [False] if bench.tiny else [False, True]:
+        bench.attempt(f"{seq_len} tokens, {frames} frames, compile {compile}", time_steps, compile, True, batch)
+
+
+def part_decode(bench, what):
+    """An answer about a video, with weights in fp32, as sample.py has them, and in bf16."""
+    frames, n = (4, 8) if bench.tiny else (46, 128)
+    video = dict(video="none.mp4", duration=(frames - 1) / 2, annotations=[])
+    plan = planner_for(bench.cfg, 4096, crops=frames).question(video, ".", [dict(role="user", content="What?")])
+    batch = to_device(collate([decode([plan], bench.cfg, plan.n_tokens, noise)]), bench.device)
+    model = random_model(bench).eval()
+    # A token takes all weights of the decoder and the head, and the keys and values of all tokens before it.
+    numbers = sum(p.numel() for p in model.transformer.blocks.parameters()) + model.lm_head.weight.numel()
+    numbers += 2 * bench.cfg.layers * bench.cfg.kv_heads * bench.cfg.head_dim * (plan.n_tokens + n // 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        times = []
+        for ids in model.generate(batch["tokens"], batch["crops"], batch["pool"], n, pos=batch["pos"]):
+            int(ids)  # waits for the device
+            times.append(time.perf_counter())
+        ms = (times[-1] - times[3]) / (n - 4) * 1e3  # the first four are the warm-up
+        floor_ms = numbers * dtype.itemsize / bench.known("copy on the device", "gb_per_s") / 1e6
+        bench.say(f"answer, {dtype}", tokens_per_s=1e3 / ms, ms=ms, floor_ms=floor_ms, of_bandwidth=floor_ms / ms)
+
+
+def part_files(bench, what):
+    n_photos, n_clips, seconds = (8, 2, 2) if bench.tiny else (60, 60, 20)
+    records = [photo(i) for i in range(n_photos)]
+    for record in records:
+        Image.effect_noise((record["width"], record["height"]), 20).convert("RGB").save(record["image"])
+    texture = Image.effect_noise((640, 360), 50).convert("RGB")
+    with av.open("clip.mp4", "w") as container:
+        stream = container.add_stream("libx264", rate=30, width=640, height=360, options={"preset": "ultrafast"})
+        for k in range(30 * seconds):
+            container.mux(stream.encode(av.VideoFrame.from_image(ImageChops.offset(texture, 3 * k, 0))))
+        container.mux(stream.encode())
+    caption = dict(task="video_caption", answer="a thing moves past a wall " * 20)
+    records += [dict(id=f"clip {i}", video="clip.mp4", annotations=[caption]) for i in range(n_clips)]
+    with open("media.jsonl", "w") as f:
+        f.writelines(json.dumps(record) + "\n" for record in records)
+    n_steps, flags = (3, "--global_batch 2 --seq_len 512") if bench.tiny else (20, "--global_batch 8 --workers 8")
+    # The last step would write a checkpoint, of 23 GB for the 1B model: the run is stopped before.
+    flags += f" --config {bench.config} --device {bench.device} --data media.jsonl --steps 10000 --save_every 10000"
+    child = subprocess.Popen(PRETRAIN + flags.split())
+    steps = []
+    while child.poll() is None and time.time() < bench.until - 5 and len(steps) < n_steps:
+        time.sleep(0.5)
+        steps = read_lines(os.path.join("out", bench.config, "pretrain", "log.jsonl"))
+    child.kill()
+    assert steps, "no step in time; log.txt has what pretrain.py printed"
+    late_steps = steps[len(steps) // 4:]  # the first ones wait for the workers to start
+    keys = [key for key in ("wait", "tokens_per_s", "crops_per_s", "fill", "mfu", "memory_gb") if key in steps[0]]
+    medians = {key: float(np.median([step[key] for step in late_steps])) for key in keys}
+    bench.say("training from files", steps=len(steps), **medians)
+
+
+def part_env(bench, what):
+    bench.say("software", python=sys.version.split()[0], torch=torch.__version__, av=av.__version__)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        n = 256 if bench.tiny else 8192
+        a, b = torch.randn(2, n, n, device=bench.device).to(dtype)
+        seconds = Timer("a @ b", globals=dict(a=a, b=b)).blocked_autorange().median
+        bench.say(f"matmul {name}", n=n, ms=seconds * 1e3, tflops=2 * n ** 3 / seconds / 1e12)
+    x = torch.randint(0, 256, (2 ** 20 if bench.tiny else 2 ** 30,), dtype=torch.uint8, device=bench.device)
+    seconds = Timer("y.copy_(x)", globals=dict(x=x, y=torch.empty_like(x))).blocked_autorange().median
+    bench.say("copy on the device", gb_per_s=2 * len(x) / seconds / 1e9)  # read and write
+
+
+PARTS = dict(env=part_env, correct=part_correct, speed=part_speed, compiled=part_speed, decode=part_decode,
+             files=part_files, long=part_long)
+
+
+def run_part(part, until, out, tiny):
+    """Run a part in a process and a folder of its own. Returns the exit status."""
+    command = [sys.executable, "-m", "tools.bench", "--out", out, "--parts", part, "--until", str(until)]
+    command += ["--cpu_rehearsal"] if tiny else []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(f"{out}/log.txt", "a") as log:
+        process = subprocess.Popen(command, cwd=folder, env=dict(os.environ, PYTHONPATH=ROOT), stdout=log, stderr=log,
+                                   start_new_session=True)
+        try:
+            return process.wait(until - time.time())
+        except subprocess.TimeoutExpired:
+            return "none, it was stopped at its time limit"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+                process.wait()
+
+
+def main(argv=None):
+    """Run the parts and print their figures. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=os.path.join("out", "bench"), help="folder for the figures [out/bench]")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="[all]")
+    parser.add_argument("--seconds", type=float, default=540, help="for all parts together [540]")
+    parser.add_argument("--cpu_rehearsal", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of a part's process: when it will be stopped
+    args = parser.parse_args(argv)
+    out = os.path.abspath(args.out)
+    bench = Bench(out, args.cpu_rehearsal, args.parts[0], args.until)
+    if args.until:
+        bench.attempt(bench.part, PARTS[bench.part])
+        return 0
+    os.makedirs(out, exist_ok=True)
+    n_lines_before = len(read_lines(bench.results))
+    end = time.time() + args.seconds
+    for bench.part in args.parts:
+        until = min(end, time.time() + (10 * MOST if bench.tiny else MOST))
+        if until - time.time() < LEAST:
+            bench.say("part", skipped="no time left")
+            continue
+        status = run_part(bench.part, until, out, bench.tiny)
+        if status != 0:
+            bench.say("part", error=f"exit status {status}")
+    lines = read_lines(bench.results)[n_lines_before:]
+    for line in lines:
+        figures = [f"{key} {value}" for key, value in line.items() if key not in ("part", "what", "machine")]
+        print(f"{line['part']:9}{line['what']}: {'  '.join(figures)}"[:170])
+    return int(any("error" in line or line.get("ok") is False for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
