@@ -3,6 +3,7 @@ golden/data-path, made from the code of commit e84438c, so a change of layout or
 
     python tests/goldens.py     # writes them again; whoever changed the order also raises ORDER in data.py
 
+Decided since: windows of a frame no longer hold the last patch of the frame before (pool of videos in records.json).
 Media are claimed by the records (width, height, duration) or drawn here; no pixel is decoded.
 """
 import json

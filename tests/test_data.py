@@ -451,7 +451,7 @@ def test_a_clip_has_no_more_frames_than_crops_and_shows_its_end(tokenizer, lengt
 
 @pytest.mark.parametrize("size", [dict(crop=20, patch=4), dict(crop=64, patch=8), REAL], ids=["5", "8", "27"])
 def test_a_frame_shows_nothing_of_the_frame_before(tokenizer, size):
-    """Where the sides of a frame are no multiple of what is pooled, windows at its edge hold "none", which stays none."""
+    """Where a frame's sides are no multiple of what is pooled, windows at its edge hold "none", which stays none."""
     planner = planner_of(tokenizer, size=size)
     (plan,), _ = plans_of(planner, clip(duration=2.0))
     (_, layout), = plan.media

@@ -164,7 +164,7 @@ FINE = dict(annotations=[dict(task="text", prompt="?", answer="a")])
 def stream_over(folder, lines, max_crops=2):
     """A stream of low-resolution images that fails the test where it would plan for ever."""
     draw_media(folder)
-    planner, plan, left = make_planner(100, tiles=0, max_frames=0, max_crops=max_crops), None, iter(range(3000))
+    planner, left = make_planner(100, tiles=0, max_frames=0, max_crops=max_crops), iter(range(3000))
     plan = planner.plan
 
     def counted(*args):

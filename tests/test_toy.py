@@ -233,6 +233,26 @@ def test_training_reads_no_file_of_the_evaluation(whole):
         assert len({r["id"] for r in lines}) == len(lines), f
 
 
+def test_lines_of_clips_say_what_is_shown_of_them(whole):
+    """Seconds, the one moment of a still, who is meant; masks are for the evaluation alone."""
+    _, train, held = whole
+    assert not any("masks" in a for lines in train.values() for r in lines for a in r["annotations"])
+    for f, lines in (train | held).items():
+        for r in (r for r in lines if "video" in r):
+            assert r["duration"] == (7.5 if "long_" in f else 2.5)
+            moments = {p["t"] for a in r["annotations"] for p in a.get("points", [])}
+            if "still" in f:
+                assert moments == {r["start"]} == {r["end"]} and r["annotations"]
+            else:
+                assert not {"start", "end"} & r.keys() and max(moments, default=0) <= r["duration"]
+            people = {n for a in r["annotations"] for n in re.findall(r"does (Ann|Ben|Eve) move", a["prompt"])}
+            told = {s["text"].split()[0] for s in r.get("subtitles", [])}
+            assert people == told if f.endswith("clips.jsonl") else not people
+    for f, lines in held.items():
+        if "pairs" in f or "tracks" in f:
+            assert all(len(a["masks"]) == len(a["points"]) for r in lines for a in r["annotations"] if "points" in a)
+
+
 def found(shapes, label):
     """The shapes that a label means, from left to right."""
     *colour, shape = label.split()
