@@ -303,8 +303,9 @@ QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--mi
 
 def run(folder, *flags, check=True, stage=pretrain):
     """What a stage's command does, without the seconds that a process takes to begin: (exit code, output)."""
-    said, code, here = io.StringIO(), 0, os.getcwd()
+    said, code, here, threads = io.StringIO(), 0, os.getcwd(), torch.get_num_threads()
     os.chdir(folder)
+    torch.set_num_threads(1)  # as `start` does: runs are compared bit for bit
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             pretrain.main(getattr(stage, "DEFAULTS", pretrain.Config()), stage.PRESETS, flags)
@@ -312,6 +313,7 @@ def run(folder, *flags, check=True, stage=pretrain):
         code = e.code or 0
     finally:
         os.chdir(here)
+        torch.set_num_threads(threads)
         for thread in threading.enumerate():  # a process waits at its end for the checkpoint that it writes
             if thread.name == "checkpoint":
                 thread.join()

@@ -367,13 +367,13 @@ def test_killed_at_any_moment_it_goes_on_also_on_other_ranks(tmp_path, world):
             Molmo2.from_pretrained(whole)
     print(killed)
     assert KILLS < 20 or all(killed.values()), killed
+    begun = int(os.readlink(folder / "latest").removeprefix("step_")) if resume() else 0
     for ranks, cp in ((1, 1), (4, 2), (2, 1)):
         shutil.copytree(tmp_path / "out", tmp_path / f"on {ranks}", symlinks=True)
         finish(start(tmp_path, ranks, *flags, *resume(), "--out", f"on {ranks}", "--cp", str(cp)))
         got = losses_of(tmp_path, f"on {ranks}")
-        other = [step for step in want if got.get(step) != want[step]]
-        assert got.keys() == want.keys() and not (other and ranks == 2)
-        assert not other or got[other[0]] == pytest.approx(want[other[0]], rel=1e-5)
+        assert got == want if ranks == 2 else got.keys() == want.keys()
+        assert got[begun + 1] == pytest.approx(want[begun + 1], rel=1e-5)  # from there on rounding grows
 
 
 def nan_on_the_second(rank, ranks, folder, flags):
