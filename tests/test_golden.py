@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -359,14 +358,13 @@ def test_the_tokenizer_of_olmo():
 
 @pytest.mark.parametrize("part", ["header", "config", "index"])
 def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
-    """2,000 mutations over three files: each loads or is refused by BadCheckpoint, never anything else, and
-    at once."""
+    """2,000 mutations over three files: each loads or is refused by BadCheckpoint, never anything else."""
     folder = os.path.join(GOLDEN, "molmo2-qwen3-tiny", "hub")
     for f in ("config.json", "model.safetensors"):
         shutil.copy(os.path.join(folder, f), tmp_path)
     with open(tmp_path / "model.safetensors", "rb") as f:
         raw = f.read()
-    length, rng, slowest, refused = int.from_bytes(raw[:8], "little"), np.random.default_rng(1), 0.0, 0
+    length, rng, refused = int.from_bytes(raw[:8], "little"), np.random.default_rng(1), 0
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json"))
     config = (tmp_path / "config.json").read_bytes()
     Molmo2.from_pretrained(tmp_path)  # whole, it loads
@@ -399,15 +397,12 @@ def test_mutated_checkpoints_give_typed_errors(part, tmp_path):
             (tmp_path / "config.json").write_bytes(mutate(config))
         else:
             (tmp_path / "model.safetensors.index.json").write_bytes(mutate(index))
-        began = time.perf_counter()
         try:
             Molmo2.from_pretrained(tmp_path)
         except BadCheckpoint as e:
             refused += 1
             assert "\n" not in str(e)
-        slowest = max(slowest, time.perf_counter() - began)
-    print(f"{part}: {refused} refused, slowest {slowest:.3f} s")  # pytest -s shows it
-    assert refused > 50 and slowest < 0.5  # under 0.1 s on an idle machine; a busy one must not fail the test
+    assert refused > 50
 
 
 def test_asking_a_released_folder_about_a_picture_and_a_video(tmp_path, capsys, monkeypatch):
