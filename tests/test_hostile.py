@@ -443,3 +443,16 @@ def test_a_file_edited_in_place_with_equal_length_is_read_anew(tmp_path, tokeniz
     os.utime(path, ns=(10 ** 18, 10 ** 18 + 3_000_000))
     third = Dataset("rows", [str(path)])
     assert words(third) == ["cb", "aaaa"] and prints(third) not in (was, prints(after))
+
+
+def test_clips_of_one_video_come_through_the_workers_cache_as_they_are(folder, tokenizer):
+    """Rows that name the same file, from other moments and of other lengths; every epoch, kept or decoded anew."""
+    rows = [film_row(), film_row(start=0.5), film_row(start=1, end=1.5), film_row(end=0.5), film_row(start=0.5, end=1),
+            image_row()]
+    path, seen = write_lines(folder / "rows.jsonl", rows), []
+    for keep in (0, 10 ** 8):
+        stream = Stream([(Dataset("rows", [path]), 1.0)], planner_of(tokenizer), 0)
+        seen.append([crops for ((_, crops, _), *_), _ in zip(Batches(stream, keep=keep), range(12))])
+    assert len({crop.tobytes() for crops in seen[0] for crop in crops}) == len(rows)
+    for anew, kept in zip(*seen):
+        assert len(anew) == len(kept) and all(np.array_equal(a, b) for a, b in zip(anew, kept))

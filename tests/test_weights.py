@@ -152,7 +152,8 @@ TWO = dict(a=entry(at=(0, 8)), b=entry(at=(8, 16)))
 UNSOUND = {"overlap": TWO | dict(b=entry(at=(4, 12))), "the same bytes twice": TWO | dict(b=entry(at=(0, 8))),
            "a gap": TWO | dict(b=entry(at=(12, 20))), "a gap at the start": dict(a=entry(at=(4, 12))),
            "past the end": TWO | dict(b=entry(shape=(4,), at=(8, 24))), "short of the end": dict(a=entry()),
-           "the wrong way round": TWO | dict(b=entry(at=(16, 8))), "before the start": TWO | dict(b=entry(at=(-8, 0))),
+           "the wrong way round": TWO | dict(b=entry(at=(16, 8))),
+           "before the start": TWO | dict(b=entry(at=(-8, 0))),
            "too few bytes": TWO | dict(b=entry(shape=(3,), at=(8, 16))),
            "too many bytes": TWO | dict(b=entry(shape=(1,), at=(8, 16))),
            "a shape below nothing": TWO | dict(b=entry(shape=(-1, -2), at=(8, 16))),
@@ -163,13 +164,15 @@ UNSOUND = {"overlap": TWO | dict(b=entry(at=(4, 12))), "the same bytes twice": T
            "a huge shape": TWO | dict(b=entry(shape=(2 ** 40, 2 ** 40), at=(8, 16))),
            "offsets in text": TWO | dict(b=dict(entry(), data_offsets=["8", "16"])),
            "offsets as fractions": TWO | dict(b=entry(at=(8.0, 16.0))), "one offset": TWO | dict(b=entry(at=(8,))),
-           "three offsets": TWO | dict(b=entry(at=(8, 16, 24))), "no offsets": TWO | dict(b=dict(dtype="F32", shape=[2])),
+           "three offsets": TWO | dict(b=entry(at=(8, 16, 24))),
+           "no offsets": TWO | dict(b=dict(dtype="F32", shape=[2])),
            "offsets beyond numbers": TWO | dict(b=entry(at=(8, 2 ** 70))),
            "an unknown dtype": TWO | dict(b=entry("F8_E4M3", (8,), (8, 16))),
            "a dtype in small letters": TWO | dict(b=entry("f32", at=(8, 16))),
            "torch's name of a dtype": TWO | dict(b=entry("torch.float32", at=(8, 16))),
-           "no dtype": TWO | dict(b=dict(shape=[2], data_offsets=[8, 16])), "a dtype in a list": TWO | dict(
-               b=dict(entry(at=(8, 16)), dtype=["F32"])), "a dtype of another size": TWO | dict(b=entry("F16", at=(8, 16))),
+           "no dtype": TWO | dict(b=dict(shape=[2], data_offsets=[8, 16])),
+           "a dtype in a list": TWO | dict(b=dict(entry(at=(8, 16)), dtype=["F32"])),
+           "a dtype of another size": TWO | dict(b=entry("F16", at=(8, 16))),
            "a number for a tensor": TWO | dict(b=5), "nothing for a tensor": TWO | dict(b=None), "a list": [TWO],
            "twice the same name": b'{"a": %s, "a": %s}' % ((json.dumps(entry(shape=(4,), at=(0, 16))).encode(),) * 2),
            "twice the same key": b'{"a": {"dtype": "F64", "dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
@@ -253,7 +256,8 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{}", "weight_map"), ('{"weight_map": []}', "weight_map"), ('{"weight_map": {}}', "no tensor for"), ("[]", "object"),
+    ("{}", "weight_map"), ('{"weight_map": []}', "weight_map"), ('{"weight_map": {}}', "no tensor for"),
+    ("[]", "object"),
     ('{"weight_map": {"a": "model-0.safetensors", "a": "model-1.safetensors"}}', "twice"), ("", "JSON"),
     ('{"weight_map": {"a": "model-0.safetensors"}, "weight_map": {}}', "twice")])
 def test_an_index_that_is_none_is_refused_by_name(tmp_path, text, message):
@@ -322,7 +326,8 @@ def test_a_part_of_a_fused_matrix_that_is_missing_or_odd_is_named(tmp_path):
     """Queries, keys and values are three tensors in a plain language model, and one here."""
     model = tiny_model("qwen")
     good = {k: {0: p.detach().clone()} for k, p in model.named_parameters()}
-    name, whole = "transformer.blocks.1.self_attn.att_proj.weight", model.transformer.blocks[1].self_attn.att_proj.weight
+    name = "transformer.blocks.1.self_attn.att_proj.weight"
+    whole = model.transformer.blocks[1].self_attn.att_proj.weight
     q, k, v = whole.detach().split([32, 16, 16])
     for parts in ({0: q, 2: v}, {0: q, 1: k}, {1: k, 2: v}, {0: q, 1: k[:-1], 2: v}, {0: q, 1: k[:, :-1], 2: v},
                   {0: q, 1: torch.tensor(1.0), 2: v}, {0: q, 1: k[0], 2: v}, {0: q, 1: k, 2: v, 3: v}):
@@ -381,7 +386,8 @@ def vision_model(folder, blocks):
               "vision_model.embeddings.position_embedding.weight": (49, 16)}
     for i in range(blocks):
         for name, shape in {"layer_norm1": (16,), "layer_norm2": (16,), "self_attn.q_proj": (16, 16),
-                            "self_attn.k_proj": (16, 16), "self_attn.v_proj": (16, 16), "self_attn.out_proj": (16, 16),
+                            "self_attn.k_proj": (16, 16), "self_attn.v_proj": (16, 16),
+                            "self_attn.out_proj": (16, 16),
                             "mlp.fc1": (24, 16), "mlp.fc2": (16, 24)}.items():
             shapes[f"vision_model.encoder.layers.{i}.{name}.weight"] = shape
             shapes[f"vision_model.encoder.layers.{i}.{name}.bias"] = shape[:1]
@@ -456,7 +462,8 @@ def test_a_tied_head_is_the_embedding_also_after_a_step_and_a_save(tmp_path):
     assert model.cfg.tie and head.weight is table.embedding and not any(p.is_meta for p in model.parameters())
     # the same with a head of its own, that holds the same numbers, answers the same
     apart, own = language_model(tmp_path / "apart", tie_word_embeddings=False)
-    write_safetensors(os.path.join(apart, "model.safetensors"), own | {"lm_head.weight": own["model.embed_tokens.weight"]})
+    own["lm_head.weight"] = own["model.embed_tokens.weight"]
+    write_safetensors(os.path.join(apart, "model.safetensors"), own)
     torch.manual_seed(0)
     other = Molmo2.from_pretrained(apart, vision)
     assert other.lm_head.weight is not other.transformer.wte.embedding
@@ -465,10 +472,12 @@ def test_a_tied_head_is_the_embedding_also_after_a_step_and_a_save(tmp_path):
     with torch.enable_grad():
         for m in (model, other):
             m(tokens, targets=tokens.roll(-1), weights=torch.ones(1, 12)).backward()
-    assert torch.allclose(head.weight.grad, other.lm_head.weight.grad + other.transformer.wte.embedding.grad, atol=1e-6)
+    both = other.lm_head.weight.grad + other.transformer.wte.embedding.grad
+    assert torch.allclose(head.weight.grad, both, atol=1e-6)
     head.weight -= 0.1 * head.weight.grad
     model.save_pretrained(tmp_path / "saved")
-    again, config = Molmo2.from_pretrained(tmp_path / "saved"), weights.read_json(str(tmp_path / "saved" / "config.json"))
+    again = Molmo2.from_pretrained(tmp_path / "saved")
+    config = weights.read_json(str(tmp_path / "saved" / "config.json"))
     assert config["tie_word_embeddings"] and config["text_config"]["tie_word_embeddings"]
     assert again.lm_head.weight is again.transformer.wte.embedding and equal(again, model)
     assert torch.equal(again(tokens), model(tokens))
@@ -532,7 +541,8 @@ BY_KIND = dict(full_attention=dict(YARN, rope_theta=5e5), sliding_attention=dict
 
 @pytest.mark.parametrize("change, stretched, windowed", [
     (dict(layer_types=MIXED, rope_scaling=YARN), (1, 4, 5), (0, 2, 3, 6, 7)),
-    (dict(layer_types=MIXED, rope_theta=None, rope_parameters=dict(YARN, rope_theta=5e5)), (1, 4, 5), (0, 2, 3, 6, 7)),
+    (dict(layer_types=MIXED, rope_theta=None, rope_parameters=dict(YARN, rope_theta=5e5)), (1, 4, 5),
+     (0, 2, 3, 6, 7)),
     (dict(layer_types=MIXED, rope_theta=None, rope_parameters=BY_KIND), (1, 4, 5), (0, 2, 3, 6, 7)),
     (dict(layer_types=MIXED, rope_scaling=dict(YARN, rope_type="default")), (), (0, 2, 3, 6, 7)),
     (dict(layer_types=MIXED), (), (0, 2, 3, 6, 7)),
@@ -580,7 +590,8 @@ OTHERS = {"text_config": dict(hidden_act="gelu", attention_bias=True, qkv_bias=T
                               additional_vocab_size=64, clip_qkv=8.0, scale_logits=True, normalize_input_embeds=True,
                               use_sliding_window=True),
           "vit_config": dict(hidden_act="gelu", attention_bias=False, num_channels=1),
-          "adapter_config": dict(hidden_act="gelu", pooling_attention_mask=False, image_padding_embed="pad_and_partial_pad",
+          "adapter_config": dict(hidden_act="gelu", pooling_attention_mask=False,
+                                 image_padding_embed="pad_and_partial_pad",
                                  attention_bias=False, mlp_bias=True, text_hidden_size=64)}
 
 
@@ -598,11 +609,13 @@ def test_a_config_that_asks_for_another_computation_is_refused(part, key):
     ("text_config", "hidden_size", (0, -8, 2 ** 26, 32.5)), ("text_config", "num_attention_heads", (0, -4, 3)),
     ("text_config", "num_key_value_heads", (-1, 3, 16)), ("text_config", "head_dim", (-16, 15, 2 ** 26)),
     ("text_config", "intermediate_size", (0, -1)), ("text_config", "vocab_size", (0, -1, 2 ** 26)),
-    ("text_config", "rope_theta", (-1, "x", float("inf"), float("nan"))), ("text_config", "layer_norm_eps", (-1, "x")),
+    ("text_config", "rope_theta", (-1, "x", float("inf"), float("nan"))),
+    ("text_config", "layer_norm_eps", (-1, "x")),
     ("text_config", "qk_norm_type", ("layer", None)), ("text_config", "max_position_embeddings", (0, -1, None)),
     ("vit_config", "num_hidden_layers", (0, None, "3")), ("vit_config", "hidden_size", (0, -1)),
     ("vit_config", "image_patch_size", (0, -1, 100)), ("vit_config", "num_attention_heads", (0, -1)),
-    ("adapter_config", "vit_layers", ([], "x", [1.5], [None], 3)), ("adapter_config", "intermediate_size", (-1, "x"))])
+    ("adapter_config", "vit_layers", ([], "x", [1.5], [None], 3)),
+    ("adapter_config", "intermediate_size", (-1, "x"))])
 def test_a_config_of_a_size_that_no_model_has_is_refused(part, key, values):
     for value in values:
         config = hub_config(PRESETS["small"])
@@ -632,8 +645,9 @@ def test_what_is_saved_says_what_the_published_files_say():
     assert hub_config(PRESETS["7b"])["text_config"]["rope_scaling_layers"] == [3, 7, 11, 15, 19, 23, 27, 31]
     files = processor_configs(PRESETS["4b"])
     image, film = files["preprocessor_config.json"], files["video_preprocessor_config.json"]
-    assert (image["size"], image["max_crops"], image["overlap_margins"], image["patch_size"], image["pooling_size"]) == (
-        dict(height=378, width=378), 8, [4, 4], 14, [2, 2])
+    want = dict(size=dict(height=378, width=378), max_crops=8, overlap_margins=[4, 4], patch_size=14,
+                pooling_size=[2, 2])
+    assert {k: image[k] for k in want} == want
     assert (film["num_frames"], film["max_fps"], film["patch_size"], film["pooling_size"]) == (384, 2, 14, [3, 3])
     assert all(c["image_mean"] == c["image_std"] == [0.5] * 3 and c["resample"] == 2 for c in (image, film))
     assert processor_configs(PRESETS["4b"], 64, 4)["video_preprocessor_config.json"]["num_frames"] == 64
