@@ -189,7 +189,7 @@ def same_training(run, cfg, **kw):
 @pytest.mark.parametrize("style, changes", [
     ("olmo", dict(freeze=("embedding",), token_weights="released", recompute=True)),
     ("qwen", dict(optimizer="muon")), ("qwen", dict(freeze=("vit",))),
-    ("olmo", dict(freeze=("connector", "decoder"), clip=0.15))])
+    ("olmo", dict(freeze=("connector", "decoder"), clip=0.3))])
 def test_every_number_of_the_recipe_is_obeyed(odd, style, changes):
     cfg = odd(style, **changes)
     steps, want = same_training(train(cfg), cfg)
@@ -434,12 +434,13 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(odd, capsys):
 
 
 def test_a_run_on_other_data_is_refused_whichever_side_has_more():
+    order = {"version of the order": 1}
     for was, now, said in ((dict(a=1), dict(a=2), "a is 2 now, but was 1 "),
                            (dict(a=1, b=2), dict(a=1), "b is gone now"),
                            (dict(a=1), dict(a=1, b=2), "b is 2 now, but was not there")):
         with pytest.raises(UserError, match=said):
-            pretrain.check_same_data(was, now)
-    pretrain.check_same_data(dict(a=1, b=2), dict(b=2, a=1))
+            pretrain.check_same_data(was | order, now | order)
+    pretrain.check_same_data(dict(a=1, b=2) | order, dict(b=2, a=1) | order)
 
 
 def test_a_log_goes_on_after_its_checkpoint_without_a_step_twice(tmp_path):
