@@ -28,7 +28,8 @@ No new parameter, no new loss. These numbers differ (python longctx.py -h has al
 
 What it costs is memory, which grows with the tokens that a rank holds. --cp N gives each of N ranks an N-th of a
 sequence; ulysses.py has how, and what the ranks send each other. N must divide the heads: 32 in 4b, 7b and 8b, 16 in
-1b, 8 in small. On the same two cores small takes 2.6 GB on two ranks together.
+1b, 8 in small. On the same two cores small takes 2.6 GB on two ranks together. 1b needs no --cp where a card has 80 GB:
+one H200 (PyTorch 2.11) takes 6.0 s for a sequence with 364 frames, 6,200 tokens a second, and 70.6 GB.
 
 What each of eight cards of 80 GB holds of a 7B model (--config 7b --cp 8 --world 8 --dry_run prints it; GB):
 
