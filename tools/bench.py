@@ -50,7 +50,6 @@ from lib.weights import read_safetensors
 from model import Molmo2, PRESETS, attend, dense_mask, is_vision
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PATH = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])  # of child processes
 PRETRAIN = [sys.executable, os.path.join(ROOT, "pretrain.py")]
 LEAST, MOST = 25, 180  # seconds: with fewer left nothing is begun, and no part may take more
 
@@ -403,8 +402,8 @@ def run_part(part, until, out, tiny):
     command = [sys.executable, "-m", "tools.bench", "--out", out, "--parts", part, "--until", str(until)]
     command += ["--cpu_rehearsal"] if tiny else []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(f"{out}/log.txt", "a") as log:
-        process = subprocess.Popen(command, cwd=folder, env=dict(os.environ, PYTHONPATH=PATH), stdout=log, stderr=log,
-                                   start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
+                                   env=dict(os.environ, PYTHONPATH=os.pathsep.join([ROOT, *sys.path])))
         try:
             return process.wait(until - time.time())
         except subprocess.TimeoutExpired:
