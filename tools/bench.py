@@ -141,7 +141,8 @@ def random_model(bench):
 
 def off(x, wanted):
     """|x - wanted| / |wanted|, infinite and not NaN where x is not finite, for max() may pass over a NaN."""
-    error = float((x.double().cpu() - wanted.double().cpu()).norm() / wanted.double().norm())
+    wanted = wanted.double().cpu()
+    error = float((x.double().cpu() - wanted).norm() / wanted.norm())
     return error if math.isfinite(error) else math.inf
 
 
@@ -174,8 +175,8 @@ def masks_agree(bench, what, heads, kv_heads, head_dim, dtype):
     with torch.device("meta"):
         network = Molmo2("small")
     flex.install(network)
-    batch = photo_batches(network.cfg, 1024, 0, 4, 1)[0]
-    tokens, example, branch = [batch[key].to(bench.device) for key in ("tokens", "example", "branch")]
+    batch = to_device(photo_batches(network.cfg, 1024, 0, 4, 1)[0], bench.device)
+    tokens, example, branch = batch["tokens"], batch["example"], batch["branch"]
     real = (example > 0)[:, None, :, None]
     torch.manual_seed(0)
     q, k, v, gradient = [torch.randn(4, n, 1024, head_dim, device=bench.device).to(dtype)
@@ -187,11 +188,11 @@ def masks_agree(bench, what, heads, kv_heads, head_dim, dtype):
         gradients = torch.autograd.grad(output, qkv, (gradient * real).to(dtype))  # padding is not trained on
         return torch.where(real, output, 0).detach(), *gradients
     exact = outputs(attend, dense_mask(example, branch, is_vision(tokens, network.cfg.vocab)), torch.float64)
-    attend_in_training = network.transformer.blocks[0].self_attn.attend
-    in_training = outputs(attend_in_training, network.mask(tokens, example, branch), dtype)
+    block = network.transformer.blocks[0]
+    in_training = outputs(block.self_attn.attend, network.mask(tokens, example, branch), dtype)
     out, dq, dk, dv = [off(x, wanted) for x, wanted in zip(in_training, exact)]
-    ok = max(out, dq, dk, dv) < (1e-5 if dtype == torch.float32 else 1e-2)
-    bench.say(what, ok=ok, out=out, dq=dq, dk=dk, dv=dv)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    bench.say(what, ok=max(out, dq, dk, dv) < limit, out=out, dq=dq, dk=dk, dv=dv)
 
 
 def five_steps(bench, what, device, dtype):
@@ -289,7 +290,7 @@ def time_steps(bench, what, compile, recompute, batch, *others):
     cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, ["--config", bench.config, "--data", "none.jsonl"])
     with torch.device("meta"):
         empty = Molmo2(bench.config)
-    optimizers, _ = pretrain.make_optimizers(empty, cfg)
+    optimizers = pretrain.make_optimizers(empty, cfg)[0]
     shape = dict(rows=len(batch["tokens"]), tokens=batch["tokens"].shape[1], crops=len(batch["crops"]),
                  windows=tuple(batch["pool"].shape), learned=int((batch["weights"] > 0).sum()))
     forecast = sum(budget.memory(empty, optimizers, shape, not bench.tiny, recompute).values()) / 2 ** 30
@@ -303,7 +304,7 @@ def time_steps(bench, what, compile, recompute, batch, *others):
               of_matmul=tflops / bench.known("matmul bf16", "tflops"),
               mfu=tflops * 1e12 / (budget.peak_flops(bench.device, True) or math.nan), forecast_gb=forecast,
               peak_gb=budget.peak_memory(bench.device) / 2 ** 30, crops=len(batch["crops"]))
-    medians = {phase: float(np.median([phases[phase] for phases in steps])) for phase in steps[0]}
+    medians = {phase: np.median([phases[phase] for phases in steps]) for phase in steps[0]}  # np.float64 is a float
     bench.say(f"{what}: where the ms go", **medians)
     for i, other in enumerate(others, 1):
         ms = sum(step(other).values())
@@ -375,9 +376,9 @@ def part_files(bench, what):
         steps = read_lines(os.path.join("out", bench.config, "pretrain", "log.jsonl"))
     child.kill()
     assert steps, "no step in time; log.txt has what pretrain.py printed"
-    late_steps = steps[len(steps) // 4:]  # the first ones wait for the workers to start
-    keys = [key for key in ("wait", "tokens_per_s", "crops_per_s", "fill", "mfu", "memory_gb") if key in steps[0]]
-    medians = {key: float(np.median([step[key] for step in late_steps])) for key in keys}
+    late = steps[len(steps) // 4:]  # the first steps wait for the workers to start
+    keys = ("wait", "tokens_per_s", "crops_per_s", "fill", "mfu", "memory_gb")
+    medians = {key: np.median([step.get(key, math.nan) for step in late]) for key in keys}
     bench.say("training from files", steps=len(steps), **medians)
 
 
@@ -429,8 +430,7 @@ def main(argv=None):
         bench.attempt(bench.part, PARTS[bench.part])
         return 0
     os.makedirs(out, exist_ok=True)
-    n_lines_before = len(read_lines(bench.results))
-    end = time.time() + args.seconds
+    n_lines_before, end = len(read_lines(bench.results)), time.time() + args.seconds
     for bench.part in args.parts:
         until = min(end, time.time() + (10 * MOST if bench.tiny else MOST))
         if until - time.time() < LEAST:
