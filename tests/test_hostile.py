@@ -237,6 +237,35 @@ def test_a_folder_that_is_a_link_keeps_its_own_media(tmp_path):
         inside_folder(str(tmp_path / "data"), "sub/a.png")
 
 
+def test_what_is_no_file_is_not_even_opened(tmp_path, monkeypatch):
+    """A pipe would be read for ever, a device without end."""
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/zero", tmp_path / "zero")
+    os.mkdir(tmp_path / "folder")
+
+    def opened(path, *args, **kw):
+        raise AssertionError(f"{path} was opened")
+    monkeypatch.setattr(media.Image, "open", opened)
+    monkeypatch.setattr(media, "open", opened, raising=False)
+    for name in ("pipe", "zero", "folder", "missing"):
+        for read in (image_size, load_image, video_duration, lambda path: load_frames(path, [0.0])):
+            with pytest.raises(BadMedia, match=f"{name}: no such file"):
+                read(str(tmp_path / name))
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    path = str(tmp_path / "a.mkv")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for read in (video_duration, lambda path: load_frames(path, [0.0])):
+        with pytest.raises(BadMedia, match="no video stream"):
+            read(path)
+
+
 # ---- images ------------------------------------------------------------------------------------------------
 
 READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

@@ -257,6 +257,28 @@ def test_a_photo_with_an_orientation_that_is_none_is_left_as_it_is(tmp_path, tur
     assert corners(load_image(path)) == ORIENTATIONS[1] and image_size(path) == (80, 40)
 
 
+def test_frames_the_decoder_calls_corrupt_are_refused(tmp_path):
+    """Grey smears, which a decoder makes up for what is damaged, must not be learned from."""
+    whole, found, path = open(clip(tmp_path / "a.mkv", "libx264"), "rb").read(), 0, tmp_path / "b.mkv"
+    for at in range(len(whole) // 3, len(whole) * 9 // 10, len(whole) // 60):
+        path.write_bytes(whole[:at] + bytes(40) + whole[at + 40:])
+        try:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                bad = [float(f.pts * stream.time_base) for f in container.decode(stream) if f.is_corrupt]
+        except av.FFmpegError:
+            continue
+        if bad:
+            found += 1
+            for plan in (media.frame_plan, lambda *a: None):
+                with pytest.MonkeyPatch.context() as patch, pytest.raises(BadMedia, match=r"b\.mkv"):
+                    patch.setattr(media, "frame_plan", plan)
+                    load_frames(str(path), [0.0, bad[0]])
+        if found == 3:
+            return
+    pytest.skip("this decoder calls nothing corrupt")
+
+
 def test_odd_sizes_and_missing_durations(tmp_path):
     path = tmp_path / "odd.mkv"
     # as a stream is recorded: nothing is written back
