@@ -320,6 +320,8 @@ def run(folder, *flags, check=True, stage=pretrain):
                 thread.join()
     if code:
         gc.collect()  # what an error leaves in its traceback: workers, and the lock on the run's folder
+        for worker in multiprocessing.active_children():  # each has inherited the lock, and is about to end
+            worker.join(60)
     assert not check or code == 0, said.getvalue()
     return code, said.getvalue()
 
