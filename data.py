@@ -39,7 +39,7 @@ from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.media import (BadMedia, CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
 from lib.records import (BadRecord, CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, clip_of, count, find_files, in_clip,
-                         is_closed, media_kind, parse_record, shuffled)
+                         is_closed, media_kind, parse_record, refuse_empty, shuffled)
 from lib.text import (CHAT, FIRST_FIELD, NOTHING, WRITABLE, chat_pieces, format_released, multiple_choice, number,
                       parse_released, points_of_answer, released_weight, styled, subtitle_text, write_prompt)
 from lib.weights import BadCheckpoint
@@ -394,7 +394,7 @@ def show_mixture(mixture, draws, missing=()):
 def find_datasets(paths, stage=None):
     """JSONL files, or folders of them -> ([Dataset], names of the registry's sets of this stage that are missing)."""
     found, missing = find_files(paths, stage)
-    return [Dataset(name, files, entry) for name, files, entry in found], missing
+    return refuse_empty([Dataset(name, files, entry) for name, files, entry in found]), missing
 
 
 # ---- packing: plans side by side in sequences of T tokens --------------------------------------------------
@@ -571,8 +571,8 @@ class Stream:
         used = {"version of the order": ORDER, "seed": self.seed, "seq_len": p.seq_len, "tiles": p.tiles,
                 "max_frames": p.max_frames, "max_crops": p.max_crops, "point_format": p.cfg.point_format,
                 "token_weights": p.token_weights}
-        for name, dataset in self.sets.items():
-            used[f"dataset {name}"] = f"{len(dataset)} rows at {self.rates[name]:.6%}, contents {dataset.lines.contents}"
+        for name, data in self.sets.items():
+            used[f"dataset {name}"] = f"{len(data)} rows at {self.rates[name]:.6%}, contents {data.lines.contents}"
         return used
 
     def draw(self, k):

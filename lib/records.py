@@ -377,8 +377,6 @@ def find_files(paths, stage=None):
     names = [name for name, _, _ in found]
     datasets = []
     for name, files, entry in found:
-        if not len(Lines(files)):
-            raise ValueError(f"--data {files[0]}: not a single line in it")
         # Datasets are known by their names; two of one name by the paths of their files.
         unique_name = name if names.count(name) == 1 else files[0]
         datasets.append((unique_name, files, entry))
@@ -386,6 +384,14 @@ def find_files(paths, stage=None):
     if not any(entry for _, _, entry in found):
         missing = []  # whoever has only files of his own does not miss the registry's
     return datasets, missing
+
+
+def refuse_empty(datasets):
+    """The same datasets; ValueError for one without a line, from which nothing could be drawn."""
+    for dataset in datasets:
+        if not len(dataset):
+            raise ValueError(f"--data {dataset.lines.files[0]}: not a single line in it")
+    return datasets
 
 
 # ---- what could not be used --------------------------------------------------------------------------------
