@@ -404,7 +404,7 @@ def load_questions(datasets, limit=None):
     """The questions of the first `limit` records of each dataset: [Question]. A bad record is an error."""
     questions = []
     for dataset in datasets:
-        for i in range(min(len(dataset), limit or len(dataset))):
+        for i in range(len(dataset) if limit is None else min(len(dataset), limit)):
             line, folder, where = dataset.line(i)
             try:
                 record = parse_record(line)
@@ -615,9 +615,10 @@ def scene_cells(questions, texts, n=24):
     cells_of = {"image_pointing": [], "image_caption": []}
     for q, text in zip(questions, texts):
         if q.task in cells_of:
-            points = parse_points(text) if q.task == "image_pointing" else []
-            summary = f"{len(parse_points(text))} points" if parse_points(text) else text
-            cells_of[q.task].append((q.path, q.prompt, summary, q.points, points))
+            points = parse_points(text)
+            summary = f"{len(points)} points" if points else text
+            drawn = points if q.task == "image_pointing" else []
+            cells_of[q.task].append((q.path, q.prompt, summary, q.points, drawn))
     pointing, captions = cells_of.values()
     chosen = pointing[::max(len(pointing) * 4 // (3 * n), 1)][:n * 3 // 4]
     return chosen + captions[::max(len(captions) * 4 // n, 1)][:n - len(chosen)]
@@ -626,7 +627,7 @@ def scene_cells(questions, texts, n=24):
 def evaluate_scenes(model, planner, folder, n, sheet=None, world=None):
     """`evaluate` on the toy world's first n held-out scenes, as stage 1's scores; a contact sheet goes to `sheet`."""
     datasets, _ = find_datasets([os.path.join(folder, "scenes.jsonl")])
-    questions = load_questions(datasets, n) if n else []
+    questions = load_questions(datasets, n)
     _, results = evaluate(model, planner, questions, batch=64, max_new_tokens=96, world=world)
     texts = [result["answer"] for result in results]
     if sheet:

@@ -609,7 +609,7 @@ def test_a_limit_is_of_each_file(tmp_path):
     datasets = find_datasets(files)[0]
     assert [q.prompt for q in load_questions(datasets, 2)] == [
         "a00?", "a01?", "a10?", "a11?", "b00?", "b01?", "c00?", "c01?", "c10?", "c11?"]
-    assert len(load_questions(datasets)) == 16
+    assert len(load_questions(datasets)) == 16 and load_questions(datasets, 0) == []
     assert {q.where.split("/")[-1] for q in load_questions(datasets, 1)} == {"a.jsonl:1", "b.jsonl:1", "c.jsonl:1"}
 
 
