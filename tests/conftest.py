@@ -330,9 +330,13 @@ def stage_2(folder, *flags):
     return run(folder, *flags, check=False, stage=sft)
 
 
-def log_of(folder, out="out", stage="pretrain"):
-    with open(os.path.join(folder, out, "small", stage, "log.jsonl")) as f:
+def read_log(run, name="log.jsonl"):
+    with open(os.path.join(run, name)) as f:
         return [json.loads(line) for line in f]
+
+
+def log_of(folder, out="out", stage="pretrain"):
+    return read_log(os.path.join(folder, out, "small", stage))
 
 
 def losses_of(folder, out="out"):

@@ -81,7 +81,8 @@ class Ranks:
 
         def start(rank):
             try:
-                out[rank] = of_rank(SimpleNamespace(rank=rank, size=self.size, all_gather=lambda v: self.gather(rank, v)))
+                gather = lambda value: self.gather(rank, value)
+                out[rank] = of_rank(SimpleNamespace(rank=rank, size=self.size, all_gather=gather))
             except BaseException as e:
                 wrong.append(e)
                 self.meet.abort()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from conftest import SIZES, STYLES, picture, png, tiny_model, write_lines
+from conftest import SIZES, STYLES, picture, png, read_log, tiny_model, write_lines
 
 from lib import distributed
 import model as M
@@ -56,11 +56,6 @@ def train(cfg, stop=()):
 def state_of(folder):
     with open(os.path.join(folder, "train_state", "state.json")) as f:
         return json.load(f)
-
-
-def log_of(run, name="log.jsonl"):
-    with open(os.path.join(run, name)) as f:
-        return [json.loads(line) for line in f]
 
 
 def weights_of(run, checkpoint="latest"):
@@ -160,7 +155,7 @@ def plain_training(cfg, ranks=1, left_out=()):
 def same_training(run, cfg, **kw):
     """A run did what the plain loop does: weights, and what it logged."""
     model, want = plain_training(cfg, **kw)
-    begin, got, log = weights_of(cfg.init_from[0], ""), weights_of(run), log_of(run)
+    begin, got, log = weights_of(cfg.init_from[0], ""), weights_of(run), read_log(run)
     for n, p in model.named_parameters():
         moved, off = float((p - begin[n]).detach().norm()), float((got[n] - p).detach().abs().max())
         if cfg.optimizer == "adamw":
@@ -254,7 +249,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(odd, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(pretrain, "evaluate", lambda *a: {})
         run = train(cfg)
-    steps = [r for r in log_of(run) if "loss" in r]
+    steps = [r for r in read_log(run) if "loss" in r]
     assert [r["skipped"] for r in steps] == [1, 1, 2, 3, 3] and all(math.isfinite(r["loss"]) for r in steps)
     model, _ = plain_training(cfg, left_out=(0, 2, 3))
     for n, p in weights_of(run).items():
@@ -271,7 +266,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_even_if_its_gradient_is_fine(
         return real(self, *a, **kw) + (math.inf if len(calls) == 2 else 0)
     monkeypatch.setattr(Molmo2, "forward", forward)
     run = train(cfg)
-    assert [r["skipped"] for r in log_of(run) if "loss" in r] == [0, 1]
+    assert [r["skipped"] for r in read_log(run) if "loss" in r] == [0, 1]
     one, two = (weights_of(run, f"step_000000{n}") for n in (1, 2))
     assert all(torch.equal(one[n], p) for n, p in two.items())
 
@@ -280,12 +275,12 @@ def test_ten_bad_gradients_in_a_row_stop_the_run_nine_do_not(odd, monkeypatch):
     cfg = odd("qwen", steps=19, global_batch=1, micro_batch=1, eval_data=())
     with monkeypatch.context() as m:
         spoil(m, {"lm_head.weight": dict.fromkeys([*range(9), *range(10, 19)], math.nan)}, 1)
-        assert log_of(train(cfg))[-2]["skipped"] == 18
+        assert read_log(train(cfg))[-2]["skipped"] == 18
     spoil(monkeypatch, {"lm_head.weight": dict.fromkeys(range(2, 12), math.nan)}, 1)
     other = dataclasses.replace(cfg, out=cfg.out + "2")
     with pytest.raises(UserError, match="10 steps in a row .* not finite; their records: .*jsonl:"):
         train(other)
-    steps = [r["skipped"] for r in log_of(os.path.join(other.out, "small", "pretrain")) if "loss" in r]
+    steps = [r["skipped"] for r in read_log(os.path.join(other.out, "small", "pretrain")) if "loss" in r]
     assert steps == [0, 0, *range(1, 10)]
 
 
@@ -381,11 +376,11 @@ def test_a_resumed_run_repeats_an_unstopped_one_bit_for_bit(odd, tmp_path, capsy
     assert one.keys() == two.keys() and all(torch.equal(t, two[k]) for k, t in one.items())
     states = [state_of(os.path.join(r, "step_0000005")) for r in (run, again)]
     assert all(states[0][k] == states[1][k] for k in ("step", "stream", "fingerprint", "failed"))
-    listed = log_of(run, "bad_rows.jsonl")
+    listed = read_log(run, "bad_rows.jsonl")
     assert len({(r["where"], r["reason"]) for r in listed}) == len(listed) == 4
-    assert log_of(again, "bad_rows.jsonl") == listed
+    assert read_log(again, "bad_rows.jsonl") == listed
     same = "step", "loss", "lr", "grad_norm", "skipped", "bad", "fill", "eval"
-    one, two = ([{k: row[k] for k in same if k in row} for row in log_of(r)] for r in (run, again))
+    one, two = ([{k: row[k] for k in same if k in row} for row in read_log(r)] for r in (run, again))
     assert one == two and [r["step"] for r in one if "loss" in r] == [1, 2, 3, 4, 5]
 
 
@@ -415,11 +410,11 @@ def test_when_a_run_saves_and_evaluates(odd, monkeypatch):
     cfg, asked = odd("qwen", steps=7, save_every=3, eval_every=2, eval_first=True, global_batch=1), []
     monkeypatch.setattr(pretrain, "evaluate", lambda *a: asked.append(a[4]) or {"x": a[4]})
     run = train(cfg)
-    assert asked == [0, 2, 4, 6, 7] == [r["step"] for r in log_of(run) if "eval" in r]
+    assert asked == [0, 2, 4, 6, 7] == [r["step"] for r in read_log(run) if "eval" in r]
     assert sorted(n for n in os.listdir(run) if n.startswith("step")) == [f"step_000000{n}" for n in (3, 6, 7)]
     asked.clear()
     go_back(run, os.path.join(cfg.out + "2", "small", "pretrain"), 3)
-    log_of(train(dataclasses.replace(cfg, out=cfg.out + "2", resume=True)))
+    read_log(train(dataclasses.replace(cfg, out=cfg.out + "2", resume=True)))
     assert asked == [4, 6, 7]
 
 
@@ -451,7 +446,7 @@ def test_a_log_goes_on_after_its_checkpoint_without_a_step_twice(tmp_path):
     log = pretrain.Log(str(path), 2)
     log.write(step=3, loss=7)
     assert [json.loads(x) for x in log.kept] == [dict(step=1, loss=0.5), dict(step=2, loss=1)]
-    assert log_of(tmp_path) == [dict(step=1, loss=0.5), dict(step=2, loss=1), dict(step=3, loss=7)]
+    assert read_log(tmp_path) == [dict(step=1, loss=0.5), dict(step=2, loss=1), dict(step=3, loss=7)]
     pretrain.Log(str(path), 0)
     assert path.read_text() == ""
 
@@ -464,7 +459,7 @@ def test_a_bad_row_is_counted_each_time_and_listed_once(tmp_path):
     bad.note(2, [["set", "f:1", "unreadable media", ""]])  # another reason is news
     resumed = pretrain.BadRecords(pretrain.Log(path, 2), dict(bad.failed))
     resumed.note(3, [event, ["set", "f:2", "malformed JSON", ""], ["other", "f:3", "failed to decode", ""]])
-    listed = [(r["step"], r["where"]) for r in log_of(tmp_path, "bad_rows.jsonl")]
+    listed = [(r["step"], r["where"]) for r in read_log(tmp_path, "bad_rows.jsonl")]
     assert listed == [(1, "f:1"), (1, "f:2"), (2, "f:1"), (3, "f:3")]
     state = dict(seen=100, bad=dict(set={"malformed JSON": 2}))
     want = dict(set={"malformed JSON": 2, "failed to decode": 3}, other={"failed to decode": 1})
@@ -512,9 +507,9 @@ def test_bf16_is_for_products_and_weights_stay_in_fp32(odd, monkeypatch):
         seen.update((p.dtype, p.grad.dtype) for g in self.param_groups for p in g["params"])
         return real(self, *a, **kw)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    low = log_of(train(cfg))[0]["loss"]
+    low = read_log(train(cfg))[0]["loss"]
     assert seen == {(torch.float32, torch.float32)}
-    full = log_of(train(dataclasses.replace(cfg, dtype="fp32", out=cfg.out + "2")))[0]["loss"]
+    full = read_log(train(dataclasses.replace(cfg, dtype="fp32", out=cfg.out + "2")))[0]["loss"]
     assert low != full and low == pytest.approx(full, rel=0.01)
 
 
