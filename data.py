@@ -36,13 +36,13 @@ import numpy as np
 import torch
 
 from lib.distributed import die_with_parent, obey_the_parent_alone
-from lib.media import (BadMedia, CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
+from lib.errors import BadCheckpoint, BadMedia, BadRecord
+from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
-from lib.records import (BadRecord, CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, clip_of, count, find_files, in_clip,
-                         is_closed, media_kind, parse_record, refuse_empty, shuffled)
+from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, clip_of, count, find_files, in_clip, is_closed,
+                         media_kind, parse_record, refuse_empty, shuffled)
 from lib.text import (CHAT, FIRST_FIELD, NOTHING, WRITABLE, chat_pieces, format_released, multiple_choice, number,
                       parse_released, points_of_answer, released_weight, styled, subtitle_text, write_prompt)
-from lib.weights import BadCheckpoint
 
 
 # ---- points as text ----------------------------------------------------------------------------------------

@@ -39,10 +39,10 @@ import sample
 from data import find_datasets, in_clip, parse_points, prompt_of
 from lib import toy
 from lib.draw import contact_sheet
-from lib.media import BadMedia, image_size, inside_folder, load_frames, open_video, video_duration
-from lib.records import BadRecord, media_kind, parse_record
+from lib.errors import BadRecord, UserError
+from lib.media import image_size, inside_folder, load_frames, open_video, video_duration
+from lib.records import media_kind, parse_record
 from lib.text import NOTHING, multiple_choice
-from lib.weights import BadCheckpoint
 from sample import Prompt, answers
 
 # Longest answers, in tokens, by task: the published limits.
@@ -683,7 +683,7 @@ def main():
                 limit = 256  # a small model may never end its answer
             scores[folder], predictions[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
                                                            limit)
-    except (OSError, ValueError, BadRecord, BadMedia, BadCheckpoint, ImportError, AttributeError) as e:
+    except (UserError, OSError, ValueError, ImportError, AttributeError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     names = sorted(set().union(*scores.values()))

@@ -632,9 +632,14 @@ class Molmo2(nn.Module):
         weights.save(self, folder, frames)
 
 
+def empty_model(cfg):
+    """A model of a ModelConfig, or of a preset's name, on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return Molmo2(cfg)
+
+
 if __name__ == "__main__":
     for name in PRESETS:
-        with torch.device("meta"):
-            model = Molmo2(name)
+        model = empty_model(name)
         sizes = {part: sum(p.numel() for _, p in named) for part, named in model.parts().items()}
         print(f"{name:>6} {model.num_params():>14,}  " + "  ".join(f"{part} {n:,}" for part, n in sizes.items()))

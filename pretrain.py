@@ -32,12 +32,13 @@ import ulysses
 from data import (Batches, MIXTURES, Packer, Planner, Stream, collate, decode, find_datasets, mix, show_mixture,
                   to_device)
 from lib import budget, distributed, flex, toy, weights
-from lib.distributed import (Log, Progress, Report, UserError, check_init_from, check_resume, check_same_data,
-                             check_same_model, clip_gradients, empty_model, gather_full_model, make_loader,
-                             next_samples, show_config, start_over, throughput)
-from lib.records import BadRecord, BadRecords
+from lib.distributed import (Log, Progress, Report, check_init_from, check_resume, check_same_data, check_same_model,
+                             clip_gradients, gather_full_model, make_loader, next_samples, show_config,
+                             start_over, throughput)
+from lib.errors import BadRecord, UserError
+from lib.records import BadRecords
 from lib.text import SMALL_TOKENIZER, Tokenizer
-from model import Molmo2, PRESETS as MODELS
+from model import Molmo2, PRESETS as MODELS, empty_model
 
 
 # ---- configuration: one flat dataclass, from which the flags are made ----------------------------------------------
@@ -526,7 +527,7 @@ def main(defaults, presets, argv=None, cache_features=None, example=""):
             sys.exit(0)
         with distributed.stop_signals() as stop:
             run = train(cfg, defaults, stop, cache_features)
-    except (UserError, weights.BadCheckpoint) as e:
+    except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:

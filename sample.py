@@ -18,10 +18,10 @@ import torch
 
 from data import Planner, collate, decode, parse_points, to_device
 from lib.draw import draw
-from lib.media import BadMedia, open_image
-from lib.records import BadRecord
+from lib.errors import BadMedia, UserError
+from lib.media import open_image
 from lib.text import Tokenizer
-from lib.weights import BadCheckpoint, read_json
+from lib.weights import read_json
 from model import Molmo2
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
@@ -230,7 +230,7 @@ def main():
         converse(Chat(*load(args.checkpoint, args.device, args.tiles, args.max_frames), args.media), args)
     except (EOFError, KeyboardInterrupt):
         print()
-    except (BadCheckpoint, BadMedia, BadRecord, OSError, ValueError) as e:
+    except (UserError, OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

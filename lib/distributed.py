@@ -44,12 +44,9 @@ import torch.distributed.checkpoint as dcp
 from torch.utils.checkpoint import checkpoint
 
 from lib import budget
+from lib.errors import UserError
 from lib.weights import read_json, write_json
-from model import Molmo2
-
-
-class UserError(Exception):
-    """Something the user can put right; shown as one line, exit code 2."""
+from model import empty_model
 
 
 # ---- ranks -------------------------------------------------------------------------------------------------
@@ -160,12 +157,6 @@ def start(device, cp=1):
 
 
 # ---- sharding ----------------------------------------------------------------------------------------------
-
-def empty_model(cfg):
-    """A model of a ModelConfig, or of a preset's name, on the meta device: shapes without numbers."""
-    with torch.device("meta"):
-        return Molmo2(cfg)
-
 
 def shard_model(model, world, compile_blocks, recompute, bf16):
     """Turn a plain model into this rank's shard of it, in place and block by block. Only rank 0's model needs to

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from lib.errors import BadMedia
+
 
 MAX_PIXELS = 64_000_000  # larger images and frames are refused before they are decoded
 POOL_IMAGE = 2           # patches on a side of a pooling window
@@ -36,10 +38,6 @@ MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"fr
 # What PIL raises on damaged or hostile files; each was seen.
 PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
               struct.error, NotImplementedError, Image.DecompressionBombError)
-
-
-class BadMedia(Exception):
-    """An image or video that cannot be used; the message gives the reason."""
 
 
 @dataclass

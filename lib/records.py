@@ -15,6 +15,7 @@ import os
 
 import numpy as np
 
+from lib.errors import BadRecord
 from lib.media import MAX_PIXELS
 from lib.text import PROMPTS
 
@@ -37,15 +38,6 @@ MAX_LINE = 32 << 20  # bytes; a longer line is not read
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REGISTRY = os.path.join(ROOT, "tools", "prepare", "datasets.tsv")
-
-
-class BadRecord(Exception):
-    """A record that cannot be used. `reason` is what it is counted under."""
-
-    def __init__(self, reason, detail=""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
 
 
 def wrong_field(detail):

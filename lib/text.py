@@ -12,7 +12,8 @@ import re
 
 import tiktoken
 
-from lib.weights import BadCheckpoint, read_json, write_json
+from lib.errors import BadCheckpoint
+from lib.weights import read_json, write_json
 from model import READ_ONLY
 
 

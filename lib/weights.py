@@ -17,17 +17,14 @@ import re
 
 import torch
 
-from model import EXTRA, IMAGE, ModelConfig, Molmo2, READ_ONLY
+from lib.errors import BadCheckpoint
+from model import EXTRA, IMAGE, ModelConfig, READ_ONLY, empty_model
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
 MAX_HEADER = 100_000_000  # bytes; the same cap as the format's own library
-
-
-class BadCheckpoint(ValueError):
-    """A checkpoint that cannot be used: the message is one line that names the file and the tensor or key."""
 
 
 # ---- safetensors -------------------------------------------------------------------------------------------
@@ -418,8 +415,7 @@ def load(folder, vision=None):
     found = read_shards(folder)
     if is_plain:
         found |= vision_tensors(vision, max(cfg.vit_features) + 1)
-    with torch.device("meta"):
-        model = Molmo2(cfg)
+    model = empty_model(cfg)
     is_new = lambda name: name.endswith("new_embedding") or "image_pooling" in name or "projector" in name
     new = [name for name, _ in model.named_parameters() if is_plain and is_new(name)]
     fill(model, found, folder, new)

@@ -17,7 +17,8 @@ import numpy as np
 from conftest import HERE, SIZES, STYLES, picture, write_lines
 
 from data import Dataset, Planner, Stream, mix, shuffled
-from lib.records import BadRecord, parse_record
+from lib.errors import BadRecord
+from lib.records import parse_record
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import ModelConfig
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import picture, tiny_model
 
-from lib.media import BadMedia
+from lib.errors import BadMedia
 from sample import Prompt, answer, answers
 
 

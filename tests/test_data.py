@@ -14,8 +14,9 @@ from PIL import Image
 from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 
 from data import Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_points, shuffled, to_messages
-from lib.media import BadMedia, image_size, inside_folder, load_image
-from lib.records import BadRecord, parse_record
+from lib.errors import BadMedia, BadRecord
+from lib.media import image_size, inside_folder, load_image
+from lib.records import parse_record
 from model import ModelConfig
 
 

@@ -17,7 +17,8 @@ from lib import toy
 from data import find_datasets, format_points
 from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, in_mask, j_and_f,
                   load_questions, point_f1, region_j, parse_number, score, score_track, word_overlap)
-from lib.records import BadRecord, TASKS
+from lib.errors import BadRecord
+from lib.records import TASKS
 
 
 JF = os.path.join(HERE, "golden", "jf-metric")

@@ -18,10 +18,10 @@ import data
 import pretrain
 import sample
 from data import Planner, parse_points
+from lib.errors import BadCheckpoint
 from lib.media import frame_layout, image_crops, image_layout, load_image, pick_tiling, sample_times
 from lib.text import Tokenizer, parse_released, released_points, released_tracks
-from lib.weights import (BadCheckpoint, our_name, parse_config, read_json, read_safetensors, write_json,
-                         write_safetensors)
+from lib.weights import our_name, parse_config, read_json, read_safetensors, write_json, write_safetensors
 from model import Molmo2, dense_mask, is_vision
 
 

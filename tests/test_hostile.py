@@ -17,8 +17,9 @@ from conftest import SIZES, STYLES, picture, png, video, write_lines
 
 from lib import media
 from data import Batches, Dataset, Planner, Stream, to_messages
-from lib.media import BadMedia, image_size, inside_folder, load_frames, load_image, open_image, video_duration
-from lib.records import BadRecord, TASKS, parse_record, line_index
+from lib.errors import BadMedia, BadRecord
+from lib.media import image_size, inside_folder, load_frames, load_image, open_image, video_duration
+from lib.records import TASKS, parse_record, line_index
 from lib.text import ANSWER_MODES, PROMPTS
 from model import ModelConfig
 

@@ -12,9 +12,10 @@ from PIL import Image
 from conftest import picture, shared, video
 
 from lib import media
-from lib.media import (BadMedia, Layout, frame_layout, image_crops, image_layout, image_size, load_crops,
-                       load_frames, load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times,
-                       video_duration, windows)
+from lib.errors import BadMedia
+from lib.media import (Layout, frame_layout, image_crops, image_layout, image_size, load_crops, load_frames,
+                       load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times, video_duration,
+                       windows)
 
 
 # H, W, and for 8 and 24 crops: tiling, crops, high-resolution rows and columns, tokens in all

@@ -10,7 +10,8 @@ from goldens import (CASES, NUMBER, RECORDS, VARIANTS, dense, draw_media, make_p
                      order, packed, read)
 
 from data import Dataset, ORDER, Packer, Stream
-from lib.distributed import UserError, check_same_data
+from lib.distributed import check_same_data
+from lib.errors import UserError
 
 
 # what else these tests use of the product, named here alone

@@ -13,7 +13,7 @@ from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, ru
 import pretrain
 import sft
 from data import Dataset, Planner, Stream, collate, decode
-from lib.distributed import UserError
+from lib.errors import UserError
 from lib.records import parse_record
 from pretrain import Config, PRESETS, make_optimizers, next_samples, parse, schedule
 

@@ -18,7 +18,7 @@ from lib import distributed
 import model as M
 import pretrain
 from data import Dataset, Planner, Stream, collate, decode
-from lib.distributed import UserError
+from lib.errors import UserError
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import ModelConfig, Molmo2
 from pretrain import Config

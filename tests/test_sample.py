@@ -14,7 +14,8 @@ import eval as evaluation
 import sample
 from data import Planner
 from lib.draw import at_time, colour_of, draw, draw_points, draw_video
-from lib.media import BadMedia, load_frames
+from lib.errors import BadMedia
+from lib.media import load_frames
 from model import Molmo2
 from sample import Chat, Prompt, answer, answers, main, prompt_batch
 

@@ -12,9 +12,9 @@ from conftest import picture, tiny_model, write_lines
 
 import pretrain
 from lib import weights
+from lib.errors import BadCheckpoint
 from lib.text import SMALL_TOKENIZER
-from lib.weights import (BadCheckpoint, hub_config, parse_config, processor_configs, read_safetensors,
-                         write_safetensors)
+from lib.weights import hub_config, parse_config, processor_configs, read_safetensors, write_safetensors
 from model import ModelConfig, Molmo2, PRESETS
 
 

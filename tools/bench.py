@@ -47,7 +47,7 @@ from data import Packer, Planner, collate, decode, to_device
 from lib import budget, distributed, flex
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from lib.weights import read_safetensors
-from model import Molmo2, PRESETS, attend, dense_mask, is_vision
+from model import Molmo2, PRESETS, attend, dense_mask, empty_model, is_vision
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRETRAIN = [sys.executable, os.path.join(ROOT, "pretrain.py")]
@@ -172,8 +172,7 @@ def golden(bench, what, name, case):
 
 def masks_agree(bench, what, heads, kv_heads, head_dim, dtype):
     """Attention and its gradients with the mask of training (on CUDA in blocks), against the dense mask in fp64."""
-    with torch.device("meta"):
-        network = Molmo2("small")
+    network = empty_model("small")
     flex.install(network)
     batch = to_device(photo_batches(network.cfg, 1024, 0, 4, 1)[0], bench.device)
     tokens, example, branch = batch["tokens"], batch["example"], batch["branch"]
@@ -288,8 +287,7 @@ def profile(bench, what, do):
 def time_steps(bench, what, compile, recompute, batch, *others):
     """Steps on a batch and where their ms go, with a step on each of the others in between."""
     cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, ["--config", bench.config, "--data", "none.jsonl"])
-    with torch.device("meta"):
-        empty = Molmo2(bench.config)
+    empty = empty_model(bench.config)
     optimizers = pretrain.make_optimizers(empty, cfg)[0]
     shape = dict(rows=len(batch["tokens"]), tokens=batch["tokens"].shape[1], crops=len(batch["crops"]),
                  windows=tuple(batch["pool"].shape), learned=int((batch["weights"] > 0).sum()))

@@ -17,10 +17,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from data import Packer, Planner, Stream, find_datasets
-from lib.media import BadMedia, load_crops
-from lib.records import BadRecord, count, parse_record
+from lib.errors import BadMedia, BadRecord, UserError
+from lib.media import load_crops
+from lib.records import count, parse_record
 from lib.text import SMALL_TOKENIZER, Tokenizer
-from lib.weights import BadCheckpoint
 from model import PRESETS, is_vision, may_attend
 
 
@@ -256,7 +256,7 @@ def main():
         planner = Planner(Tokenizer(args.tokenizer, cfg.vocab), cfg, args.seq_len, args.tiles,
                           max_frames=args.max_frames, max_crops=args.max_crops)
         datasets, _ = find_datasets(args.data)
-    except (OSError, ValueError, BadCheckpoint) as e:
+    except (UserError, OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     for dataset in datasets:

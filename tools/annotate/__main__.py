@@ -51,12 +51,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import toy
-from lib.media import BadMedia, inside_folder, load_frames, open_video, sample_times, video_duration
+from lib.errors import BadMedia, UserError
+from lib.media import inside_folder, load_frames, open_video, sample_times, video_duration
 from lib.records import MEDIA
-from lib.weights import BadCheckpoint
 from sample import Chat, load
 from tools.annotate.review import Reviewer, Work, digest, jpeg, read_records, settled, write_whole
-from tools.prepare.fetch import NetError, UserError, is_loopback, patiently
+from tools.prepare.fetch import NetError, is_loopback, patiently
 from tools.show import STYLE
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -1122,7 +1122,7 @@ def main(argv=None):
     args.stop = threading.Event()
     try:
         args.run(args)
-    except (UserError, BadCheckpoint, OSError) as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -24,9 +24,9 @@ import urllib.parse
 
 from PIL import Image
 
-from lib.media import BadMedia, inside_folder, load_frames, load_image, sample_times, video_duration
-from lib.records import BadRecord, MEDIA, check_annotation, parse_record
-from tools.prepare.fetch import UserError
+from lib.errors import BadMedia, BadRecord, UserError
+from lib.media import inside_folder, load_frames, load_image, sample_times, video_duration
+from lib.records import MEDIA, check_annotation, parse_record
 
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -44,12 +44,13 @@ import av
 from tqdm import tqdm
 
 from data import find_datasets
-from lib.media import BadMedia, image_size, inside_folder, load_frames, load_image, open_video, video_duration
-from lib.records import BadRecord, line_index, parse_record, read_registry
+from lib.errors import BadMedia, BadRecord, UserError
+from lib.media import image_size, inside_folder, load_frames, load_image, open_video, video_duration
+from lib.records import line_index, parse_record, read_registry
 from tools.prepare import convert
 from tools.prepare.convert import EVALS, RECIPES, Skip
-from tools.prepare.fetch import (IMAGE_BYTES, Manifest, Net, NetError, UserError, fetch_all, fetch_files,
-                                 file_digest, hub_files, hub_rows, is_image, is_video, origin, room_for)
+from tools.prepare.fetch import (IMAGE_BYTES, Manifest, Net, NetError, fetch_all, fetch_files, file_digest, hub_files,
+                                 hub_rows, is_image, is_video, origin, room_for)
 
 
 BUCKETS = 64       # files a spool has
@@ -814,7 +815,7 @@ def data(args):
             written = make_set(net, args, name, evaluation, registry)
         except (NetError, BadMedia, BadRecord, UserError) as e:
             print(f"{name}: {e}", file=sys.stderr)
-            code = max(code, 2 if isinstance(e, UserError) else 1)
+            code = max(code, 1 if isinstance(e, (NetError, BadMedia, BadRecord)) else 2)
             continue
         if written == 0:
             code = max(code, 1)
@@ -1067,12 +1068,12 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
     except (NetError, BadMedia) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 import requests
 from tqdm import tqdm
 
-from lib.media import BadMedia, image_size, inside_folder, open_video
+from lib.errors import BadMedia, UserError
+from lib.media import image_size, inside_folder, open_video
 
 
 TRIES = 5               # of a request
@@ -42,10 +43,6 @@ WORKERS = 16            # requests at a time
 IMAGE_BYTES = 64 << 20  # an image's file may have
 RESERVE = 1 << 30       # bytes of disk that stay free
 WHOLE = 20_000          # rows that are read a page at a time; more come as parquet
-
-
-class UserError(Exception):
-    """A mistake in the command or around it: one line, exit 2."""
 
 
 class NetError(Exception):
