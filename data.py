@@ -28,7 +28,6 @@ import copy
 import math
 import os
 import random
-import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,87 +38,14 @@ from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.errors import BadCheckpoint, BadMedia, BadRecord
 from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
-from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, TASKS, clip_of, count, find_files, in_clip, is_closed,
+from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, clip_of, count, find_files, in_clip, is_closed,
                          media_kind, parse_record, refuse_empty, shuffled)
-from lib.text import (CHAT, FIRST_FIELD, NOTHING, WRITABLE, chat_pieces, format_released, multiple_choice, number,
-                      parse_released, points_of_answer, released_weight, styled, subtitle_text, write_prompt)
-
-
-# ---- points as text ----------------------------------------------------------------------------------------
-
-def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
-    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id).
-
-    kind: "image" (x, y, id), "images" (image, x, y, id; images from 0) or "video" (t in seconds, x, y, id). x and y
-    in [0, 1] get at most 3 decimals, t at most 2. mode: point, count (their number alone), point_count, count_point.
-    grammar: "released" is that of the published checkpoints, which alone uses label and tracks.
-    """
-    if not points:
-        return NOTHING
-    if grammar == "released":
-        return format_released(points, kind, label, tracks, mode)
-    order = FIRST_FIELD[kind]  # the name of the first field, "t" or "image"; None for an image
-    written = []
-    for p in sorted(points, key=lambda p: (p[order] if order else 0, p["id"])):
-        fields = [number(p["x"], 3), number(p["y"], 3), str(p["id"])]
-        if kind == "video":
-            fields.insert(0, number(p["t"], 2))
-        elif kind == "images":
-            fields.insert(0, str(p["image"]))
-        written.append(f"<point {', '.join(fields)}>")
-    text = " ".join(written)
-    return {"point": text, "count": str(len(points)), "point_count": f"{text} A total of {len(points)}.",
-            "count_point": f"There are {len(points)}: {text}"}[mode]
-
-
-NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
-POINT = re.compile(rf"<point (?:({NUMBER}), )?(-?{NUMBER}), (-?{NUMBER}), (\d{{1,9}})>")  # t or image, x, y, id
-
-
-def parse_points(text, kind="video"):
-    """The points in `text`, in either grammar: [{x, y, id}], with `t` or, of kind "images", `image` where one is
-    given. Kind "image" ignores it.
-
-    Never raises: malformed points are dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
-    """
-    found = []  # (t or image or None, x, y, id)
-    for prefix, x, y, i in POINT.findall(text):
-        if kind == "images" and "." in prefix:
-            continue  # there is no image 0.5
-        found.append((float(prefix) if prefix else None, float(x), float(y), int(i)))
-    for prefix, i, x, y in parse_released(text):  # thousandths; ids and images count from 1
-        found.append((prefix - 1 if kind == "images" else prefix, x / 1000, y / 1000, max(i - 1, 0)))
-    points = []
-    for prefix, x, y, i in found:
-        point = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
-        if prefix is not None and kind == "images":
-            point["image"] = int(prefix)
-        elif prefix is not None and kind == "video":
-            point["t"] = prefix
-        points.append(point)
-    return points
+from lib.tasks import TASKS, answer_of, multiple_choice, prompt_of, released_weight, styled
+from lib.text import CHAT, WRITABLE, chat_pieces, number, subtitle_text
+from lib.text import format_points, parse_points  # noqa: F401: points as text, which others look for here
 
 
 # ---- planning: a record becomes tokens, before any pixel is decoded ----------------------------------------
-
-def prompt_of(annotation, kind, rng, grammar="spec"):
-    """The prompt of an annotation, or one that `rng` draws from the templates of its style or task."""
-    if annotation.get("prompt"):
-        return annotation["prompt"]
-    given = format_points(annotation.get("input_points", []), kind, grammar, annotation.get("label", "objects"))
-    return write_prompt(annotation, rng, grammar, given)
-
-
-def answer_of(annotation, kind, grammar="spec"):
-    """The answer of an annotation, or its points as text."""
-    if "answer" in annotation:
-        return annotation["answer"]
-    points, mode = points_of_answer(annotation, kind)
-    if mode == "count" and not points:
-        return "0"
-    tracks = annotation["task"] == "video_tracking"
-    return format_points(points, kind, grammar, annotation.get("label", ""), tracks, mode)
-
 
 def to_messages(annotation, kind, rng, grammar="spec"):
     """An annotation as a chat, [{role, content}]: its own, a multiple choice, or a prompt and an answer.
@@ -303,7 +229,7 @@ class Planner:
         """Loss weight of an answer token: by task, or as released."""
         if self.token_weights == "released":
             return released_weight(task, n_trained, n_branches)
-        return TASKS[task][1]
+        return TASKS[task].weight
 
     def question(self, record, folder, messages):
         """A plan that ends where the model's answer begins. messages: [{role, content}], the last one the user's."""
@@ -357,14 +283,9 @@ MIXTURES = {
 
 def group_of(dataset, mixture):
     """Which group of a mixture a dataset belongs to."""
-    task = dataset.task()
-    is_pointing = task in ("counting", "video_tracking") or "pointing" in task
-    if mixture == "pretrain":
-        return "text" if task == "text" else "pointing" if is_pointing else "captions"
-    if mixture == "released":
-        groups = {"text": "nlp", "video_tracking": "tracking", "video_pointing": "video_pointing"}
-        return dataset.entry.get("sft_group") or groups.get(task, "image_pointing" if is_pointing else "demo")
-    return "all"
+    if mixture == "released" and dataset.entry.get("sft_group"):
+        return dataset.entry["sft_group"]
+    return TASKS[dataset.task()].groups.get(mixture, "all")
 
 
 def mix(datasets, mixture):

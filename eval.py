@@ -36,18 +36,15 @@ import requests
 from PIL import Image, ImageDraw
 
 import sample
-from data import find_datasets, in_clip, parse_points, prompt_of
+from data import find_datasets, in_clip, parse_points
 from lib import toy
 from lib.draw import contact_sheet
 from lib.errors import BadRecord, UserError
 from lib.media import image_size, inside_folder, load_frames, open_video, video_duration
 from lib.records import media_kind, parse_record
-from lib.text import NOTHING, multiple_choice
+from lib.tasks import NUMBER, TASKS, multiple_choice, prompt_of
+from lib.text import NOTHING
 from sample import Prompt, answers
-
-# Longest answers, in tokens, by task: the published limits.
-LIMITS = dict(image_caption=448, image_pointing=192, multi_image_pointing=192, counting=192,
-              video_caption=2048, video_pointing=2048, video_tracking=4096)
 
 
 # ---- metrics: plain functions of predictions and truths ----------------------------------------------------
@@ -422,8 +419,10 @@ def predicted_points(q, text):
     return [p for p in parse_points(text, q.kind) if q.kind != "video" or "t" in p]
 
 
-def score_points(q, text):
+def score_points(q, text, segmenter=None, judge=None):
     """Pointing: matched in space, with the image or the time as a third dimension, all on a scale of 0 to 100."""
+    if "points" not in q.annotation:  # answered in words, as in a conversation
+        return score_words(q, text)
     predicted = predicted_points(q, text)
     last = max([p.get("t", 0) for p in predicted + q.points], default=0) or 1  # in seconds
 
@@ -444,7 +443,7 @@ def score_points(q, text):
     return scores
 
 
-def score_count(q, text):
+def score_count(q, text, segmenter=None, judge=None):
     if q.truth.strip().isdigit():
         true = int(q.truth)
     elif "points" in q.annotation:
@@ -455,7 +454,7 @@ def score_count(q, text):
     return dict(accuracy=equal, close=close)
 
 
-def score_words(q, text):
+def score_words(q, text, segmenter=None, judge=None):
     """Short answers: the same words; with options the same letter or the same words."""
     right = words(text) == words(q.truth)
     if "options" in q.annotation:
@@ -465,7 +464,7 @@ def score_words(q, text):
     return dict(accuracy=float(right))
 
 
-def score_caption(q, text, judge=None):
+def score_caption(q, text, segmenter=None, judge=None):
     if judge:
         return dict(zip(("precision", "recall", "f1"), judge.score(text, q.truth, q.annotation.get("statements"))))
     return dict(zip(("overlap_precision", "overlap_recall", "overlap_f1"), word_overlap(text, q.truth)))
@@ -480,7 +479,7 @@ def xy(points):
     return [(p["x"], p["y"]) for p in points]
 
 
-def score_track(q, text, segmenter=None):
+def score_track(q, text, segmenter=None, judge=None):
     """Tracking: points of every frame that has a true or a predicted one, HOTA, and J, F with a segmenter."""
     predicted = predicted_points(q, text)
     times = sorted({half_second(p) for p in predicted + q.points})
@@ -526,17 +525,15 @@ def score_masks(q, predicted, times, segmenter):
     return {"j": j, "f": f, "j&f": both}
 
 
+# How the answers of a task are scored: Task.metric names one of these. Each takes a Question and an answer and returns
+# {name: value}; a judge of captions and a segmenter, for masks, are there if they were asked for.
+METRICS = {"words": score_words, "caption": score_caption, "count": score_count, "points": score_points,
+           "tracks": score_track}
+
+
 def score(q, text, judge=None, segmenter=None):
-    """{metric: value} of one answer."""
-    if q.task == "video_tracking":
-        return score_track(q, text, segmenter)
-    if q.task == "counting":
-        return score_count(q, text)
-    if "points" in q.annotation:
-        return score_points(q, text)
-    if q.task.endswith("caption"):
-        return score_caption(q, text, judge)
-    return score_words(q, text)
+    """{name: value} of one answer, by the metric of its task."""
+    return METRICS[TASKS[q.task].metric](q, text, segmenter, judge)
 
 
 # ---- all answers of a checkpoint ---------------------------------------------------------------------------
@@ -544,7 +541,7 @@ def score(q, text, judge=None, segmenter=None):
 def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, max_new_tokens=None, world=None):
     """({"task metric": mean}, [one result per question: where, task, prompt, answer, truth, scores])."""
     prompts = [Prompt(q.task, q.where, q.record, q.folder, q.prompt) for q in questions]
-    texts = answers(model, planner, prompts, lambda task: max_new_tokens or LIMITS.get(task, 64), batch, world)
+    texts = answers(model, planner, prompts, lambda task: max_new_tokens or TASKS[task].limit, batch, world)
     values = {}  # "task metric" -> a value per question
     results = []
     for q, text in zip(questions, texts):
@@ -591,9 +588,9 @@ def scene_scores(questions, texts):
     counts_right = []
     nones_right = []
     for q, text in zip(questions, texts):
-        if q.task == "counting":
+        if TASKS[q.task].answer is NUMBER:
             counts_right.append(text == q.truth)
-        elif q.task == "image_caption":
+        elif TASKS[q.task].metric == "caption":
             objects = objects_named(q.truth)
             n_named += (objects & objects_named(text)).total()
             n_objects += objects.total()

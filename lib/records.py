@@ -17,17 +17,7 @@ import numpy as np
 
 from lib.errors import BadRecord
 from lib.media import MAX_PIXELS
-from lib.text import PROMPTS
-
-# task -> (media it is about, loss weight of an answer token). None: any media, or none. Points are a few tokens
-# beside a caption's hundreds, and matter more.
-TASKS = {"image_caption": ("image", 1.0), "image_qa": ("image", 1.0), "image_pointing": ("image", 2.0),
-         "counting": (None, 1.5), "multi_image_qa": ("images", 1.0), "multi_image_pointing": ("images", 2.0),
-         "video_caption": ("video", 1.0), "video_qa": ("video", 1.0), "video_pointing": ("video", 2.0),
-         "video_tracking": ("video", 2.0), "text": (None, 1.0)}
-
-# What a record may be about; the same words name the kinds of points that `format_points` knows.
-MEDIA = ("image", "images", "video")
+from lib.tasks import MEDIA, PLACES, check_annotation, is_index, is_list_of, is_text, is_time, wrong_field
 
 # Reasons to leave a record out on purpose: it is counted, but does not stop a run.
 NO_VIDEO = "no reader for video in this stage"
@@ -38,40 +28,6 @@ MAX_LINE = 32 << 20  # bytes; a longer line is not read
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REGISTRY = os.path.join(ROOT, "tools", "prepare", "datasets.tsv")
-
-
-def wrong_field(detail):
-    return BadRecord("wrong field", detail)
-
-
-# ---- values ------------------------------------------------------------------------------------------------
-
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_number(value):
-    """Whether a JSON value is a number. Python counts True as 1, a record may not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_index(value):
-    """Whether a JSON value is a whole number from 0."""
-    return is_number(value) and isinstance(value, int) and 0 <= value < 2 ** 31
-
-
-def is_time(value):
-    """Whether a JSON value is a number of seconds from 0."""
-    return is_number(value) and 0 <= value < 1e9
-
-
-def is_unit(value):
-    """Whether a JSON value is a finite number in [0, 1]."""
-    return is_number(value) and 0 <= value <= 1
-
-
-def is_list_of(value, is_fine):
-    return isinstance(value, list) and all(map(is_fine, value))
 
 
 # ---- a record, from its fields to the whole ----------------------------------------------------------------
@@ -98,72 +54,6 @@ def check_clip(record):
     times = given_values(record, ("start", "end", "duration", "fps"))
     if not is_list_of(record.get("subtitles", []), is_subtitle) or not all(map(is_time, times)):
         raise wrong_field("start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
-
-
-def check_points(points, kind, n_media):
-    if not isinstance(points, list) or kind is None:
-        raise wrong_field("points must be a list, in a record with an image or a video")
-    for p in points:
-        if not isinstance(p, dict) or not is_index(p.get("id")):
-            raise wrong_field(f"point {p!r} needs a whole number id from 0")
-        if not is_unit(p.get("x")) or not is_unit(p.get("y")):
-            raise BadRecord("point outside [0, 1]", f"x {p.get('x')!r}, y {p.get('y')!r}")
-        if kind == "images" and not (is_index(p.get("image")) and p["image"] < n_media):
-            raise wrong_field(f"point names image {p.get('image')!r} of {n_media}")
-        if kind == "video" and not is_time(p.get("t")):
-            raise wrong_field(f"point at time {p.get('t')!r}")
-
-
-def is_chat(messages):
-    """Whether these are messages of user and assistant in turn, the last one an answer."""
-    if not isinstance(messages, list) or not messages or len(messages) % 2:
-        return False
-    for i, message in enumerate(messages):
-        role = ("user", "assistant")[i % 2]
-        if not isinstance(message, dict) or not is_text(message.get("content")) or message.get("role") != role:
-            return False
-    return True
-
-
-# Optional fields of an annotation: (names, whether a value is fine, what it should be).
-ANNOTATION_FIELDS = (
-    (("prompt", "answer", "label", "style", "question"), is_text, "text"),
-    (("fps", "start_time", "end_time", "timestamp"), is_time, "a number from 0"),
-    (("options",), lambda value: is_list_of(value, is_text), "a list of texts"),
-    (("images",), lambda value: value and is_list_of(value, is_index), "a list of image numbers"))
-
-
-def check_annotation(a, kind, n_media):
-    """BadRecord if annotation `a` is not one, or not one of a record with `n_media` media of this kind."""
-    task = a.get("task") if isinstance(a, dict) else a
-    if not isinstance(a, dict) or not is_text(task) or task not in TASKS:
-        raise BadRecord("unknown task", f"{task!r}; one of {', '.join(TASKS)}")
-    about, _ = TASKS[task]
-    if about and about != kind or task == "text" and kind:
-        raise wrong_field(f"task {task} in a record with {kind or 'no media'}")
-    for names, is_fine, meaning in ANNOTATION_FIELDS:
-        for name in names:
-            if name in a and not is_fine(a[name]):
-                raise wrong_field(f"{name} is {a[name]!r}, not {meaning}")
-
-    # What is asked and what is answered: a chat, a multiple choice, or a prompt with an answer or points.
-    if "messages" in a:
-        if not is_chat(a["messages"]):
-            raise wrong_field("messages must alternate user and assistant, with content, and end with an answer")
-    elif "options" in a:
-        correct = a.get("correct")
-        if not (a.get("question") and isinstance(correct, int) and 0 <= correct < len(a["options"]) > 1):
-            raise wrong_field("options need a question, and correct: the place of the right one, from 0")
-    elif "points" not in a and "answer" not in a:
-        raise wrong_field(f"task {task} without answer, points, options or messages")
-    elif not (a.get("prompt") or task in PROMPTS or a.get("style") in PROMPTS):
-        raise wrong_field(f"task {task} without a prompt")
-
-    for name in ("points", "input_points"):
-        if name in a:
-            check_points(a[name], kind, n_media)
-    if "images" in a and max(a["images"]) >= n_media:
-        raise wrong_field(f"images {a['images']} of {n_media}")
 
 
 def parse_record(line):
@@ -221,14 +111,14 @@ def clip_of(record, length):
 
 
 def in_clip(annotation, record):
-    """An annotation whose times count from the start of the record's clip, as the model counts. Points outside the
+    """An annotation whose times count from the start of the record's clip, as the model counts. Places outside the
     clip are left out."""
     if "video" not in record or "start" not in record and "end" not in record:
         return annotation
     start = record.get("start", 0)
     end = record.get("end", math.inf)
     moved = dict(annotation)
-    for key in ("points", "input_points"):
+    for key in PLACES:
         if key in moved:
             inside = []
             for p in moved[key]:

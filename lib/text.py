@@ -1,12 +1,12 @@
 """
-Text in and text out: the tokenizer, the chat format, the prompts a record may leave out, and the released grammar of
-points. The project's own grammar is in data.py, which uses all of this.
+Text in and text out: the tokenizer, the chat format, and points as text.
 
     tokenizer.json (any byte-level BPE) ─► Tokenizer ─► ids
     messages ─► chat_pieces ─► text, each piece to be trained on or only read
-    points ─► <points coords="1 1 250 750">cups</points> ─► points
+    points ─► format_points ─► <point 0.25, 0.75, 0>                                this project's grammar
+                            or <points coords="1 1 250 750">cups</points>           that of the released checkpoints
+    either ─► parse_points ─► points
 """
-import math
 import os
 import re
 
@@ -196,111 +196,6 @@ CHAT_TEMPLATE = (
     "{%- else %}{%- for c in m.content if c.type == 'text' %}{{ c.text }}{%- endfor %}{%- endif %}"
     "{{ '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
 
-# Prompt templates for annotations without a prompt, by style; a task is the style of its plain form.
-PROMPTS = {
-    "image_caption": ("Describe the image.", "What is in this picture?", "Write a detailed caption.",
-                      "What do you see?"),
-    "short_caption": ("Describe the image in a sentence.", "Write a short caption."),
-    "image_pointing": ("Point to the {label}.", "Where is the {label}?", "Find the {label}.",
-                       "Show me every {label}."),
-    "point_count": ("Count the {label} by pointing.", "Point to the {label} and say how many there are."),
-    "counting": ("How many {label} are there?", "Count the {label}.", "What is the number of {label}?"),
-    "multi_image_pointing": ("Point to the {label} in {selected_images}.", "Find {selected_label}."),
-    "multi_image_counting": ("How many {label} are there in {selected_images}?", "Count {selected_label}."),
-    "multi_image_point_then_count": ("Point to {selected_label}, then say how many there are.",),
-    "multi_image_count_then_point": ("How many {label} are there in {selected_images}? Then point to each.",),
-    "video_caption": ("Describe the video.", "What happens in this video?",
-                      "Write a detailed caption of the clip."),
-    "video_short_caption": ("Describe the video in a sentence.", "Write a short caption of the clip."),
-    "video_short_answer": ("{question}", "{question} Answer briefly.", "Give a short answer: {question}"),
-    "video_clip_caption_start_end": ("What happens between {start_time} and {end_time}?",
-                                     "Describe the video from {start_time} to {end_time}."),
-    "video_clip_transcript_start_end": ("What is said between {start_time} and {end_time}?",),
-    "video_frame_caption_timestamp": ("What can be seen at {timestamp}?",
-                                      "Describe the frame at {timestamp}."),
-    "video_transcript": ("What is said in this video?", "Write down what is said."),
-    "video_pointing": ("Point to the {label} in the video.", "When and where does the {label} appear?"),
-    "video_point_count": ("Point to the {label} in the video, then say how many there are.",),
-    "video_count": ("How many {label} are there in the video?", "Count the {label} in the clip."),
-    "video_count_point": ("How many {label} are there in the video? Then point to each.",),
-    "video_tracking": ("Track the {label}.", "Follow the {label} through the video.",
-                       "Where does the {label} go?"),
-    "video_point_track_per_frame": ("Track the {label} at {fps} frames per second.",
-                                    "Follow the {label}, {fps} times a second."),
-    "video_point_ground_start_end": ("Where does the {label} first and last appear?",
-                                     "Point to the {label} when it comes and when it goes."),
-    "video_single_point_track_per_frame": ("Track the {label} from {input_points}.",
-                                           "Where does {input_points} go from here?"),
-}
-PROMPTS |= {  # the released names of the same
-    "long_caption": PROMPTS["image_caption"], "pointing": PROMPTS["image_pointing"],
-    "cosyn_point": PROMPTS["image_pointing"], "video_long_caption": PROMPTS["video_caption"],
-    "video_point": PROMPTS["video_pointing"],
-    "video_single_point_track_start_end": PROMPTS["video_single_point_track_per_frame"]}
-# Styles whose answer has a number: the mode of `format_points`.
-ANSWER_MODES = {"counting": "count", "video_count": "count", "multi_image_counting": "count",
-                "point_count": "point_count", "video_point_count": "point_count",
-                "multi_image_point_then_count": "point_count", "video_count_point": "count_point",
-                "multi_image_count_then_point": "count_point"}
-# Templates of multiple choice: the first for evaluation, the others for training.
-OPTIONS = ("{question}\nOnly return the correct answer option.\n{options}",
-           "{question}\n{options}", "{question} Choose from:\n{options}", "{options}\n\n{question}",
-           "{question}\nWhich of these is right?\n{options}")
-
-
-def multiple_choice(question, options, correct, rng=None):
-    """(prompt, answer) of a question whose `correct`-th option is right. Without an rng the one template of
-    evaluation; with it template and order are drawn, and one list in five has no letters."""
-    order = list(range(len(options)))
-    template = OPTIONS[0]
-    lettered = True
-    if rng:
-        rng.shuffle(order)
-        if rng.random() > 0.1:
-            template = rng.choice(OPTIONS[1:])
-            lettered = rng.random() < 0.8 or not options[correct].strip()
-    lines = []
-    for k, i in enumerate(order):
-        letter = f"{chr(ord('A') + k)}. " if lettered else ""
-        lines.append(letter + options[i])
-    return template.format(question=question, options="\n".join(lines)), lines[order.index(correct)]
-
-
-def write_prompt(a, rng, grammar="spec", input_points=""):
-    """A prompt for an annotation: a template of its style or task, drawn with `rng` and filled from its fields.
-    input_points: those of the annotation, as text."""
-    def clock(seconds):  # half of the times as people would type a clock
-        if rng.random() < 0.5:
-            return f"{seconds:.1f}"
-        return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:04.1f}"
-
-    label = a.get("label", "objects")
-    images = "all images"
-    if "images" in a:
-        images = " and ".join(f"image_{i + 1}" if grammar == "released" else f"image {i}" for i in a["images"])
-    template = rng.choice(PROMPTS.get(a.get("style")) or PROMPTS[a["task"]])
-    return template.format(
-        label=label, fps=number(a.get("fps", 2), 2), question=a.get("question", ""), input_points=input_points,
-        selected_images=images, selected_label=f"the {label} in {images}", start_time=clock(a.get("start_time", 0)),
-        end_time=clock(a.get("end_time", 0)), timestamp=clock(a.get("timestamp", 0)))
-
-
-def points_of_answer(a, kind):
-    """(points, mode) of the answer to an annotation, as its style wants them: all points, the ends of each track, or
-    what follows the given points. The mode is that of `format_points`."""
-    points = a["points"]
-    style = a.get("style") or a["task"]
-    if kind == "video" and "ground_start_end" in style:
-        times = {}  # id -> times at which the object is seen
-        for p in points:
-            times.setdefault(p["id"], []).append(p["t"])
-        points = [p for p in points if p["t"] in (min(times[p["id"]]), max(times[p["id"]]))]
-    if kind == "video" and a.get("input_points"):
-        last_given = max(p["t"] for p in a["input_points"])
-        points = [p for p in points if p["t"] > last_given]
-    return points, ANSWER_MODES.get(style) or ANSWER_MODES.get(a["task"], "point")
-
-
 def subtitle_text(subtitles, start, times):
     """What the model reads of [{start, end, text}]: those at most a second from a frame. `start` is that of the clip;
     the `times` of its frames, and those that the model reads, count from there."""
@@ -309,24 +204,6 @@ def subtitle_text(subtitles, start, times):
         if any(s["start"] - 1 <= t + start <= s["end"] + 1 for t in times):
             lines.append(f"{s['start'] - start:.1f} - {s['end'] - start:.1f} {s['text']}\n")
     return "subtitle\n" + "".join(lines) if lines else ""
-
-
-# The released models were given the set that an academic question comes from ("vqa2: What is ..."), which makes their
-# answers as short as that set's. The styles in which people talk have no such prefix, nor has multiple choice.
-NO_PREFIX = frozenset("""
-    point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption video_short_caption
-    text_sft video_point_track_per_frame video_point_track_start_end video_single_point_track_start_end
-    video_transcript video_clip_caption_start_end video_clip_caption_start_end_in_seconds
-    video_clip_transcript_start_end video_clip_transcript_start_end_in_seconds video_frame_caption_timestamp
-    video_frame_caption_timestamp_in_seconds correction_qa video_point video_point_count video_count
-    video_count_point multi_image_pointing multi_image_counting multi_image_point_then_count
-    multi_image_count_then_point video_multiple_choice a_okvqa_mc ai2_diagram ai2_diagram_no_letter science_qa
-    eval_multiple_choice multi_image_mc multi_image_mc_exp mantis_instruct_mc eval_multi_image_mc""".split())
-
-
-def styled(prompt, style):
-    """A prompt as the released models saw it: "style: prompt", or as it is for a style without a prefix."""
-    return prompt if not style or style in NO_PREFIX else f"{style}: {prompt}".rstrip()
 
 
 # ---- points ------------------------------------------------------------------------------------------------
@@ -343,6 +220,59 @@ def number(x, digits):
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
+
+
+def format_points(points, kind, grammar="spec", label="", tracks=False, mode="point"):
+    """[{x, y, id, t | image}] -> "<point x, y, id> <point ...>", ordered by (t or image, id).
+
+    kind: "image" (x, y, id), "images" (image, x, y, id; images from 0) or "video" (t in seconds, x, y, id). x and y
+    in [0, 1] get at most 3 decimals, t at most 2. mode: point, count (their number alone), point_count, count_point.
+    grammar: "released" is that of the published checkpoints, which alone uses label and tracks.
+    """
+    if not points:
+        return NOTHING
+    if grammar == "released":
+        return format_released(points, kind, label, tracks, mode)
+    order = FIRST_FIELD[kind]  # the name of the first field, "t" or "image"; None for an image
+    written = []
+    for p in sorted(points, key=lambda p: (p[order] if order else 0, p["id"])):
+        fields = [number(p["x"], 3), number(p["y"], 3), str(p["id"])]
+        if kind == "video":
+            fields.insert(0, number(p["t"], 2))
+        elif kind == "images":
+            fields.insert(0, str(p["image"]))
+        written.append(f"<point {', '.join(fields)}>")
+    text = " ".join(written)
+    return {"point": text, "count": str(len(points)), "point_count": f"{text} A total of {len(points)}.",
+            "count_point": f"There are {len(points)}: {text}"}[mode]
+
+
+NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+POINT = re.compile(rf"<point (?:({NUMBER}), )?(-?{NUMBER}), (-?{NUMBER}), (\d{{1,9}})>")  # t or image, x, y, id
+
+
+def parse_points(text, kind="video"):
+    """The points in `text`, in either grammar: [{x, y, id}], with `t` or, of kind "images", `image` where one is
+    given. Kind "image" ignores it.
+
+    Never raises: malformed points are dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
+    """
+    found = []  # (t or image or None, x, y, id)
+    for prefix, x, y, i in POINT.findall(text):
+        if kind == "images" and "." in prefix:
+            continue  # there is no image 0.5
+        found.append((float(prefix) if prefix else None, float(x), float(y), int(i)))
+    for prefix, i, x, y in parse_released(text):  # thousandths; ids and images count from 1
+        found.append((prefix - 1 if kind == "images" else prefix, x / 1000, y / 1000, max(i - 1, 0)))
+    points = []
+    for prefix, x, y, i in found:
+        point = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
+        if prefix is not None and kind == "images":
+            point["image"] = int(prefix)
+        elif prefix is not None and kind == "video":
+            point["t"] = prefix
+        points.append(point)
+    return points
 
 
 # The grammar of the released checkpoints ("html-v2"):  <points coords="1 1 250 750 2 500 500">cups</points>
@@ -416,20 +346,8 @@ def released_tracks(frames, label, alt=None, ends_only=False, after=None):
     return released_tag("tracks", groups, label, alt) if groups else ""
 
 
-def released_weight(task, n_trained, n_branches):
-    """Loss weight of an answer token, as published: less in a long answer and in a tree of many branches. n_trained:
-    tokens of the answer and its EOS."""
-    if "pointing" in task or "tracking" in task:
-        return 0.2
-    if task == "video_caption":
-        return 0.1
-    if n_branches > 1:
-        n_trained -= 1  # the published code counts EOS in a single chat, but not in a tree
-    return 2 / math.sqrt(max(n_trained, 1)) / math.sqrt(n_branches)
-
-
 def format_released(points, kind, label, tracks=False, mode="point"):
-    """`data.format_points` in the released grammar: points are grouped by image or frame."""
+    """`format_points` in the released grammar: points are grouped by image or frame."""
     field = FIRST_FIELD[kind]
     groups = {}  # of tracks: {t: {object: place}}, else {prefix: [place]}
     for p in sorted(points, key=lambda p: p[field] if field else 0):

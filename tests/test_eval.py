@@ -18,7 +18,7 @@ from data import find_datasets, format_points
 from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, in_mask, j_and_f,
                   load_questions, point_f1, region_j, parse_number, score, score_track, word_overlap)
 from lib.errors import BadRecord
-from lib.records import TASKS
+from lib.tasks import TASKS
 
 
 JF = os.path.join(HERE, "golden", "jf-metric")
@@ -581,9 +581,9 @@ def test_each_question_counts_once_in_the_mean_of_its_task(tmp_path, monkeypatch
     model, planner, said, limit, batch, world = asked[0]
     assert (model, planner, batch, world) == ("model", "planner", 5, "world")
     assert said == [(q.task, q.where, q.record, q.folder, q.prompt) for q in questions]
-    assert {task: limit(task) for task in (*TASKS, "other")} == dict(
+    assert {task: limit(task) for task in TASKS} == dict(
         image_caption=448, image_pointing=192, multi_image_pointing=192, counting=192, image_qa=64, multi_image_qa=64,
-        video_caption=2048, video_qa=64, video_pointing=2048, video_tracking=4096, text=64, other=64)
+        video_caption=2048, video_qa=64, video_pointing=2048, video_tracking=4096, text=64)
     evaluation.evaluate("model", "planner", questions, max_new_tokens=9)
     assert {asked[1][3](task) for task in TASKS} == {9}
 

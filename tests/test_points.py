@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from data import answer_of, format_points, parse_points, prompt_of
-from lib.text import (CHAT, NOTHING, PROMPTS, SMALL_TOKENIZER, Tokenizer, WRITABLE, chat_pieces, multiple_choice)
+from data import format_points, parse_points
+from lib.tasks import FORMS, answer_of, multiple_choice, prompt_of
+from lib.text import CHAT, NOTHING, SMALL_TOKENIZER, Tokenizer, WRITABLE, chat_pieces
 
 
 def test_digits_are_never_merged(tokenizer):
@@ -118,7 +119,7 @@ def test_every_wording_fills_from_the_fields():
     a = dict(task="video_qa", label="cups", fps=2, question="Why?", start_time=3661.5, end_time=3662,
              timestamp=1, images=[0, 2],
              input_points=[dict(t=0.5, x=0.25, y=0.5, id=0)])
-    for style in PROMPTS:
+    for style in [name for name, form in FORMS.items() if form.prompts]:
         seen = {prompt_of(dict(a, style=style), "video", random.Random(i)) for i in range(40)}
         assert not any(re.search(r"[{}]", s) for s in seen)
     said = lambda style, grammar="spec": " ".join(

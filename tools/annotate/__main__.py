@@ -53,7 +53,8 @@ from tqdm import tqdm
 from lib import toy
 from lib.errors import BadMedia, UserError
 from lib.media import inside_folder, load_frames, open_video, sample_times, video_duration
-from lib.records import MEDIA
+from lib.records import media_kind
+from lib.tasks import MEDIA, TASKS
 from sample import Chat, load
 from tools.annotate.review import Reviewer, Work, digest, jpeg, read_records, settled, write_whole
 from tools.prepare.fetch import NetError, is_loopback, patiently
@@ -672,11 +673,11 @@ def question_annotations(caption, task, record_id, n, lm):
 
 def question_record(record, args, lm):
     """A captioned record -> [the same media with questions], also those left out; [] without a caption."""
-    captions = [a for a in record["annotations"] if a["task"].endswith("_caption") and a.get("answer")]
+    captions = [a for a in record["annotations"] if TASKS[a["task"]].metric == "caption" and a.get("answer")]
     if not captions:
         return []
     caption = captions[0]["answer"]
-    task = captions[0]["task"].replace("_caption", "_qa")
+    task = f"{media_kind(record)}_qa"
     annotations = question_annotations(caption, task, record["id"], args.questions, lm)
     # what a question is about; not frames and narration, which are in the file of captions
     media = ("id", *MEDIA, "start", "end", "duration", "width", "height", "subtitles")

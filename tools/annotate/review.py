@@ -26,7 +26,8 @@ from PIL import Image
 
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.media import inside_folder, load_frames, load_image, sample_times, video_duration
-from lib.records import MEDIA, check_annotation, parse_record
+from lib.records import parse_record
+from lib.tasks import MEDIA, check_annotation
 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
