@@ -38,9 +38,9 @@ from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.errors import BadCheckpoint, BadMedia, BadRecord
 from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
-from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, clip_of, count, find_files, in_clip, is_closed,
-                         media_kind, parse_record, refuse_empty, shuffled)
-from lib.tasks import TASKS, answer_of, multiple_choice, prompt_of, released_weight, styled
+from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, clip_of, count, find_files, in_clip, is_closed, media_kind,
+                         on_frames, parse_record, refuse_empty, shuffled)
+from lib.tasks import TASKS, answer_of, mode_of, multiple_choice, prompt_of, released_weight, styled
 from lib.text import CHAT, WRITABLE, chat_pieces, number, subtitle_text
 from lib.text import format_points, parse_points  # noqa: F401: points as text, which others look for here
 
@@ -86,6 +86,10 @@ class Plan:
     def n_crops(self):
         return sum(layout.n_crops for _, layout in self.media)
 
+
+# A point of a video is learned at the time of a frame that shows it; these are counted, point by point.
+POINT_MOVED = "points between two frames: moved to the nearest"
+POINT_LEFT_OUT = "points that no frame shows: left out"
 
 Branch = NamedTuple("Branch", [("task", str), ("ids", list), ("has_loss", list)])  # has_loss: is an id trained on
 
@@ -182,10 +186,10 @@ class Planner:
         several plans, each with the whole trunk and some of the branches. An annotation too long by itself is left
         out. Pixels are never cut."""
         kind = media_kind(record)
+        annotations = [in_clip(annotation, record) for annotation in record["annotations"]]
+        chats = [to_messages(annotation, kind, rng, self.cfg.point_format) for annotation in annotations]
         branches = []
-        for annotation in record["annotations"]:
-            annotation = in_clip(annotation, record)
-            messages = to_messages(annotation, kind, rng, self.cfg.point_format)
+        for annotation, messages in zip(annotations, chats):
             branches.append(Branch(annotation["task"], *self.encode_chat(messages)))
 
         # Media and annotations share the sequence. The annotations get an eighth of it, or less if they need less; or
@@ -194,10 +198,14 @@ class Planner:
         eighth = min(sum(lengths), self.seq_len // 8)
         longest = max(filter(lambda n: n <= self.seq_len * 7 // 8, lengths), default=0)
         trunk, media = self.trunk(record, folder, self.seq_len - max(eighth, longest))
+        left_out = []
+        if kind == "video":  # only now it is known which frames there are
+            for b, (annotation, messages) in enumerate(zip(annotations, chats)):
+                branches[b] = self.points_on_frames(branches[b], annotation, messages, media[0][1].times, left_out)
 
-        groups, left_out = [], []  # a group of branches for each plan
+        groups = []  # a group of branches for each plan
         free_tokens = 0  # in the last group
-        for branch in branches:
+        for branch in filter(None, branches):
             length = len(branch.ids) - 1  # the last token of a branch is only predicted: it takes no position
             if len(trunk) + length > self.seq_len:
                 left_out.append("annotation too long")
@@ -208,6 +216,21 @@ class Planner:
             groups[-1].append(branch)
             free_tokens -= length
         return [self.assemble(trunk, media, group) for group in groups], left_out
+
+    def points_on_frames(self, branch, annotation, messages, times, left_out):
+        """The branch of a video's annotation with the points that its frames can show, at their times; None if there
+        are none. What was moved or left out goes to the list `left_out`, point by point."""
+        is_made_of_points = TASKS[annotation["task"]].answer.field == "points" and mode_of(annotation) != "count"
+        if not is_made_of_points or {"answer", "messages", "options"} & annotation.keys() or not annotation["points"]:
+            return branch
+        points, n_moved, n_left_out = on_frames(annotation["points"], np.array(times) - times[0])
+        if not n_moved and not n_left_out:
+            return branch
+        left_out += [POINT_MOVED] * n_moved + [POINT_LEFT_OUT] * n_left_out
+        if not points:
+            return None
+        answer = answer_of(dict(annotation, points=points), "video", self.cfg.point_format)
+        return Branch(branch.task, *self.encode_chat([*messages[:-1], dict(messages[-1], content=answer)]))
 
     def assemble(self, trunk, media, branches):
         """The plan of a trunk and its branches, side by side."""

@@ -131,6 +131,29 @@ def in_clip(annotation, record):
     return moved
 
 
+def on_frames(points, times):
+    """The points of a video as its frames can show them: (points, number moved, number left out).
+
+    A point up to a quarter of a second from a frame, the most there is at two frames a second, moves to the nearest.
+    One further away is left out, and so is one whose object has a point there already. times: of the frames.
+    """
+    def distance(p):
+        return float(np.abs(times - p["t"]).min())
+
+    kept = []
+    n_moved = 0
+    taken = set()  # (frame, id)
+    for p in sorted(points, key=distance):
+        frame = int(np.abs(times - p["t"]).argmin())
+        if distance(p) <= 0.05:  # times are rounded: such a point is at its frame
+            kept.append(p)
+        elif distance(p) <= 0.25 + 1e-6 and (frame, p["id"]) not in taken:
+            kept.append(dict(p, t=float(times[frame])))
+            n_moved += 1
+        taken.add((frame, p["id"]))
+    return kept, n_moved, len(points) - len(kept)
+
+
 # ---- files -------------------------------------------------------------------------------------------------
 
 def line_index(path):

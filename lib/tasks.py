@@ -75,6 +75,12 @@ def check_points(points, kind, n_media):
             raise wrong_field(f"point at time {p.get('t')!r}")
 
 
+def mode_of(annotation):
+    """How an annotation's points are written, by its style or task: a mode of `format_points`."""
+    form = FORMS.get(annotation.get("style"))
+    return (form.mode if form else "") or TASKS[annotation["task"]].mode or "point"
+
+
 def write_points(annotation, kind, grammar, tracks=False):
     """The points of an annotation as its style wants them: all of them, the ends of each track, or what follows the
     given ones; where they are, how many there are, or both."""
@@ -88,8 +94,7 @@ def write_points(annotation, kind, grammar, tracks=False):
     if kind == "video" and annotation.get("input_points"):
         last_given = max(p["t"] for p in annotation["input_points"])
         points = [p for p in points if p["t"] > last_given]
-    form = FORMS.get(annotation.get("style"))
-    mode = (form.mode if form else "") or TASKS[annotation["task"]].mode or "point"
+    mode = mode_of(annotation)
     if mode == "count" and not points:
         return "0"
     return format_points(points, kind, grammar, annotation.get("label", ""), tracks, mode)

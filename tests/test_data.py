@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 
-from data import Dataset, Packer, Planner, Stream, collate, decode, find_datasets, parse_points, shuffled, to_messages
+from data import (Dataset, POINT_LEFT_OUT, Packer, Planner, Stream, collate, decode, find_datasets, parse_points, shuffled,
+                  to_messages)
 from lib.errors import BadMedia, BadRecord
 from lib.media import image_size, inside_folder, load_image
-from lib.records import parse_record
+from lib.records import on_frames, parse_record
 from model import ModelConfig
 
 
@@ -427,10 +428,47 @@ def test_a_clip_is_asked_about_its_own_moments(tokenizer, point_format):
 
 
 def test_times_of_a_whole_video_stay(tokenizer):
-    planner = planner_of(tokenizer)
-    points = [dict(t=t, x=0.5, y=0.25, id=0) for t in (0, 50.25, 100)]
-    (plan,), _ = plans_of(planner, clip(dict(task="video_pointing", label="ball", points=points)))
-    assert [p["t"] for p in parse_points(text_of(planner, plan).rsplit("assistant", 1)[1])] == [0, 50.25, 100]
+    planner = planner_of(tokenizer, max_frames=3)
+    points = [dict(t=t, x=0.5, y=0.25, id=0) for t in (0, 50.25, 100.5)]
+    (plan,), left_out = plans_of(planner, clip(dict(task="video_pointing", label="ball", points=points), duration=100.5))
+    assert not left_out
+    assert [p["t"] for p in parse_points(text_of(planner, plan).rsplit("assistant", 1)[1])] == [0, 50.25, 100.5]
+
+
+@pytest.mark.parametrize("times, points, kept, moved, left_out", [
+    # (t, id) of points at frames of 0, 0.5, 1, ...; half way between two the earlier one is the nearest
+    ([0, 0.5, 1], [(0, 0), (0.52, 0), (0.97, 1)], [(0, 0), (0.52, 0), (0.97, 1)], 0, 0),
+    ([0, 0.5, 1], [(0.2, 0), (0.75, 1)], [(0, 0), (0.5, 1)], 2, 0),
+    ([0, 0.5, 1], [(0.5, 0), (0.6, 0), (0.6, 1)], [(0.5, 0), (0.5, 1)], 1, 1),  # its object is there already
+    ([0, 0.5, 1], [(0.4, 0), (0.54, 0), (0.7, 0)], [(0.54, 0)], 0, 2),
+    ([0, 0.5, 1], [(1, 7), (1, 7)], [(1, 7), (1, 7)], 0, 0),  # two of one id, as they were given
+    # a long video: a frame every two seconds
+    ([0, 2, 4], [(0, 0), (0.5, 0), (1, 0), (1.5, 0), (2, 0)], [(0, 0), (2, 0)], 0, 3),
+    ([0, 2, 4], [(3.8, 0), (4.25, 1), (4.3, 2)], [(4, 0), (4, 1)], 2, 1),
+    ([0], [(9, 0)], [], 0, 1)])
+def test_points_are_learned_at_the_times_of_frames(times, points, kept, moved, left_out):
+    points = [dict(t=t, x=0.5, y=0.5, id=i) for t, i in points]
+    shown, *counts = on_frames(points, np.array(times, float))
+    assert sorted((p["t"], p["id"]) for p in shown) == kept and counts == [moved, left_out]
+
+
+def test_a_plan_counts_the_points_that_it_moves_or_leaves_out(tokenizer):
+    planner = planner_of(tokenizer, seq_len=512)
+    points = [dict(t=t / 2, x=0.5, y=0.25, id=0) for t in range(201)]
+    track = dict(task="video_tracking", label="ball", points=points[:40])
+    counted = dict(task="counting", label="balls", points=points[:7])
+    told = dict(task="video_tracking", prompt="Track it.", answer="<point 0.5, 0.5, 0.5, 0>")
+    nowhere = dict(task="video_pointing", label="ball", points=[dict(points[0], t=150)])
+    (plan,), left_out = plans_of(planner, clip(track, counted, told, nowhere, duration=200))
+    times = plan.media[0][1].times
+    assert len(times) < 60  # so that most points of the track lie between two frames
+    answers = [part.split("assistant", 1)[1] for part in text_of(planner, plan).split("user")[1:]]
+    written = [p["t"] for p in parse_points(answers[0])]
+    assert written and all(min(abs(np.array(times) - t)) < 0.01 for t in written)
+    n_near = sum(any(abs(t - p["t"]) <= 0.25 for p in points[:40]) for t in times)
+    assert len(written) == n_near
+    assert Counter(left_out)[POINT_LEFT_OUT] == 40 - n_near + 1
+    assert len(answers) == 3 and answers[1].strip().startswith("7") and "<point 0.5" in answers[2]
 
 
 @pytest.mark.parametrize("length, max_frames, max_crops, times", [
