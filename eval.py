@@ -676,8 +676,8 @@ def main():
         for folder in args.checkpoints:
             model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24)
             limit = args.max_new_tokens
-            if limit is None and model.cfg.crop < 378:
-                limit = 256  # a small model may never end its answer
+            if limit is None and not args.data:
+                limit = 256  # the toy world's answers are short, and a model may not have learned yet to end one
             scores[folder], predictions[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
                                                            limit)
     except (UserError, OSError, ValueError, ImportError, AttributeError) as e:

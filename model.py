@@ -626,10 +626,11 @@ class Molmo2(nn.Module):
         from lib import weights
         return weights.load(folder, vision)
 
-    def save_pretrained(self, folder, frames=384):
-        """Write config.json and model.safetensors as published. frames: the most the model was shown of a video."""
+    def save_pretrained(self, folder, frames=384, tiles=8):
+        """Write config.json and model.safetensors as published. What the model was shown at most: frames of a video,
+        high-resolution crops (tiles) of an image."""
         from lib import weights
-        weights.save(self, folder, frames)
+        weights.save(self, folder, frames, tiles)
 
 
 def empty_model(cfg):

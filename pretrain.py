@@ -36,6 +36,7 @@ from lib.distributed import (Log, Progress, Report, check_init_from, check_resum
                              clip_gradients, gather_full_model, make_loader, next_samples, show_config,
                              start_over, throughput)
 from lib.errors import BadRecord, UserError
+from lib.media import frame_layout
 from lib.records import BadRecords
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import Molmo2, PRESETS as MODELS, empty_model
@@ -85,7 +86,7 @@ class Config:
     z_loss: float = flag(1e-4, "weight of logsumexp² in the loss; keeps logits from drifting")
     residual_dropout: float = flag(0.0, "dropout on what a sub-layer adds, every position")
     response_dropout: float = flag(0.1, "more of it where an answer is predicted")
-    freeze: tuple = flag((), "parts that do not train: vit connector decoder embedding")
+    freeze: tuple = flag((), "parts that do not train: vit connector decoder embedding (the base token table), or none")
     save_every: int = flag(500, "steps between checkpoints; the last step is always saved")
     eval_every: int = flag(1000, "steps between evaluations; the last step is always evaluated")
     eval_scenes: int = flag(320, "held-out toy scenes to ask about at the end; a quarter of them in between")
@@ -111,13 +112,14 @@ PRESETS = {
                   max_frames=16, optimizer="muon", lr_vit=4e-3, lr_connector=2e-3, lr_decoder=1e-3, warmup_vit=30,
                   warmup_connector=30, warmup_decoder=30, lr_end=0.0, response_dropout=0.0, save_every=200,
                   eval_every=10**6, workers=1, cache=1.0),
-    # without --recompute a sequence of 46 frames alone takes 41 GB of an 80 GB card (--dry_run shows it)
-    "1b": dict(recompute=True), "4b": dict(recompute=True), "7b": dict(recompute=True), "8b": dict(recompute=True)}
+    # Without --recompute a sequence of 46 frames alone takes 41 GB of an 80 GB card (--dry_run shows it). A language
+    # model that knows its words keeps their table, as published; the rows of new tokens train with the connector.
+    **dict.fromkeys(("1b", "4b", "7b", "8b"), dict(recompute=True, freeze=("embedding",)))}
 
 CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released"),
                point_format=("auto", "spec", "released"), optimizer=("adamw", "muon"),
                device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "fp32", "bf16"),
-               freeze=("vit", "connector", "decoder", "embedding"))
+               freeze=("vit", "connector", "decoder", "embedding", "none"))
 
 
 def parse(defaults, presets, argv=None):
@@ -137,9 +139,16 @@ def parse(defaults, presets, argv=None):
         parser.error(f"--config {name}: not a preset; choose from {', '.join(presets)}")
     cfg = dataclasses.replace(defaults, **(presets[name] | given))
     check_config(cfg)
+    if "seq_len" in given and "max_crops" not in given:  # more tokens show more frames
+        usual = dataclasses.replace(defaults, **presets[name])
+        cfg.max_crops = max(usual.max_crops, usual.max_crops * cfg.seq_len // usual.seq_len)
     previous = os.path.join(cfg.out, cfg.config, cfg.previous, "latest")
     if cfg.previous and not cfg.init_from and os.path.isdir(previous):
-        cfg = dataclasses.replace(cfg, init_from=(previous,))
+        cfg.init_from = (previous,)
+    if "none" in cfg.freeze:
+        cfg.freeze = ()
+    elif "freeze" not in given and not (cfg.init_from or cfg.resume or cfg.dry_run):
+        cfg.freeze = tuple(part for part in cfg.freeze if part != "embedding")  # random weights know no words yet
     return cfg
 
 
@@ -162,7 +171,7 @@ def check_config(cfg):
     if not cfg.data and not cfg.dry_run:
         raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
                         "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
+    if cfg.device == "cuda" and not cfg.dry_run and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
 
 
@@ -393,6 +402,10 @@ def train(cfg, defaults, stop, cache_features=None):
     loader = make_loader(rank_stream, cfg.workers, most_sequences)
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
+    n_frames = cfg.seq_len // (len(frame_layout(planner.n)) + 3)  # that the tokens would hold
+    if cfg.max_crops < min(cfg.max_frames, n_frames):
+        world.print(f"a video gets at most {cfg.max_crops} frames: --max_crops {cfg.max_crops} ends before --max_frames "
+                    f"{cfg.max_frames}, and --seq_len {cfg.seq_len} holds {n_frames}")
     if world.is_main:
         show_mixture(mixture, cfg.steps * cfg.global_batch / stream.sequences_per_draw(), missing)
     log = Log(os.path.join(run, "log.jsonl"), step, world.is_main)
@@ -491,7 +504,8 @@ def train(cfg, defaults, stop, cache_features=None):
 def dry_run(cfg):
     """Print what a run will need, from shapes alone (lib/budget.py): of sequences of --data, else of a long video."""
     # small is for a laptop, and all else is meant for a card, also where --dry_run finds none
-    cuda = cfg.dtype == "bf16" or cfg.config != "small" and cfg.dtype == "auto" and cfg.device in ("auto", "cuda")
+    on_card = cfg.device == "cuda" or cfg.device == "auto" and cfg.config != "small"
+    cuda = cfg.dtype == "bf16" or cfg.dtype == "auto" and on_card
     ranks = cfg.world or int(os.environ.get("WORLD_SIZE", 1))  # WORLD_SIZE is torchrun's
     if ranks % cfg.cp:
         raise UserError(f"--cp {cfg.cp}: --world {ranks} cannot be split into groups of {cfg.cp}")

@@ -29,8 +29,8 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg
 
 def load(folder, device="cpu", tiles=None, max_frames=None, usual_tiles=8):
     """(model in eval mode, planner for questions) of a checkpoint folder. tiles: high-resolution crops of an image,
-    by default the usual ones, or none for a model too small to have seen any. max_frames: of a video, by default as
-    many as in training, at most 128."""
+    by default the usual ones, or none if training showed none. max_frames: of a video, by default as many as in
+    training, at most 128."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:  # torch's own words for a device that is not there
@@ -38,14 +38,17 @@ def load(folder, device="cpu", tiles=None, max_frames=None, usual_tiles=8):
     model = Molmo2.from_pretrained(folder).to(device)
     tokenizer = Tokenizer(os.path.join(folder, "tokenizer.json"), model.cfg.vocab)
     if tiles is None:
-        tiles = usual_tiles if model.cfg.crop >= 378 else 0
+        tiles = usual_tiles if trained_with(folder, "preprocessor_config.json", "max_crops", 8) > 1 else 0
     if max_frames is None:
-        max_frames = 128
-        path = os.path.join(folder, "video_preprocessor_config.json")
-        trained_frames = read_json(path).get("num_frames") if os.path.exists(path) else None
-        if isinstance(trained_frames, int) and trained_frames > 0:
-            max_frames = min(trained_frames, 128)
+        max_frames = min(trained_with(folder, "video_preprocessor_config.json", "num_frames", 128), 128)
     return model, Planner(tokenizer, model.cfg, model.cfg.max_positions, tiles, max_frames=max_frames)
+
+
+def trained_with(folder, name, key, usual):
+    """A number that a checkpoint's file says of its training; the usual one where it does not."""
+    path = os.path.join(folder, name)
+    value = read_json(path).get(key) if os.path.exists(path) else None
+    return value if isinstance(value, int) and value > 0 else usual
 
 
 # ---- many questions in batches -----------------------------------------------------------------------------

@@ -323,7 +323,7 @@ class Saver:
                     dcp.save(state, checkpoint_id=os.path.join(unfinished, "train_state"),
                              process_group=self.world.saving, no_dist=self.world.size == 1)
                 if self.world.is_main:
-                    plain.save_pretrained(unfinished, about["config"]["max_frames"])
+                    plain.save_pretrained(unfinished, about["config"]["max_frames"], about["config"]["tiles"])
                     tokenizer.save(unfinished)
                     write_json(os.path.join(unfinished, "train_state", "state.json"), about)
                     publish(unfinished, final)

@@ -156,13 +156,13 @@ def hub_config(cfg):
 
 def processor_configs(cfg, frames=384, tiles=8):
     """{file name: contents}: what other readers need to cut images and videos into crops as in training, at most
-    `frames` of a video."""
+    `frames` of a video. tiles: of an image; none is written as one, the least that they can handle."""
     margin = round(cfg.crop / cfg.patch * 4 / 27)
     pixels = dict(size=dict(height=cfg.crop, width=cfg.crop), patch_size=cfg.patch, do_resize=True,
                   resample=2, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
                   image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
     return {"preprocessor_config.json": dict(pixels, image_processor_type="Molmo2ImageProcessor",
-                                             max_crops=tiles, overlap_margins=[margin, margin],
+                                             max_crops=max(tiles, 1), overlap_margins=[margin, margin],
                                              pooling_size=[2, 2]),
             "video_preprocessor_config.json": dict(pixels, video_processor_type="Molmo2VideoProcessor",
                                                    pooling_size=[3, 3], max_fps=2, num_frames=frames,
@@ -499,10 +499,11 @@ def check_names(wanted, found, folder, new):
         raise BadCheckpoint(f"{folder}: " + "; ".join(faults))
 
 
-def save(model, folder, frames=384):
-    """Configuration and model.safetensors of `model` in `folder`, in the released names. frames: most of a video."""
+def save(model, folder, frames=384, tiles=8):
+    """Configuration and model.safetensors of `model` in `folder`, in the released names. frames: most of a video;
+    tiles: most high-resolution crops of an image."""
     os.makedirs(folder, exist_ok=True)
     state = {their_name(n): p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     write_safetensors(os.path.join(folder, "model.safetensors"), state)
-    for name, contents in {"config.json": hub_config(model.cfg), **processor_configs(model.cfg, frames)}.items():
+    for name, contents in ({"config.json": hub_config(model.cfg)} | processor_configs(model.cfg, frames, tiles)).items():
         write_json(os.path.join(folder, name), contents)

@@ -1,9 +1,10 @@
 """--dry_run tells what a run will take; who believes it should not be told "out of memory"."""
+import os
 import re
 
 import pytest
 import torch
-from conftest import finish, log_of, start
+from conftest import ROOT, finish, log_of, start
 
 from lib import budget
 import longctx
@@ -26,6 +27,26 @@ def test_parameters_are_those_of_the_published_files(config, total, capsys):
     text = capsys.readouterr().out
     assert e.value.code == 0 and f"{total:,} parameters: vit 382,505,936" in text
     assert told(text)["weights"] == pytest.approx(4 * total / 8 / 2 ** 30, abs=1e-3)
+
+
+def test_what_is_written_of_memory_is_what_the_command_says(capsys):
+    def dry_run(module, *flags):
+        with pytest.raises(SystemExit):
+            pretrain.main(module.DEFAULTS if module is longctx else pretrain.Config(), module.PRESETS,
+                          [*flags, "--dry_run"])
+        return capsys.readouterr().out
+
+    text = dry_run(longctx, "--config", "7b", "--cp", "8", "--world", "8")
+    _, page = longctx.__doc__.split("--dry_run prints it")
+    table = {what: float(n) for what, n in re.findall(r"^    ([a-z ]+?) +([\d.]+)(?:    .*)?$", page, re.M)}
+    assert table == {what: round(n, 1) for what, n in told(text).items()}
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        readme = f.read()
+    for said in (r"7,760,786,896 parameters", r"[\d.]+e\+17 operations"):
+        assert re.search(said, text)[0] in readme
+    kept, recomputed = [round(told(dry_run(pretrain, "--config", "1b", flag))["activations"])
+                        for flag in ("--no-recompute", "--recompute")]
+    assert re.search(rf"turns {kept} GB of\s+activations .*? into {recomputed}", readme, re.S)
 
 
 def test_bytes_that_live_at_once():

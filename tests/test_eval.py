@@ -650,7 +650,7 @@ def test_the_command_evaluates_as_its_flags_say(command, tmp_path):
     """Device, crops, frames, questions at a time, length of answers."""
     given, (_, _, questions, judge, segmenter, batch, limit) = command("good", "--data", "rows.jsonl")
     assert given == (("cpu", None, None), dict(usual_tiles=24))
-    assert (len(questions), judge, segmenter, batch, limit) == (4, None, None, 32, 256)
+    assert (len(questions), judge, segmenter, batch, limit) == (4, None, None, 32, None)
     *_, given, (_, _, questions, judge, segmenter, batch, limit) = command(
         "good", "--data", "rows.jsonl", "--limit", "3", "--batch", "2", "--max_new_tokens", "5", "--tiles", "7",
         "--max_frames", "9", "--segmenter", "lib.toy:segment", "--judge_url", "http://localhost:1/v1",

@@ -28,6 +28,20 @@ def test_flags_override_presets_override_defaults():
     assert not parse(Config(), PRESETS, ["--no-compile"]).compile
 
 
+def test_longer_sequences_may_have_more_crops():
+    crops = lambda *flags: parse(sft.DEFAULTS, sft.PRESETS, ["--config", "1b", "--data", "x", *flags]).max_crops
+    assert [crops(), crops("--seq_len", "16384"), crops("--seq_len", "2048")] == [48, 192, 48]
+    assert crops("--seq_len", "16384", "--max_crops", "50") == 50
+
+
+def test_the_token_table_of_a_language_model_is_kept_and_a_random_one_trained(tmp_path):
+    freeze = lambda *flags: parse(Config(), PRESETS, ["--config", "1b", "--data", "x", *flags]).freeze
+    assert freeze("--init_from", "a", "b") == freeze("--dry_run") == freeze("--resume") == ("embedding",)
+    assert freeze() == freeze("--init_from", "a", "--freeze", "none") == ()
+    assert freeze("--init_from", "a", "--freeze", "vit") == ("vit",)
+    assert parse(sft.DEFAULTS, sft.PRESETS, ["--init_from", "a"]).freeze == ("vit",)  # small learned its own words
+
+
 @pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--config", "9b"]])
 def test_wrong_flags_exit_2(flags, capsys):
     with pytest.raises(SystemExit) as e:

@@ -163,7 +163,7 @@ def same_training(run, cfg, **kw):
         else:  # Muon's iteration runs in bf16, and noise grows in directions without a gradient: how far, and whither
             matrix = p.ndim == 2 and not any(x in n for x in ("wte", "positional", "lm_head"))
             assert float((got[n] - p).detach().norm()) <= (0.4 if matrix else 0.03) * moved + 1e-5, (n, off, moved)
-            assert float((got[n] - begin[n]).detach().norm()) == pytest.approx(moved, rel=0.04, abs=1e-5), n
+            assert float((got[n] - begin[n]).detach().norm()) == pytest.approx(moved, rel=0.06, abs=1e-5), n
         frozen = part_of(n) in cfg.freeze or "embedding" in cfg.freeze and n == "transformer.wte.embedding"
         if frozen:
             assert torch.equal(got[n], begin[n]), n
@@ -534,7 +534,7 @@ def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(tmp_path, monkeypat
     want = {n: p.detach().clone() for n, p in model.named_parameters()}
     monkeypatch.setattr(distributed.dcp, "save", lambda *a, **kw: go.wait(60) and save(*a, **kw))
     saver = distributed.Saver(str(tmp_path), distributed.World("cpu"))
-    saver.save(7, model, Tokenizer(SMALL_TOKENIZER, 1024), optimizers, names, dict(config=dict(max_frames=8)))
+    saver.save(7, model, Tokenizer(SMALL_TOKENIZER, 1024), optimizers, names, dict(config=dict(max_frames=8, tiles=0)))
     assert os.listdir(tmp_path) == [".step_0000007.tmp"]
     step()
     go.set()

@@ -279,7 +279,7 @@ def checkpoint(tmp_path, tokenizer):
     folder, seen = tmp_path / "checkpoint", []
     os.makedirs(folder)
     tokenizer.save(str(folder))
-    tiny_model().save_pretrained(str(folder), 3)
+    tiny_model().save_pretrained(str(folder), 3, 0)
 
     def generate(self, tokens, *a, max_new_tokens=None, stop=(), **k):
         longest = max_new_tokens if max_new_tokens is not None else a[2]  # after crops and pool
@@ -302,7 +302,7 @@ def test_a_video_is_asked_about_with_the_frames_of_training(checkpoint, tmp_path
         dict(task="video_qa", prompt="What?", answer="It.")])])
     monkeypatch.setattr("sys.argv", ["eval.py", folder, "--data", rows, "--out", str(tmp_path / "e.json"), *flags])
     evaluation.main()
-    assert seen == [(frames, longest), (frames, min(longest, 256))]
+    assert seen == [(frames, longest), (frames, min(longest, 64))]
 
 
 def test_pictures_are_asked_about_with_256_tokens(checkpoint, tmp_path, monkeypatch):
@@ -327,12 +327,17 @@ def test_a_checkpoint_tells_how_much_to_show(checkpoint):
     assert sample.load(folder)[1].max_frames == 128
 
 
-def test_published_sizes_show_high_resolution_crops(checkpoint, monkeypatch):
+def test_high_resolution_crops_are_shown_if_training_showed_some(checkpoint, tmp_path):
     folder, _ = checkpoint
-    large = tiny_model()
-    large.cfg = replace(large.cfg, crop=378)
-    monkeypatch.setattr(Molmo2, "from_pretrained", lambda folder: large)
-    assert [sample.load(folder, **k)[1].tiles for k in ({}, dict(usual_tiles=24), dict(tiles=0))] == [8, 24, 0]
+    tiles = lambda **flags: sample.load(folder, **flags)[1].tiles
+    assert [tiles(), tiles(usual_tiles=24), tiles(tiles=3)] == [0, 0, 3]
+    path = os.path.join(folder, "preprocessor_config.json")
+    for told, usual in ((8, 24), (24, 24), (2, 24), (1, 0), (None, 24)):
+        with open(path, "w") as f:
+            json.dump(dict(max_crops=told), f)
+        assert [tiles(), tiles(usual_tiles=24), tiles(tiles=0)] == [min(usual, 8), usual, 0]
+    os.remove(path)  # a published folder without it is of a model that saw them
+    assert tiles() == 8
 
 
 # ---- what is drawn -----------------------------------------------------------------------------------------

@@ -69,15 +69,21 @@ def draw_crop(patches, n, patch, window, points=()):
 
 
 def frames_html(layout, crops, n, patch, points):
-    """The frames of a video; a point is drawn on the nearest one."""
+    """The frames of a video and their points; then those points that no frame shows."""
     points_of_frame = [[] for _ in layout.times]
+    between = []  # times of the others
     for a, p in points:
-        nearest = int(np.argmin(np.abs(np.array(layout.times) - p["t"])))
-        points_of_frame[nearest].append((a, p))
+        distance = np.abs(np.array(layout.times) - p["t"])
+        if distance.min() <= 0.05:
+            points_of_frame[int(distance.argmin())].append((a, p))
+        else:
+            between.append(f"{p['t']:g} s (id {p['id']})")
     out = []
     for t, crop, frame_points in zip(layout.times, crops, points_of_frame):
         image = draw_crop(crop, n, patch, 3, frame_points).resize((189, 189))
         out.append(image_tag(image, f"{t:.2f} s"))
+    if between:
+        out.append(f'<p class="bad">points between these frames, not drawn: {", ".join(between)}</p>')
     return out
 
 
