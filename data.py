@@ -41,7 +41,7 @@ from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size
 from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, clip_of, count, find_files, in_clip, is_closed, media_kind,
                          on_frames, parse_record, refuse_empty, shuffled)
 from lib.tasks import TASKS, answer_of, mode_of, multiple_choice, prompt_of, released_weight, styled
-from lib.text import CHAT, WRITABLE, chat_pieces, number, subtitle_text
+from lib.text import WRITABLE, chat_pieces, number, subtitle_text
 from lib.text import format_points, parse_points  # noqa: F401: points as text, which others look for here
 
 
@@ -170,15 +170,18 @@ class Planner:
 
     def encode_chat(self, messages):
         """A chat as (ids, which of them are trained on). Every answer ends with EOS, which is trained on too."""
+        # What a text may spell as a token: points. Whatever else looks like one is letters.
+        writable = {"question": ("<point",), "answer": WRITABLE}
         ids, has_loss = [], []
-        writable = () if self.released else WRITABLE
-        for text, is_answer in chat_pieces(messages):
-            # `chat_pieces` writes the tokens of a turn around a question; in an answer they stay plain text.
-            piece = self.tokenizer.encode(text, special=writable if is_answer else writable + CHAT)
-            if is_answer:
+        for text, kind in chat_pieces(messages):
+            if kind == "control" and text in self.tokenizer.ids:
+                piece = [self.tokenizer.ids[text]]
+            else:
+                piece = self.tokenizer.encode(text, special=() if self.released else writable.get(kind, ()))
+            if kind == "answer":
                 piece.append(self.tokenizer.eos)
             ids += piece
-            has_loss += [is_answer] * len(piece)
+            has_loss += [kind == "answer"] * len(piece)
         return ids, has_loss
 
     def plan(self, record, folder, rng):

@@ -315,12 +315,13 @@ def key(p):
 
 
 class Question:
-    """One annotation of a record, to be answered and scored."""
+    """One annotation of a record, to be answered and scored. lenient: read points in any form, `parse_points` has."""
 
-    def __init__(self, record, annotation, folder, where):
+    def __init__(self, record, annotation, folder, where, lenient=False):
         self.record = record
         self.folder = folder
         self.where = where  # file:line
+        self.lenient = lenient
         self.task = annotation["task"]
         self.kind = media_kind(record)
         self.path = None if self.kind in (None, "images") else inside_folder(folder, record[self.kind])
@@ -397,7 +398,7 @@ class Question:
         return in_mask(mask, p["x"] * mask.shape[1] - 0.5, p["y"] * mask.shape[0] - 0.5)
 
 
-def load_questions(datasets, limit=None):
+def load_questions(datasets, limit=None, lenient=False):
     """The questions of the first `limit` records of each dataset: [Question]. A bad record is an error."""
     questions = []
     for dataset in datasets:
@@ -405,7 +406,7 @@ def load_questions(datasets, limit=None):
             line, folder, where = dataset.line(i)
             try:
                 record = parse_record(line)
-                questions += [Question(record, a, folder, where) for a in record["annotations"]]
+                questions += [Question(record, a, folder, where, lenient) for a in record["annotations"]]
             except BadRecord as e:
                 detail = e.detail if where in e.detail else f"{where}: {e.detail}"
                 raise BadRecord(e.reason, detail) from None
@@ -416,7 +417,7 @@ def load_questions(datasets, limit=None):
 
 def predicted_points(q, text):
     """The points of an answer; of a video those with a time."""
-    return [p for p in parse_points(text, q.kind) if q.kind != "video" or "t" in p]
+    return [p for p in parse_points(text, q.kind, q.lenient) if q.kind != "video" or "t" in p]
 
 
 def score_points(q, text, segmenter=None, judge=None):
@@ -553,7 +554,8 @@ def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, ma
             judge = None  # the rest gets word overlap
         for name, value in scores.items():
             values.setdefault(f"{q.task} {name}", []).append(value)
-        results.append(dict(where=q.where, task=q.task, prompt=q.prompt, answer=text, truth=q.truth or q.points,
+        results.append(dict(where=q.where, task=q.task, prompt=q.prompt, answer=text,
+                            truth=q.truth or q.annotation.get(TASKS[q.task].answer.field, []),
                             scores={name: round(value, 4) for name, value in scores.items()}))
     return {name: sum(v) / len(v) for name, v in sorted(values.items())}, results
 
@@ -645,6 +647,7 @@ def parse_flags():
     add("--segmenter", help="MODULE:FUNCTION(frames, points) -> masks, for J and F [lib.toy:segment for toy]")
     add("--judge_url", help="OpenAI-compatible server that judges captions, up to /v1; key in JUDGE_API_KEY")
     add("--judge_model", default="gpt-4.1-2025-04-14", help="its model [gpt-4.1-2025-04-14]")
+    add("--lenient", action="store_true", help="read points in any form [as the published evaluation reads them]")
     add("--max_new_tokens", type=int, help="length limit of answers [by task]")
     add("--max_frames", type=int, help="of a video [as in training, at most 128]")
     add("--tiles", type=int, help="high-resolution crops of an image [24; none for small]")
@@ -672,7 +675,7 @@ def main():
             module, _, function = args.segmenter.partition(":")
             segmenter = getattr(importlib.import_module(module), function)
         datasets, _ = find_datasets(args.data or toy.held_out(toy.FOLDER, "sft"))
-        questions = load_questions(datasets, args.limit)
+        questions = load_questions(datasets, args.limit, args.lenient)
         for folder in args.checkpoints:
             model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24)
             limit = args.max_new_tokens
@@ -688,7 +691,8 @@ def main():
     if not judge and "overlap" in " ".join(names):
         print("overlap: shared words, a proxy; --judge_url scores captions by their statements")
     with open(args.out, "w") as f:
-        json.dump(dict(scores=scores, predictions=predictions), f, indent=1)
+        reader = "lenient" if args.lenient else "published expression"
+        json.dump(dict(points_read_by=reader, scores=scores, predictions=predictions), f, indent=1)
     print(f"{args.out} holds every answer beside its truth")
 
 

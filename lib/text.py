@@ -2,7 +2,7 @@
 Text in and text out: the tokenizer, the chat format, and points as text.
 
     tokenizer.json (any byte-level BPE) ─► Tokenizer ─► ids
-    messages ─► chat_pieces ─► text, each piece to be trained on or only read
+    messages ─► chat_pieces ─► tokens of the chat, questions to read, answers to train on
     points ─► format_points ─► <point 0.25, 0.75, 0>                                this project's grammar
                             or <points coords="1 1 250 750">cups</points>           that of the released checkpoints
     either ─► parse_points ─► points
@@ -173,18 +173,21 @@ def split_pattern(pre):
 # ---- chat --------------------------------------------------------------------------------------------------
 
 def chat_pieces(messages):
-    """Alternating user and assistant messages -> [(text, whether it is trained on)], the way Molmo2 writes a chat.
+    """Alternating user and assistant messages -> [(text, "control" | "question" | "answer")], the way Molmo2 writes a
+    chat. A control piece is the name of a token; what somebody wrote is never part of one.
 
     Every answer is followed by the end-of-sequence token, which the caller adds, and which is trained on with it.
     """
+    start, end = CHAT
     pieces = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            pieces.append((message["content"], True))
-        else:
-            end_of_answer = "<|im_end|>\n" if i else ""
-            question = f"{end_of_answer}<|im_start|>user\n{message['content']}<|im_end|>\n"
-            pieces.append((question + "<|im_start|>assistant\n", False))
+            pieces.append((message["content"], "answer"))
+            continue
+        if i:  # after an answer
+            pieces += [(end, "control"), ("\n", "question")]
+        pieces += [(start, "control"), (f"user\n{message['content']}", "question"), (end, "control"),
+                   ("\n", "question"), (start, "control"), ("assistant\n", "question")]
     return pieces
 
 
@@ -251,9 +254,10 @@ NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 POINT = re.compile(rf"<point (?:({NUMBER}), )?(-?{NUMBER}), (-?{NUMBER}), (\d{{1,9}})>")  # t or image, x, y, id
 
 
-def parse_points(text, kind="video"):
+def parse_points(text, kind="video", lenient=True):
     """The points in `text`, in either grammar: [{x, y, id}], with `t` or, of kind "images", `image` where one is
-    given. Kind "image" ignores it.
+    given. Kind "image" ignores it. lenient: in any form that published checkpoints, of Molmo 1 too, and programs
+    around them write; else of the released grammar what the published evaluation reads.
 
     Never raises: malformed points are dropped, x and y are clipped to [0, 1]. Ids and images count from 0.
     """
@@ -262,8 +266,10 @@ def parse_points(text, kind="video"):
         if kind == "images" and "." in prefix:
             continue  # there is no image 0.5
         found.append((float(prefix) if prefix else None, float(x), float(y), int(i)))
-    for prefix, i, x, y in parse_released(text):  # thousandths; ids and images count from 1
-        found.append((prefix - 1 if kind == "images" else prefix, x / 1000, y / 1000, max(i - 1, 0)))
+    for prefix, i, x, y in parse_released(text, lenient):  # thousandths; ids and images count from 1
+        if prefix is not None and kind == "images":
+            prefix -= 1
+        found.append((prefix, x / 1000, y / 1000, max(i - 1, 0)))
     points = []
     for prefix, x, y, i in found:
         point = dict(x=min(max(x, 0.0), 1.0), y=min(max(y, 0.0), 1.0), id=i)
@@ -365,12 +371,30 @@ def format_released(points, kind, label, tracks=False, mode="point"):
     return released_tracks(groups, label) if tracks else released_points(groups, label, mode)
 
 
-def parse_released(text):
-    """[(prefix, id, x, y)] in the released grammar, x and y in thousandths. What is malformed is left out."""
+# What evaluations read, by the published expression; and what people and other programs make of it: attributes in any
+# order and quotes, a ">" inside one, blanks after a separator, an answer that was cut off. Group 1 is the coordinates.
+PUBLISHED = re.compile(r'<(?:points|tracks)\b[^<>]*coords="([0-9\t:;, .]+)"/?>')
+ANY_COORDS = re.compile(r"""<(?:points|tracks)\b[^<]*?\bcoords\s*=\s*["']([0-9\t:;, .]*)(?:["']|$)""")
+MOLMO_1 = re.compile(r"""\b([xy])(\d*)\s*=\s*["']\s*(\d{1,3}(?:\.\d{1,9})?)\s*["']""")  # <points x1="21.0" y1="30.0" ...>
+
+
+def parse_released(text, lenient=True):
+    """[(prefix or None, id, x, y)] in the released grammar, x and y in thousandths. What is malformed is left out."""
     found = []
-    for coords in re.findall(r'<(?:points|tracks)\b[^<>]*coords="([0-9\t:;, .]+)"/?>', text):
+    for tag in (ANY_COORDS if lenient else PUBLISHED).finditer(text):
+        coords = tag[1]
+        if tag.end() == len(text) and coords.endswith("100"):  # cut off: it may have been 1000
+            coords = coords[:-3]
+        if lenient:
+            coords = re.sub(r"(?<=[\t:,;]) +", "", coords)
         for prefix, items in re.findall(r"(?:^|[\t:,;])(\d{1,9}(?:\.\d{1,9})?) ([0-9. ]+)", coords):
             for i, x, y in re.findall(r"(\d{1,9}) (\d{3,4}) (\d{3,4})", items):
                 if int(x) <= 1000 and int(y) <= 1000:
                     found.append((float(prefix), int(i), int(x), int(y)))
+    for tag in re.findall(r"<points?\b([^<]*)", text) if lenient else ():  # per cent, in attributes x and y or x1, y1, ...
+        sides = {(axis, i or "1"): float(value) for axis, i, value in MOLMO_1.findall(tag)}
+        for (axis, i), x in sides.items():
+            y = sides.get(("y", i))
+            if axis == "x" and y is not None and max(x, y) <= 100:
+                found.append((None, int(i), 10 * x, 10 * y))
     return found

@@ -262,7 +262,7 @@ def test_points_as_released():
 def test_points_read_as_the_reference_reads_them():
     for r in lines("point-format", "parse.jsonl"):
         got = [(i, t, x / 1000 * r["width"], y / 1000 * r["height"])
-               for t, i, x, y in parse_released(r["text"])]
+               for t, i, x, y in parse_released(r["text"], lenient=False)]
         assert np.allclose(got, r["any_points_frame_xy"]) if got else not r["any_points_frame_xy"], r
         tracks = {}
         for i, t, x, y in got:

@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import time
 from collections import Counter
 
 import pytest
@@ -49,7 +50,7 @@ def test_wrong_tokenizers_are_refused(tmp_path):
 def test_chat_is_the_published_layout():
     chat = [dict(role=r, content=c)
             for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
-    assert "".join(t + "EOS" * learned for t, learned in chat_pieces(chat)) == (
+    assert "".join(text + "EOS" * (kind == "answer") for text, kind in chat_pieces(chat)) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nbEOS<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\ndEOS")
 
@@ -85,6 +86,48 @@ def test_points_round_trip(kind):
                                   "\0<point \ud800>"])
 def test_malformed_points_are_dropped(text):
     assert parse_points(text) == []
+
+
+# Forms that published checkpoints, the page they are shown on and other readers write: (text, kind, points).
+PUBLISHED_FORMS = [
+    ('<points coords="1 1 211 340 2 655 702">nuts</points>', "image", [(.211, .34, 0), (.655, .702, 1)]),
+    ("<points alt='nuts' coords='1 1 211 340\t2 2 655 702'>nuts</points>", "images",
+     [(.211, .34, 0, 0), (.655, .702, 1, 1)]),
+    ('There are <points alt="x > 3, \'y\'" coords="1 1 211 340" id="k">nuts</points> 1.', "image", [(.211, .34, 0)]),
+    ('<tracks coords="0.0 1 210 300; 0.5 1 220 310;\t1.0 1 230 320 2 000 1000"/>', "video",
+     [(.21, .3, 0, 0), (.22, .31, 0, .5), (.23, .32, 0, 1), (0, 1, 1, 1)]),
+    ('<tracks coords="0.0 1 210 300;0.5 1 22', "video", [(.21, .3, 0, 0)]),  # cut off
+    ('<tracks coords="0.0 1 210 300;0.5 1 220 10', "video", [(.21, .3, 0, 0)]),
+    ('<tracks coords="0.0 1 210 300;0.5 1 220 100', "video", [(.21, .3, 0, 0)]),  # of 1000, perhaps
+    ('<tracks coords="0.0 1 210 300;0.5 1 220 101', "video", [(.21, .3, 0, 0), (.22, .101, 0, .5)]),
+    ('<tracks coords="0.0 1 210 300;0.5 1 220 1000;', "video", [(.21, .3, 0, 0), (.22, 1, 0, .5)]),
+    ('<point x="21.5" y="30" alt="a nut">a nut</point>', "image", [(.215, .3, 0)]),  # Molmo 1: per cent
+    ("<points y2='50.7' x2='41.5' x1='21' y1='30.0' x3='101' y3='1' x4='5'>nuts</points>", "image",
+     [(.415, .507, 1), (.21, .3, 0)]),
+    ('<points x1="21" y1="30" alt="t">t</points>', "video", [(.21, .3, 0)]),
+    ("<point 0.5, 0.25, 3> <point 0.7, 0.", "image", [(.5, .25, 3)]),  # our own, cut off
+    ('<points coords="1 1 211 1340 2 6555 702">no places</points>', "image", []),
+    ('<points>coords="1 1 211 340"</points> coords="1 1 211 340"', "image", [(.211, .34, 0)])]
+
+
+@pytest.mark.parametrize("text, kind, points", PUBLISHED_FORMS)
+def test_points_of_published_checkpoints_are_read_in_all_forms(text, kind, points):
+    name = dict(images="image", video="t").get(kind)
+    got = [(p["x"], p["y"], p["id"], *([p[name]] if name in p else [])) for p in parse_points(text, kind)]
+    assert got == [tuple(map(pytest.approx, p)) for p in points]
+
+
+def test_evaluations_read_what_the_published_expression_reads():
+    strict = [len(parse_points(text, kind, lenient=False)) for text, kind, _ in PUBLISHED_FORMS]
+    assert strict == [2, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_reading_points_takes_no_longer_than_the_text():
+    for text in ('<points coords="' * 20000, "<points " + "coords=" * 20000, "<point " * 20000 + "x1='" * 20000,
+                 '<points coords="' + "1 " * 50000, "<points " + "x='1' " * 20000):
+        begin = time.process_time()
+        parse_points(text)
+        assert time.process_time() - begin < 5
 
 
 def test_points_outside_are_clipped():
