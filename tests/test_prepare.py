@@ -536,13 +536,13 @@ def test_the_token_goes_to_the_hub_and_addresses_are_checked(hub, monkeypatch):
     hub.faults = [lambda r, n: seen.append(r.headers.get("Authorization")) or r.reply(b"{}") or True]
     net.get(hub.url + "/x", "x").close()
     assert seen == ["Bearer hf_secret"]
-    elsewhere, told = Hub(b""), lambda r: [r.headers[k] for k in ("Authorization", "x-bill-to", "Range")]
+    elsewhere, told = Hub(b""), lambda r: [r.headers[k] for k in ("Authorization", "x-bill-to", "Range", "User-Agent")]
     hub.faults = [lambda r, n: seen.append(told(r)) or r.reply(status=302, Location=elsewhere.url) or True]
     elsewhere.faults = [lambda r, n: seen.append(told(r)) or r.reply(b"{}") or True]
     with monkeypatch.context() as m:
         m.setattr(net, "allow", lambda url: None)
         net.get(hub.url + "/x", "x", {"x-bill-to": "me", "Range": "bytes=5-"}).close()
-    assert seen[1:] == [["Bearer hf_secret", "me", "bytes=5-"], [None, None, "bytes=5-"]]
+    assert seen[1:] == [["Bearer hf_secret", "me", "bytes=5-", net.agent], [None, None, "bytes=5-", net.agent]]
     elsewhere.shutdown()
     elsewhere.server_close()
     for url in ("http://example.com/", "https://127.0.0.1/", "https://localhost/", "https://[::1]/",
