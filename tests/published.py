@@ -181,6 +181,9 @@ CASES = [
      [drawn("&a", dict(task="image_qa", prompt="Sum?", answer="12"),
             dict(task="image_qa", prompt="When?", answer="[1999]")),
       drawn("&b", dict(task="image_qa", prompt="Whose?", answer="Ann's"))]),
+    ("textvqa", table("lmms-lab-encoder/textvqa", dict(
+        image=IMAGE("a"), question="what is written?", answers=["stop", "STOP", "stop"])), {},
+     [drawn("&a", dict(task="image_qa", prompt="what is written?", answer="stop"))]),
     ("tallyqa", table("HuggingFaceM4/the_cauldron", dict(images=[IMAGE("a")], texts=[
         dict(user="How many dogs?", assistant="2", source="TallyQA"),
         dict(user="Cats?", assistant="0", source="TallyQA")]),

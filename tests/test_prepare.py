@@ -853,7 +853,7 @@ def test_a_large_table_without_pyarrow_comes_by_pages_that_outlive_a_stop(hub, t
         hub.faults = [lambda r, n: "offset=700" in r.path and (r.reply(status=429), True)[1]]
         assert hardcodes(tmp_path) == (1, [])
         out, err = capsys.readouterr()
-        assert "1,230 rows, 100 to a page: about 1 minutes" in out and "`pip install pyarrow`" in out
+        assert "1,230 rows, 100 to a page: about 1 min," in out and "`pip install pyarrow`" in out
         assert "status 429" in err
         hub.faults = []
         before = sum("offset=300" in path for path in hub.log)

@@ -373,8 +373,6 @@ def subtitles(lines):
 
 def video_question(row, name, video=None):
     """One question about a video: with choices, with distractors, or open."""
-    if "qa_list" in row:
-        raise Skip("a task that the published recipe does not use")  # LongCapQA
     question = field(row, "question", "Question", "q", "q_body", "query", "instruction")
     found = options_of(row)
     if "NegativeAnswers" in row:

@@ -615,7 +615,7 @@ def hub_rows(net, repo, config, split, length=100, limit=None, images=False, cac
         return
     if total > WHOLE:
         minutes = seconds * total / length / PER_HOST / 60
-        duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(round(minutes), 1)} minutes"
+        duration = f"{minutes / 60:.1f} h" if minutes > 90 else f"{max(round(minutes), 1)} min"
         print(f"{table}: {total:,} rows, {length} to a page: about {duration}, longer if the server is busy. The fast "
               "way is `pip install pyarrow` and this command again: parquet files, a few minutes")
     else:
