@@ -181,6 +181,9 @@ CASES = [
      [drawn("&a", dict(task="image_qa", prompt="Sum?", answer="12"),
             dict(task="image_qa", prompt="When?", answer="[1999]")),
       drawn("&b", dict(task="image_qa", prompt="Whose?", answer="Ann's"))]),
+    ("textvqa", table("lmms-lab-encoder/textvqa", dict(
+        image=IMAGE("a"), question="what is written?", answers=["stop", "STOP", "stop"])), {},
+     [drawn("&a", dict(task="image_qa", prompt="what is written?", answer="stop"))]),
     ("tallyqa", table("HuggingFaceM4/the_cauldron", dict(images=[IMAGE("a")], texts=[
         dict(user="How many dogs?", assistant="2", source="TallyQA"),
         dict(user="Cats?", assistant="0", source="TallyQA")]),
@@ -200,6 +203,17 @@ CASES = [
          dict(task="multi_image_qa", question="Right?", options=["no", "yes"], correct=1)]),
       dict(images=["here/x/b.png", "here/x/a.png"],
            annotations=[dict(task="multi_image_qa", prompt="Why?", answer="so")])]),
+    # named from where the loader unpacks the archive; two images have one name
+    ("llava-665k-multi", table("allenai/molmo2-mantis-instruct-llava_665k_multi", dict(
+        subset="llava_665k_multi", example_id="1",
+        images=["mantis-instruct/llava_665k_multi/train_images/gqa/images/7.jpg",
+                "mantis-instruct/llava_665k_multi/train_images/vg/VG_100K/7.jpg"],
+        mc_question=[""], oe_question=["What is shown first?"], direct_answer=["a cup"], choices=[[]],
+        correct_choice_idx=[None])) |
+     {"files": {("TIGER-Lab/Mantis-Instruct", "llava_665k_multi/train_images.zip"): {
+         "vg/VG_100K/7.jpg": "a", "gqa/images/7.jpg": "b"}}}, {},
+     [dict(images=["here/gqa/images/7.jpg", "here/vg/VG_100K/7.jpg"], annotations=[
+         dict(task="multi_image_qa", prompt="What is shown first?", answer="a cup")])]),
     ("pixmo-clocks", table("allenai/pixmo-clocks", dict(example_id="7", watchface_id="x", watch_time="10:09"),
                            dict(example_id="8", watchface_id="x", watch_time="10:10")), {"7.png": "a"},
      [drawn("here/7.png", dict(task="image_qa", prompt="What time is shown?", answer="10:09"))]),
@@ -210,8 +224,18 @@ CASES = [
         dict(dataset="hard_coded", id="2", messages=[user("Who?"), bot("Me.")]),
         dict(dataset="code_alpaca", id="3", messages=[user("Code!"), bot("```x```")]),
         dict(dataset="flan", id="4", messages=[user("\u4f60\u597d"), bot("\u4f60\u597d")]),
+        # as molmo2-tulu4-classified has them
+        dict(source="x", category=None, has_special_token=False, empty_messages=False,
+             first_message_qwen3_tokens=4096, messages=[user("\u4f60?"), bot("```\u597d```")]),
+        *(dict(dict(source="x", category=None, has_special_token=False, empty_messages=False,
+                    first_message_qwen3_tokens=9, messages=[user("a"), bot("b")]), **more) for more in (
+            dict(category="code"), dict(category="non-english"), dict(has_special_token=True),
+            dict(empty_messages=True), dict(source="allenai/hardcoded-olmo"), dict(source="allenai/dino-hardcodes"),
+            dict(source="allenai/puzzle_data_160k-ngram-filtered"), dict(first_message_qwen3_tokens=4097),
+            dict(source="allenai/verifiable-reasoning-filtered-o4-mini-filtered"))),
         dict(dataset="flan", id="5", messages=[bot("first")])), {},
-     [dict(annotations=[dict(task="text", messages=[user("Be kind.\n\nHello"), bot("Hi.")])])]),
+     [dict(annotations=[dict(task="text", messages=[user("Be kind.\n\nHello"), bot("Hi.")])]),
+      dict(annotations=[dict(task="text", messages=[user("\u4f60?"), bot("```\u597d```")])])]),
     ("molmo2-hardcodes", table("allenai/molmo2-hardcodes",
                                dict(questions=["Who are you?", "Name?"], images=[], response="Molmo.")), {},
      [dict(annotations=[dict(task="text", prompt="Who are you?", answer="Molmo."),
@@ -224,7 +248,8 @@ CASES = [
      [film("media/youtube/v1.mp4", dict(task="video_qa", prompt="What?", answer="A dog."))]),
     ("molmo2-videocapqa", {**table("allenai/Molmo2-VideoCapQA", dict(
         video_id="v1", Question="What?", Answer="a dog", NegativeAnswers=["a cat", "a cow", "a hen"],
-        Category="x"), split="CapQA"),
+        Category="x"), dict(video_id="v1", qa_list=[dict(Question="First?", Answer="A door opens.")]),
+        split="CapQA"),
         **mirrored("allenai/Molmo2-VideoCapQA", "v1")}, {},
      [film("media/youtube/v1.mp4", dict(task="video_qa", question="What?", options="OPTIONS",
                                         correct="a dog"))]),
@@ -296,6 +321,13 @@ CASES = [
      {},
      [dict(video="ENCODED", width=40, height=20, duration=2.0, fps=10.0,
            annotations=[tracked(FULL, ONE_TRACKED)])]),
+    ("molmopoint-tracksyn", table("allenai/MolmoPoint-TrackSyn", dict(TRACK, video="static-camera/run1/v3", clip=None),
+                                  dict(TRACK, video="static-camera/run2/v3", clip=None, expression="the cat"),
+                                  config="track") |
+     {"files": {("allenai/MolmoPoint-TrackSyn", "synthetic_tracks.tar"): {
+         "static-camera/run2/v3.mp4": "film", "static-camera/run1/v3.mp4": "film"}}}, {},
+     [film("here/static-camera/run1/v3.mp4", tracked(FULL, TRACKED), start=0.0, end=2.0),
+      film("here/static-camera/run2/v3.mp4", tracked(FULL, TRACKED) | dict(label="the cat"), start=0.0, end=2.0)]),
     ("academic-video-point-mevis", table("allenai/molmo2-academic-video-points", *(dict(
         dict(subset="mevis", video_name="n1", category="dog", count=1, timestamps=[0.5],
              points=[[dict(x=50, y=25)]], video_duration=2.0,
@@ -311,15 +343,15 @@ CASES = [
     ("cinepile", table("allenai/Molmo2-cinepile", dict(
         video_id="c1", movie_name="x", subtitles=[dict(start=0, end=1, text="hi")], examples=[
             dict(question="Who?", choices=["A", "B", "C"], answer_key_position=2)]), dict(
-        video_id="c2", movie_name="x", subtitles="hi, without times", examples=[
+        video_id="c2", movie_name="x", subtitles="<subtitle> hello\n<subtitle> bye", examples=[
             dict(question="Who?", choices=["A", "B", "C"], answer_key_position=0)])),
      {"c1.mp4": "film", "c2.mp4": "film"},
      [film("here/c1.mp4", dict(task="video_qa", question="Who?", options=["A", "B", "C"], correct=2),
            subtitles=[dict(start=0, end=1, text="hi")]),
       film("here/c2.mp4", dict(task="video_qa", question="Who?", options=["A", "B", "C"], correct=0))]),
     ("camerabench", table("allenai/Molmo2-CameraBenchTrain", dict(video_path="x/k.mp4", mc_qa_list=[
-        dict(question="Pan?", options=["yes", "no"], answer="no")])), {"x/k.mp4": "film"},
-     [film("here/x/k.mp4", dict(task="video_qa", question="Pan?", options=["yes", "no"], correct=1))]),
+        dict(Question="Pan?", Answer="a dog", NegativeAnswers=["a cat", "a cow", "a hen"])])), {"x/k.mp4": "film"},
+     [film("here/x/k.mp4", dict(task="video_qa", question="Pan?", options="OPTIONS", correct="a dog"))]),
     ("social-iq2", table("PediaMedAI/Social-IQ-Video",
                          dict(vid_name="s1", q="Why?", a0="x", a1="y", a2="z", a3="w", answer_idx=3)),
      {"s1.mp4": "film"}, [film("here/s1.mp4",
@@ -357,9 +389,18 @@ CASES = [
      {"x/k.mp4": "film"},
      [film("here/x/k.mp4", dict(task="video_caption", answer="It turns."))]),
     ("funqa", {"files": {("fesvhtr/FunQA", "FunQA_train.json"): [
-        dict(visual_input="H_1.mp4", task="H1", instruction="Why funny?", output="It falls.", ID=1)],
-        ("fesvhtr/FunQA", "train.zip"): {"train/H_1.mp4": "film"}}}, {},
-     [film("here/train/H_1.mp4", dict(task="video_qa", prompt="Why funny?", answer="It falls."))]),
+        *(dict(visual_input="H_1.mp4", task=task, instruction="Which?", output=answer, ID=1) for task, answer in (
+            ("H1", "[10, 42]"), ("M1", "[1, 2]"), ("C1", "[3, 4]"), ("C4", "0.8"), ("C5", "7"))),
+        dict(visual_input="H_1.mp4", task="H2", instruction="What happens?", output="A man slips.", ID=3)],
+        ("fesvhtr/FunQA", "Funqa_mcqa_v1.json"): [
+            dict(visual_input="H_1.mp4", gt="2", instruction="Choose.\nThe Question is: What now?\n The Options "
+                 "are: ['Options 1: He slips', \"Options 2: It's his dog, [Max]\", 'Options 3: He sings']"),
+            dict(visual_input="H_9.mp4", gt="1", instruction="The Question is: Of another split?\n The Options are: "
+                 "['Options 1: Yes', 'Options 2: No']")],
+        ("fesvhtr/FunQA", "train.zip"): {"train/train_humor/H_1.mp4": "film"}}}, {},
+     [film("here/train/train_humor/H_1.mp4", dict(task="video_qa", prompt="What happens?", answer="A man slips."),
+           dict(task="video_qa", question="What now?", options=["He slips", "It's his dog, [Max]", "He sings"],
+                correct=1))]),
     ("llava-video-academic-oe", {"files": {
         ("lmms-lab/LLaVA-Video-178K", "0_30_s_nextqa/0_30_s_nextqa_oe_qa_processed.json"): [
             {"id": "1", "video": "N/1/2.mp4", "data_source": "x", "conversations": [
@@ -419,7 +460,7 @@ CASES = [
                           points=[dict(x=0.75, y=0.25, id=0)],
                           masks=[dict(id=0, rle=dict(size=[20, 40], counts=[400] + [10] * 40))]))]),
     ("eval/pixmo-count", {"rows": {("allenai/pixmo-count", "default", split): [dict(
-        image_url=PIC(name), image_sha256=SHA(name), count=n, label="dogs")] for split, name, n in (
+        image_url=PIC(name), image_sha256=SHA(name), count=n, points=None, label="dogs")] for split, name, n in (
             ("validation", "counted", 3), ("test", "tested", 0))}}, {},
      [drawn("@counted", dict(task="counting", label="dogs", answer="3")),
       drawn("@tested", dict(task="counting", label="dogs", answer="0"))]),

@@ -7,6 +7,7 @@ import collections
 import glob
 import hashlib
 import http.server
+import importlib.machinery
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
+import types
 import urllib.parse
 import zipfile
 from types import SimpleNamespace
@@ -46,14 +48,37 @@ def drawn_picture(name):
     return out.getvalue()
 
 
+class ParquetFile:
+    """A stand-in for pyarrow's, as tests need no package: rows in lines of JSON, {"IMAGE": name} for an image."""
+
+    def __init__(self, path):
+        with open(path, encoding="utf-8") as f:
+            self.rows = [self.cell(json.loads(line)) for line in f]
+
+    def cell(self, value):
+        if isinstance(value, dict) and "IMAGE" in value:
+            return dict(bytes=value["IMAGE"] and drawn_picture(value["IMAGE"]), path="x.png")
+        if isinstance(value, dict):
+            return {k: self.cell(v) for k, v in value.items()}
+        return [self.cell(v) for v in value] if isinstance(value, list) else value
+
+    def iter_batches(self, n):
+        for at in range(0, len(self.rows), n):
+            yield SimpleNamespace(to_pylist=lambda: self.rows[at:at + n])
+
+
 class Hub(http.server.ThreadingHTTPServer):
-    """A hub, its rows, a video mirror and a web of pictures. `faults` are asked first: fault(request, n)
-    answers the n-th request itself and returns True, or leaves it."""
+    """A hub, its viewer, a video mirror and a web of pictures, with answers in the shapes of the real ones. `faults`
+    are asked first: fault(request, n) answers the n-th request itself and returns True, or leaves it.
+
+    rows: of each table; a parquet file has `shard` of them. renamed: repositories. partial: tables of which there
+    is but the beginning. broken: rows that the viewer cannot read."""
 
     def __init__(self, film):
         super().__init__(("127.0.0.1", 0), Request)
         self.url, self.film = f"http://127.0.0.1:{self.server_port}", film
         self.rows, self.files, self.faults, self.log = {}, {}, [], []
+        self.shard, self.renamed, self.partial, self.broken, self.agents = 100, {}, set(), set(), set()
         self.sent, self.lock, self.busy, self.most = collections.Counter(), threading.Lock(), 0, 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -62,8 +87,6 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def fill(self, value):
         """Placeholders of `published.py` -> values."""
-        if isinstance(value, dict) and "IMAGE" in value:
-            return dict(src=f"{self.url}/pic/{value['IMAGE']}", height=20, width=40)
         if isinstance(value, dict):
             return {k: self.fill(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
@@ -101,6 +124,12 @@ class Hub(http.server.ThreadingHTTPServer):
                     t.addfile(info, io.BytesIO(content))
         return out.getvalue()
 
+    def blurred(self, value):
+        """Cells as the viewer has them: images are made anew, as JPEGs, and come as links."""
+        if isinstance(value, dict) and "IMAGE" in value:
+            return dict(src=f"{self.url}/cached-assets/{value['IMAGE']}/image.jpg?Expires=1", height=20, width=40)
+        return [self.blurred(v) for v in value] if isinstance(value, list) else value
+
     def publish(self, served):
         for key, rows in served.get("rows", {}).items():
             self.rows[key] = self.fill(rows)
@@ -117,6 +146,7 @@ class Request(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         with self.server.lock:
             self.server.log.append(self.path)
+            self.server.agents.add(self.headers["User-Agent"])
             n = len(self.server.log)
             self.server.busy += 1
             self.counted = 1
@@ -157,15 +187,16 @@ class Request(http.server.BaseHTTPRequestHandler):
     def answer(self):
         hub, url = self.server, urllib.parse.urlsplit(self.path)
         path, query = urllib.parse.unquote(url.path), dict(urllib.parse.parse_qsl(url.query))
-        if path == "/rows":
-            key = query["dataset"], query["config"], query["split"]
-            rows, at, n = hub.rows.get(key), int(query["offset"]), int(query["length"])
-            if rows is None or n > 100:
-                return self.reply(b'{"error": "no such set"}', 404)
-            page = [dict(row_idx=i, row=rows[i], truncated_cells=[])
-                    for i in range(at, min(at + n, len(rows)))]
-            return self.reply(json.dumps(dict(features=[], rows=page, num_rows_total=len(rows),
-                                              partial=False)).encode())
+        if path in ("/rows", "/parquet", "/splits"):
+            return self.view(path, query)
+        if path.removeprefix("/api/datasets/") in hub.renamed:
+            return self.reply(status=307, Location=f"/api/datasets/{hub.renamed[path.removeprefix('/api/datasets/')]}")
+        if path.removeprefix("/api/datasets/") in hub.renamed.values():
+            return self.reply(json.dumps(dict(id=path.removeprefix("/api/datasets/"), sha="c0ffee00aa")).encode())
+        if path.startswith("/shard/"):
+            _, _, repo, config, split, at = map(urllib.parse.unquote, url.path.split("/"))
+            rows = hub.rows[repo, config, split][int(at):][:hub.shard]
+            return self.ranged("\n".join(map(json.dumps, rows)).encode())
         for (repo, name), body in hub.files.items():
             for kind, head in (("datasets", "/datasets/"), ("models", "/")):
                 if path == f"/api/{kind}/{repo}":
@@ -177,11 +208,51 @@ class Request(http.server.BaseHTTPRequestHandler):
                 if path == f"{head}{repo}/resolve/c0ffee00aa/{name}":
                     return self.ranged(body)
         kind, _, name = path[1:].partition("/")
+        if kind == "cached-assets":
+            out = io.BytesIO()
+            Image.open(io.BytesIO(drawn_picture(name.split("/")[0]))).save(out, "jpeg", quality=75)
+            return self.ranged(out.getvalue())
         if kind == "pic" and name != "gone":
             return self.ranged(drawn_picture(name))
         if kind == "cc-2fps" and name in ("v1_2fps.mp4", "v2_2fps.mp4"):
             return self.ranged(hub.film)
         self.reply(b"<html>not here</html>", 404)
+
+    def refuse(self, status, code, message):
+        self.reply(json.dumps(dict(error=message)).encode(), status, X_Error_Code=code)
+
+    def view(self, path, query):
+        """What the viewer says of a table."""
+        hub, repo = self.server, query["dataset"]
+        if repo in hub.renamed:
+            return self.refuse(404, "RenamedDatasetError",
+                               "The dataset has been renamed. Please use the current dataset name.")
+        if path == "/splits":
+            tables = [dict(dataset=r, config=c, split=s) for r, c, s in hub.rows if r == repo]
+            return self.reply(json.dumps(dict(splits=tables, pending=[], failed=[])).encode())
+        key = repo, query["config"], query["split"]
+        if key not in hub.rows:
+            return self.refuse(404, "ResponseNotFound", "Not found.")
+        rows, partial = hub.rows[key], key in hub.partial
+        if path == "/parquet":
+            files = []  # of all tables of the repository: the one that was asked for has to be picked
+            for other in [k for k in hub.rows if k[0] == repo]:
+                name = "/".join(urllib.parse.quote(part, safe="") for part in other)
+                files += [dict(dataset=repo, config=other[1], split=other[2], url=f"{hub.url}/shard/{name}/{at}",
+                               size=None, filename=f"{at:04d}.parquet")
+                          for at in range(0, len(hub.rows[other]) or 1, hub.shard)]
+            return self.reply(json.dumps(dict(parquet_files=files, pending=[], failed=[], partial=partial)).encode())
+        at, n = int(query["offset"]), int(query["length"])
+        if n > 100:
+            return self.refuse(422, "InvalidParameter", "Parameter 'length' must not be greater than 100")
+        for i in range(at, min(at + n, len(rows))):
+            if (*key, i) in hub.broken:
+                return self.refuse(500, "TransformRowsProcessingError",
+                                   f"Server error while post-processing the rows. This occured on row {i}.")
+        page = [dict(row_idx=i, row={k: hub.blurred(v) for k, v in rows[i].items()}, truncated_cells=[])
+                for i in range(at, min(at + n, len(rows)))]
+        self.reply(json.dumps(dict(features=[], rows=page, num_rows_total=len(rows), num_rows_per_page=100,
+                                   partial=partial)).encode())
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +261,21 @@ def film(tmp_path_factory):
         return f.read()
 
 
+def without_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+
 @pytest.fixture
 def hub(film, monkeypatch):
     server = Hub(film)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr(fetch, "PAUSE", 0.01)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    pyarrow = types.ModuleType("pyarrow")
+    pyarrow.__spec__ = importlib.machinery.ModuleSpec("pyarrow", None)
+    pyarrow.parquet = SimpleNamespace(ParquetFile=ParquetFile)
+    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", pyarrow.parquet)
     yield server
     server.shutdown()
     server.server_close()
@@ -459,13 +539,13 @@ def test_the_token_goes_to_the_hub_and_addresses_are_checked(hub, monkeypatch):
     hub.faults = [lambda r, n: seen.append(r.headers.get("Authorization")) or r.reply(b"{}") or True]
     net.get(hub.url + "/x", "x").close()
     assert seen == ["Bearer hf_secret"]
-    elsewhere, told = Hub(b""), lambda r: [r.headers[k] for k in ("Authorization", "x-bill-to", "Range")]
+    elsewhere, told = Hub(b""), lambda r: [r.headers[k] for k in ("Authorization", "x-bill-to", "Range", "User-Agent")]
     hub.faults = [lambda r, n: seen.append(told(r)) or r.reply(status=302, Location=elsewhere.url) or True]
     elsewhere.faults = [lambda r, n: seen.append(told(r)) or r.reply(b"{}") or True]
     with monkeypatch.context() as m:
         m.setattr(net, "allow", lambda url: None)
         net.get(hub.url + "/x", "x", {"x-bill-to": "me", "Range": "bytes=5-"}).close()
-    assert seen[1:] == [["Bearer hf_secret", "me", "bytes=5-"], [None, None, "bytes=5-"]]
+    assert seen[1:] == [["Bearer hf_secret", "me", "bytes=5-", net.agent], [None, None, "bytes=5-", net.agent]]
     elsewhere.shutdown()
     elsewhere.server_close()
     for url in ("http://example.com/", "https://127.0.0.1/", "https://localhost/", "https://[::1]/",
@@ -516,22 +596,6 @@ def test_a_host_that_knows_no_ranges_sends_all_of_it_again(hub, tmp_path):
     assert open(tmp_path / "Molmo2-8B" / "model.safetensors", "rb").read() == body
 
 
-def test_pictures_in_rows_whose_links_expire_are_asked_for_once_more(hub, tmp_path, capsys):
-    """Links to pictures in rows are signed for an hour; the rows give new ones."""
-    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [
-        dict(image=hub.fill({"IMAGE": f"p{i}"}), query="How many?", label=["1"]) for i in range(150)]
-    refused = []
-    hub.faults = [lambda r, n: r.path == "/pic/p120" and len(refused) < 1
-                  and (refused.append(1), r.reply(status=403), True)[2]]
-    assert prepare.main(["data", "chartqa", "--out", str(tmp_path), "--limit", "130"]) == 0
-    assert "130 rows read, 130 lines written" in capsys.readouterr().out
-    assert sum("offset=100" in path for path in hub.log) == 2 and hub.log.count("/pic/p119") == 1
-    hub.faults = [lambda r, n: r.path == "/pic/p140" and (r.reply(status=403), True)[1]]
-    assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 0
-    assert "150 rows read, 149 lines written" in (text := capsys.readouterr().out) and "status 403" in text
-    assert max(hub.log.count(f"/pic/p{i}") for i in range(120)) == 1  # a larger --limit asks for what is new
-
-
 @pytest.mark.parametrize("most, refused", [(100, True), (30, False)])
 def test_pages_too_large_for_the_server_lose_no_row(hub, tmp_path, most, refused):
     """Large rows make pages the server refuses, or cuts short."""
@@ -550,52 +614,27 @@ def test_pages_too_large_for_the_server_lose_no_row(hub, tmp_path, most, refused
     assert sorted(asked) == list(range(230))
 
 
-def test_one_picture_in_many_rows_is_one_line(hub, tmp_path, capsys, monkeypatch):
-    """Tables repeat a picture for each question about it. Also what a whole set comes by: parquet files, here
-    by a stand-in for pyarrow, of the split that was asked for alone; half a character; no picture."""
-    class ParquetFile:
-        def __init__(self, path):
-            self.rows = [json.loads(line) for line in open(path)]
-
-        def iter_batches(self, n):
-            for at in range(0, len(self.rows), n):
-                yield SimpleNamespace(to_pylist=lambda: [
-                    r | dict(image=dict(bytes=r["image"] and drawn_picture(r["image"])))
-                    for r in self.rows[at:at + n]])
-
-    parquet = SimpleNamespace(ParquetFile=ParquetFile)
-    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: name == "pyarrow")
-    monkeypatch.setattr(fetch, "WHOLE", 5)
-    rows = [dict(image="abc"[i % 3], query=f"Q{i}?", label=[str(i)]) for i in range(15)]
-    rows += [dict(rows[0], query="\ud800?"), dict(rows[0], image=None)]
-    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [
-        dict(r, image=dict(src=f"{hub.url}/pic/{r['image']}")) for r in rows[:15]]
-    shards = [("train", "\n".join(map(json.dumps, rows[:8]))), ("test", json.dumps(rows[0])),
-              ("train", "\n".join(map(json.dumps, rows[8:])))]
-
-    def fault(r, n):
-        if r.path.startswith("/parquet?"):
-            return r.reply(json.dumps(dict(parquet_files=[
-                dict(config="default", split=split, url=f"{hub.url}/shard/{i}", filename=f"x/000{i}.parquet",
-                     size=len(text)) for i, (split, text) in enumerate(shards)])).encode()) or True
-        return r.path.startswith("/shard/") and (r.ranged(shards[int(r.path[-1])][1].encode()), True)[1]
-
-    hub.faults = [fault]
-    for limit, told in (([], "17 rows read, 3 lines written"), (["--limit", "15"], "15 rows read, 3 lines")):
+def test_one_picture_in_many_rows_is_one_line(hub, tmp_path, capsys):
+    """Tables repeat a picture for each question about it. Also half a character; no picture; a limit."""
+    rows = [dict(image={"IMAGE": "abc"[i % 3]}, query=f"Q{i}?", label=[str(i)]) for i in range(15)]
+    rows += [dict(rows[0], query="\ud800?"), dict(rows[0], image={"IMAGE": None}), dict(rows[0], image=None)]
+    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = rows
+    hub.rows["HuggingFaceM4/ChartQA", "default", "test"] = rows[:1]
+    hub.shard = 8
+    for limit, told in (([], "18 rows read, 3 lines written"), (["--limit", "15"], "15 rows read, 3 lines")):
         out = tmp_path / str(len(limit))
+        hub.log.clear()
         assert prepare.main(["data", "chartqa", "--out", str(out), *limit]) == 0
         assert told in (text := capsys.readouterr().out)
-        assert limit or "1 left out: not UTF-8" in text and "1 left out: media not here" in text
+        assert limit or "1 left out: not UTF-8" in text and "2 left out: no image" in text
+        assert sum(path.startswith("/shard/") for path in hub.log) == (2 if limit else 3)  # as many as it needs
         found = {r["annotations"][0]["prompt"]: r for r in lines(out / "chartqa.jsonl")}
         assert found.keys() == {"Q0?", "Q1?", "Q2?"}
         for i, r in enumerate(found.values()):
             first = int(r["annotations"][0]["answer"])
             assert open(out / r["image"], "rb").read() == drawn_picture("abc"[first])
             assert [a["answer"] for a in r["annotations"]] == [str(k) for k in range(first, 15, 3)]
-        kept = [p for p in glob.glob(str(out / "media/chartqa/*/*")) if not os.path.islink(p)]
-        assert len(kept) == 3  # each picture once, though it came five times
+        assert len(glob.glob(str(out / "media/chartqa/*/*"))) == 3  # each picture once, though it came five times
         assert prepare.main(["check", str(out), "--bad_rows", str(tmp_path / "bad.jsonl")]) == 0
 
 
@@ -612,16 +651,246 @@ def test_a_picture_another_set_fetched_is_compared_too(hub, tmp_path, capsys):
 
 
 def test_terms_that_are_not_accepted_are_said(hub, tmp_path, capsys, monkeypatch):
+    """The viewer answers 401 without a token, 404 with one that may not; the hub 401 even if there is nothing."""
     questions(hub, ["a"])
+    for status, code, message in ((401, "", ""), (401, "ExternalUnauthenticatedError", "The dataset does not exist"),
+                                  (404, "ExternalAuthenticatedError", "not accessible with these credentials"),
+                                  (403, "GatedRepo", "Access is restricted")):
+        hub.faults = [lambda r, n: r.path.startswith("/rows") and (r.refuse(status, code, message), True)[1]]
+        assert ask(tmp_path) == 1
+        text = capsys.readouterr().err
+        assert all(part in text for part in (f"status {status}", code, message, "behind terms", "HF_TOKEN")), text
     hub.faults = [lambda r, n: "Authorization" not in r.headers and r.path.startswith("/rows")
                   and (r.reply(status=401), True)[1]]
-    assert ask(tmp_path) == 1
-    assert "behind terms" in (text := capsys.readouterr().err) and "HF_TOKEN" in text
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert ask(tmp_path) == 0
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert ask(tmp_path) == 0  # all is here
     assert ask(tmp_path / "elsewhere") == 1 and "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+# ---- what the hub really serves ----------------------------------------------------------------------------
+
+HARD = "allenai/molmo2-hardcodes"
+
+
+def identities(hub, n, config="default", split="train"):
+    hub.rows[HARD, config, split] = [dict(questions=[f"Q{i}?"], response="A.") for i in range(n)]
+
+
+def hardcodes(out, *more):
+    """(exit code, the numbers of the rows that came)"""
+    code = prepare.main(["data", "molmo2-hardcodes", "--out", str(out), *more])
+    path = out / "molmo2-hardcodes.jsonl"
+    found = lines(path) if path.exists() else []
+    return code, sorted(int(r["annotations"][0]["prompt"][1:-1]) for r in found)
+
+
+def test_a_set_that_was_renamed_is_followed(hub, tmp_path, capsys):
+    """Rows and parquet files; the hub leads to the new name, the viewer only says that there is one."""
+    identities(hub, 30)
+    hub.rows["new-owner/hardcodes_2.0", "default", "train"] = hub.rows.pop((HARD, "default", "train"))
+    hub.rows["new/ChartQA", "default", "train"] = [dict(image={"IMAGE": "a"}, query="How many?", label=["1"])]
+    hub.renamed = {HARD: "new-owner/hardcodes_2.0", "HuggingFaceM4/ChartQA": "new/ChartQA"}
+    assert hardcodes(tmp_path) == (0, list(range(30)))
+    assert "is now new-owner/hardcodes_2.0 default train" in capsys.readouterr().out
+    assert sum(path.startswith("/api/") for path in hub.log) == 2  # asked once, and led on
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 0
+    for name in (HARD, "../../secret"):  # renamed to itself, and to no name
+        hub.log.clear()
+        hub.renamed = {HARD: name}
+        answer = json.dumps(dict(id=name)).encode()
+        hub.faults = [lambda r, n: r.path.startswith("/api/") and (r.reply(answer), True)[1]]
+        assert hardcodes(tmp_path / "again")[0] == 1 and len(hub.log) == 2
+        assert "RenamedDatasetError: The dataset has been renamed" in capsys.readouterr().err
+
+
+def test_one_row_that_the_viewer_cannot_read_costs_that_row(hub, tmp_path, capsys):
+    identities(hub, 230)
+    hub.broken = {(HARD, "default", "train", i) for i in (7, 110, 111, 229)}
+    wanted = [i for i in range(230) if i not in (7, 110, 111, 229)]
+    assert hardcodes(tmp_path / "a") == (0, wanted)
+    text = capsys.readouterr().out
+    assert "226 rows read" in text and "4 left out: the hub cannot read the row" in text
+    # with others of its kind: no code at all; a page that the server cuts short; the only row
+    def fault(r, n):
+        r.path = r.path.replace("offset=0&length=100", "offset=0&length=5")
+        return r.path.endswith("offset=50&length=1") and (r.reply(status=500), True)[1]
+
+    hub.faults = [fault]
+    hub.broken.add((HARD, "default", "train", 50))
+    assert hardcodes(tmp_path / "b") == (0, [i for i in wanted if i != 50])
+    assert "5 left out: the hub cannot read the row" in capsys.readouterr().out
+    # a server that is busy for one row: the row is not lost, the next run has it
+    hub.faults = [lambda r, n: r.path.endswith("offset=112&length=1")
+                  and (r.refuse(500, "ResponseNotReady", "busier than usual"), True)[1]]
+    assert hardcodes(tmp_path / "d") == (1, []) and "ResponseNotReady: busier" in capsys.readouterr().err
+    hub.broken, hub.faults = {(HARD, "default", "train", 0)}, []
+    assert hardcodes(tmp_path / "c", "--limit", "1")[0] == 1
+    assert "1 left out: the hub cannot read the row" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status, code", [(500, "TransformRowsProcessingError"), (500, "ResponseNotReady"), (503, ""),
+                                          (501, "DatasetWithScriptNotSupportedError")])
+def test_a_server_in_trouble_is_no_broken_row(hub, tmp_path, capsys, monkeypatch, status, code):
+    """What fails for every row is said, not counted away row by row; and what will never work is not tried again."""
+    identities(hub, 230)
+    hub.faults = [lambda r, n: r.path.startswith("/rows") and (r.refuse(status, code, "no rows"), True)[1]]
+    monkeypatch.setattr(fetch, "PAUSE", 0.001)
+    assert hardcodes(tmp_path) == (1, [])
+    text = capsys.readouterr().err
+    assert f"status {status}" in text and f"{code}: no rows".removeprefix(": ") in text
+    assert len(hub.log) < 40 and (status != 501 or len(hub.log) == 12)
+
+
+def test_a_config_of_another_name_is_found_by_its_split(hub, tmp_path, capsys):
+    identities(hub, 5, "main")
+    identities(hub, 9, "other", "validation")
+    assert hardcodes(tmp_path / "a") == (0, list(range(5)))
+    assert f"{HARD} default train: is now {HARD} main train" in capsys.readouterr().out
+    identities(hub, 9, "second")  # two have it: nobody chooses for the user
+    assert hardcodes(tmp_path / "b")[0] == 1
+    text = capsys.readouterr().err
+    assert "ResponseNotFound" in text and "its configs and splits: main train, other validation, second train" in text
+    hub.rows.clear()
+    hub.rows["allenai/Molmo2-VideoCapQA", "CapQA", "train"] = [dict(
+        video_id="v1", Question="What?", Answer="a dog", NegativeAnswers=["a cat"], Category="x")]
+    hub.rows["allenai/Molmo2-VideoCapQA", "LongCapQA", "train"] = [dict(video_id="v1", qa_list=[])]
+    hub.files["allenai/Molmo2-VideoCapQA", "youtube_id_to_urls_mapping.json"] = json.dumps(
+        dict(v1=dict(gcp_url=f"{hub.url}/cc/v1/v1.mkv"))).encode()
+    assert prepare.main(["data", "molmo2-videocapqa", "--out", str(tmp_path)]) == 0
+    assert "1 rows read, 1 lines" in capsys.readouterr().out
+    hub.rows["HuggingFaceM4/ChartQA", "main", "train"] = [dict(image={"IMAGE": "a"}, query="How many?", label=["1"])]
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 0  # by its parquet files, too
+
+
+def test_tables_that_other_tables_make_up(hub, tmp_path, capsys):
+    """VideoPoint without its default: its eight parts. VideoTrackEval without its five: the default, filtered."""
+    repo = "allenai/Molmo2-VideoPoint"
+    row = dict(question="?", label="dog", count=1, two_fps_timestamps=[0.5], points=[[dict(x=40.1, y=60.2)]],
+               annotator_unsure=False, video_duration=2.0, video_source="youtube", clip_start=None, clip_end=None)
+    for config in ("action_or_event", "animal", "anomaly", "comparative reference", "indirect reference", "object",
+                   "referring expression", "spatial reference", "count 0-5"):
+        hub.rows[repo, config, "train"] = [dict(row, video_id="v1", label=config)]
+    hub.files[repo, "youtube_id_to_urls_mapping.json"] = json.dumps(
+        dict(v1=dict(gcp_url=f"{hub.url}/cc/v1/v1.mkv"))).encode()
+    hub.files[repo, "generated_videos/sora2.tar.gz"] = hub.content("a.tar.gz", {})
+    assert prepare.main(["data", "molmo2-videopoint", "--out", str(tmp_path)]) == 0
+    assert "8 rows read, 1 lines" in capsys.readouterr().out
+    labels = {a["label"] for r in lines(tmp_path / "molmo2-videopoint.jsonl") for a in r["annotations"]}
+    assert len(labels) == 8 and "count 0-5" not in labels
+    track = dict(video="w", clip="w_0", exp="the dog", mask_id=["0"], start_frame=0, end_frame=19, w=48, h=32, fps=10,
+                 points=[dict(object_id="0", points=[[24.0, 8.0]])], masks=[])
+    hub.rows["allenai/Molmo2-VideoTrackEval", "default", "test"] = [
+        dict(track, video_dataset=name, exp=name) for name in ("APTv2", "dancetrack", "mose", "sav")]
+    put_by_hand(hub, str(tmp_path / "eval/media/molmo2-videotrackeval"), {"w_0.mp4": "film"})
+    assert prepare.main(["data", "eval/molmo2-videotrackeval", "--out", str(tmp_path)]) == 0
+    labels = [a["label"] for r in lines(tmp_path / "eval/molmo2-videotrackeval.jsonl") for a in r["annotations"]]
+    assert labels == ["APTv2", "dancetrack", "sav"] and "1 left out: of another set" in capsys.readouterr().out
+
+
+def test_what_is_only_a_part_of_a_table_is_said(hub, tmp_path, capsys):
+    identities(hub, 20)
+    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [dict(image={"IMAGE": "a"}, query="?", label=["1"])] * 3
+    hub.partial = set(hub.rows)
+    assert prepare.main(["data", "molmo2-hardcodes", "chartqa", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert f"20 rows are all that the hub offers of {HARD} default train: partial" in text
+    assert "3 rows are all that the hub offers of HuggingFaceM4/ChartQA default train: partial" in text
+    assert prepare.main(["list", "--out", str(tmp_path)]) == 0
+    partial = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("lines, partial")]
+    assert partial == ["chartqa", "molmo2-hardcodes"]
+    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path), "--limit", "5"]) == 0
+    assert "partial" not in capsys.readouterr().out  # of five nothing is missing
+
+
+def test_images_in_rows_are_those_of_the_set_or_none(hub, tmp_path, capsys, monkeypatch):
+    """The viewer's are made anew, at JPEG quality 75: text in charts would be blurred."""
+    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = [
+        dict(image={"IMAGE": f"p{i}"}, query="How many?", label=["1"]) for i in range(3)]
+    with monkeypatch.context() as m:
+        without_pyarrow(m)
+        for limit in ([], ["--limit", "1"]):
+            assert prepare.main(["data", "chartqa", "--out", str(tmp_path), *limit]) == 2
+            assert "needs pyarrow (pip install pyarrow)" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "chartqa.jsonl") and not hub.log
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path)]) == 0
+    images = {open(tmp_path / r["image"], "rb").read() for r in lines(tmp_path / "chartqa.jsonl")}
+    assert images == {drawn_picture(f"p{i}") for i in range(3)}
+    assert not any("cached-assets" in path or path.startswith("/rows") for path in hub.log)
+    assert "status 404" in fetch_failure(lambda: list(fetch.hub_rows(prepare.Net(), "no/where", "default", "train",
+                                                                     images=True)))
+
+
+def fetch_failure(do):
+    with pytest.raises(prepare.NetError) as e:
+        do()
+    return str(e.value)
+
+
+def test_real_parquet_files_are_read(hub, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which the project does not")
+    import pyarrow.parquet
+    rows = [dict(image=dict(bytes=drawn_picture("a"), path="a.png"), query=f"Q{i}?", label=["1"]) for i in range(70)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), str(tmp_path / "x.parquet"), row_group_size=30)
+    body = (tmp_path / "x.parquet").read_bytes()
+    hub.rows["HuggingFaceM4/ChartQA", "default", "train"] = []
+    hub.faults = [lambda r, n: r.path.startswith("/shard/") and (r.ranged(body), True)[1]]
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path), "--limit", "65"]) == 0
+    row, = lines(tmp_path / "chartqa.jsonl")
+    assert len(row["annotations"]) == 65 and (tmp_path / row["image"]).read_bytes() == drawn_picture("a")
+    body = b"<html>"
+    assert prepare.main(["data", "chartqa", "--out", str(tmp_path / "b")]) == 1
+
+
+def test_a_large_table_without_pyarrow_comes_by_pages_that_outlive_a_stop(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fetch, "WHOLE", 50)
+    identities(hub, 1230)
+    with monkeypatch.context() as m:
+        without_pyarrow(m)
+        hub.faults = [lambda r, n: "offset=700" in r.path and (r.reply(status=429), True)[1]]
+        assert hardcodes(tmp_path) == (1, [])
+        out, err = capsys.readouterr()
+        assert "1,230 rows, 100 to a page: about 1 min," in out and "`pip install pyarrow`" in out
+        assert "status 429" in err
+        hub.faults = []
+        before = sum("offset=300" in path for path in hub.log)
+        assert hardcodes(tmp_path) == (0, list(range(1230)))
+        assert before == 1 == sum("offset=300" in path for path in hub.log)  # what had come is not asked for again
+        assert not os.path.exists(tmp_path / ".work/hub/allenai--molmo2-hardcodes")
+        assert hardcodes(tmp_path / "b", "--limit", "210") == (0, list(range(210)))
+    hub.log.clear()
+    assert hardcodes(tmp_path / "c") == (0, list(range(1230)))
+    assert sum(path.startswith("/rows") for path in hub.log) == 1  # the rest are parquet files
+    assert "page" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_hosts_learn_who_asks_and_those_that_refuse_are_asked_another_day(hub, tmp_path, capsys, monkeypatch):
+    """Wikimedia's host refuses a library's default name; what it refused is there once it has another."""
+    questions(hub, ["a", "b"])
+    hub.faults = [lambda r, n: r.path == "/pic/b" and "me@example.org" not in r.headers["User-Agent"]
+                  and (r.reply(status=403), True)[1]]
+    assert ask(tmp_path) == 0 and "2 rows read, 1 lines written" in (text := capsys.readouterr().out)
+    assert "1 left out: status 403" in text
+    assert hub.agents == {fetch.user_agent()} and f"(+{fetch.PROJECT})" in fetch.user_agent()
+    monkeypatch.setenv("NANOMOLMO2_CONTACT", "me@example.org")
+    assert ask(tmp_path) == 0 and "2 rows read, 2 lines written" in capsys.readouterr().out
+    monkeypatch.setenv("NANOMOLMO2_CONTACT", "me\r\nX-Evil: 1")
+    with pytest.raises(prepare.UserError, match="NANOMOLMO2_CONTACT"):
+        prepare.Net()
+
+
+def test_the_longest_common_tail_decides_among_files_of_one_name(tmp_path):
+    for path in ("gqa/images/7.jpg", "vg/VG_100K/7.jpg", "vg/other/8.jpg", "coco/8.png", "a/b/v1.mp4", "b/v1.mp4"):
+        os.makedirs(os.path.dirname(tmp_path / "m" / path), exist_ok=True)
+        (tmp_path / "m" / path).touch()
+    shelf = prepare.Shelf(str(tmp_path), "m")
+    for ref, found in (("root/train/gqa/images/7.jpg", "m/gqa/images/7.jpg"), ("VG_100K/7", "m/vg/VG_100K/7.jpg"),
+                       ("x/y/7.jpg", None), ("train2017/8.jpg", None), ("other/8.jpg", "m/vg/other/8.jpg"),
+                       ("v1", "m/b/v1.mp4"), ("x/a/b/v1.mp4", "m/a/b/v1.mp4"), ("x/b/v1.mp4", None), ("9.jpg", None)):
+        assert shelf.file(ref) == found, ref
 
 
 # ---- weights: large files ----------------------------------------------------------------------------------
@@ -866,9 +1135,9 @@ def test_masks_written_as_text_are_read():
 # ---- the whole ---------------------------------------------------------------------------------------------
 
 def test_no_set_of_the_registry_is_neither_converted_nor_explained(hub, tmp_path, capsys):
-    """All 102: a recipe for each; by hand means that it is said where from, and under which licence."""
+    """All 103: a recipe for each; by hand means that it is said where from, and under which licence."""
     registry = read_registry()
-    assert len(registry) == 102 and registry.keys() == convert.RECIPES.keys()
+    assert len(registry) == 103 and registry.keys() == convert.RECIPES.keys()
     for name, recipe in convert.RECIPES.items():
         assert callable(recipe.convert) and recipe.media in prepare.MEDIA_FROM, name
         assert recipe.media != "hand" or len(registry[name]["by_hand"]) > 10, name
@@ -876,7 +1145,7 @@ def test_no_set_of_the_registry_is_neither_converted_nor_explained(hub, tmp_path
         assert recipe.rows or registry[name]["source"] != "manual", name
     assert prepare.main(["list", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in text[1:103]] == list(registry) and text[-1].startswith("102 sets")
+    assert [line.split()[0] for line in text[1:104]] == list(registry) and text[-1].startswith("103 sets")
     by_hand = [n for n, r in convert.RECIPES.items() if r.media == "hand"]
     assert prepare.main(["data", *by_hand, "--out", str(tmp_path)]) == 1  # nothing to train on yet
     told, err = capsys.readouterr()
@@ -898,18 +1167,6 @@ def test_mistakes_are_one_line(argv, told, tmp_path, capsys, monkeypatch):
     except SystemExit as e:
         code = e.code
     assert code == 2 and told in capsys.readouterr().err
-
-
-def test_a_large_set_without_pyarrow_says_what_to_do(hub, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fetch, "WHOLE", 50)
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
-    hub.rows["allenai/molmo2-hardcodes", "default", "train"] = [dict(questions=[f"Q{i}?"], response="A.")
-                                                                for i in range(230)]
-    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path)]) == 2
-    assert "needs pyarrow (pip install pyarrow); or take some, with --limit" in capsys.readouterr().err
-    assert prepare.main(["data", "molmo2-hardcodes", "--out", str(tmp_path), "--limit", "210"]) == 0
-    asked = lines(tmp_path / "molmo2-hardcodes.jsonl")
-    assert sorted(int(r["annotations"][0]["prompt"][1:-1]) for r in asked) == list(range(210))
 
 
 def test_another_unit_than_expected_stops_a_set(hub, tmp_path, capsys):

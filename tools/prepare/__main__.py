@@ -17,9 +17,12 @@ through one at a time, and the items of one image meet in one of the spool's 64 
 Whatever stops it, the same command again does what is missing: items are in the spool, media on the disk, partial
 files are continued, dead links are in data/media/manifest.jsonl and not tried again.
 
-Environment: HF_TOKEN (sets behind terms), HF_ENDPOINT (a mirror; one on this machine may be http, and serves
-everything), HF_HUB_OFFLINE=1 (only what is here), GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN (the video
-mirror bills those who read it).
+`pip install pyarrow` is worth it: images inside rows need it, and large tables take minutes instead of hours.
+
+Environment: HF_TOKEN (sets behind terms, and higher limits), HF_ENDPOINT (a mirror; one on this machine may be http,
+and serves everything), HF_HUB_OFFLINE=1 (only what is here), NANOMOLMO2_CONTACT (your address, told to the hosts of
+images: some refuse who names none), GOOGLE_CLOUD_PROJECT and GOOGLE_OAUTH_TOKEN (the video mirror bills those who
+read it).
 """
 import argparse
 import contextlib
@@ -49,8 +52,8 @@ from lib.media import image_size, inside_folder, load_frames, load_image, open_v
 from lib.records import line_index, parse_record, read_registry
 from tools.prepare import convert
 from tools.prepare.convert import EVALS, RECIPES, Skip
-from tools.prepare.fetch import (IMAGE_BYTES, Manifest, Net, NetError, fetch_all, fetch_files, file_digest, hub_files,
-                                 hub_rows, is_image, is_video, origin, room_for)
+from tools.prepare.fetch import (GATED, IMAGE_BYTES, PARTIAL, Manifest, Net, NetError, fetch_all, fetch_files,
+                                 file_digest, hub_files, hub_rows, is_image, is_video, origin, room_for, save)
 
 
 BUCKETS = 64       # files a spool has
@@ -164,19 +167,21 @@ def unpack(path, folder):
 
 # ---- media on this disk ------------------------------------------------------------------------------------
 
-def save(path, content):
-    """Bytes to a file that is there whole or not at all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.part", "wb") as f:
-        f.write(content)
-    os.replace(f"{path}.part", path)
-
-
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 def frames_among(names):
     return sorted(name for name in names if name.lower().endswith(FRAME_ENDINGS))
+
+
+def common_tail(path, other):
+    """How many parts of two paths agree, counted from their ends."""
+    n = 0
+    for part, part_of_other in zip(reversed(path.split("/")), reversed(other.split("/"))):
+        if part != part_of_other:
+            break
+        n += 1
+    return n
 
 
 class Shelf:
@@ -203,16 +208,19 @@ class Shelf:
         return os.path.splitext(name)[0] if name.lower().endswith(self.ENDINGS) else name
 
     def pick(self, table, ref, spellings):
-        """The path whose end is `ref`, or the only one whose last part is."""
+        """The path that has more of the end of `ref` than any other: "a/b/v1" beats "c/v1" for the name "x/b/v1".
+        Several that have the same part of it, but not all, are different things: None."""
         folder, base = os.path.split(self.stem(ref))
         for spelling in spellings:
             name = spelling.format(base)
-            paths = table.get(name, [])
-            ending = "/" + os.path.join(folder, name).strip("/")
-            # "a/b/v1" beats "c/v1" for the name "b/v1"
-            exact = [path for path in paths if f"/{self.stem(path)}".endswith(ending)]
-            if exact or len(paths) == 1:
-                return min(exact or paths, key=lambda path: (path.count("/"), path))
+            wanted = os.path.join(folder, name).strip("/")
+            by_tail = defaultdict(list)  # parts that agree, from the end -> paths
+            for path in table.get(name, []):
+                by_tail[common_tail(self.stem(path), wanted)].append(path)
+            if by_tail:
+                longest = max(by_tail)
+                if len(by_tail[longest]) == 1 or longest == wanted.count("/") + 1:
+                    return min(by_tail[longest], key=lambda path: (path.count("/"), path))
         return None
 
     def file(self, ref):
@@ -346,15 +354,6 @@ def merge(items):
     return [item | more.get(media, {}) for (media, _), item in merged.items()]
 
 
-def image_cells(row):
-    """(column, place in its list, cell) of the images inside a row of the hub: {src} is a link, {bytes} a file."""
-    for column, value in row.items():
-        cells = value if isinstance(value, list) else [value]
-        for k, cell in enumerate(cells):
-            if isinstance(cell, dict) and ("src" in cell or "bytes" in cell):
-                yield column, k, cell
-
-
 def shifted(annotation, seconds):
     """An annotation whose times are later by so many seconds."""
     annotation = dict(annotation)
@@ -415,13 +414,29 @@ class Maker:
 
     # -- rows and items
 
-    def rows(self):
-        """(row, whether it is but a video's link) of all sources, `limit` of each at most."""
-        for kind, *where in self.sources:
+    def rows(self, counts):
+        """(row, whether it is but a video's link) of all sources, `limit` of each at most; of the recipe's other
+        tables if the hub does not have the usual ones."""
+        try:
+            yield from self.rows_of(self.sources, counts)
+        except NetError as e:
+            is_missing = e.status in (404, 500, 501) and e.code not in GATED
+            if counts["rows"] or not self.recipe.instead or not is_missing:
+                raise
+            print(f"{e}\n{self.name}: reads the tables {', '.join(self.recipe.instead)} instead")
+            _, repo, _, *more = self.sources[0]
+            others = [("hub", repo, config, *more) for config in self.recipe.instead]
+            yield from self.rows_of(others + [source for source in self.sources if source[0] != "hub"], counts)
+
+    def rows_of(self, sources, counts):
+        images = self.recipe.media == "embedded"
+        for kind, *where in sources:
             if kind == "hub":
-                repo, config, split, *_ = where
-                keep = functools.partial(self.keep, f"{config}-{split}")
-                for row in hub_rows(self.net, *where, limit=self.limit, keep=keep, cache=self.cache(repo)):
+                repo, config, *_ = where
+                for row in hub_rows(self.net, *where, limit=self.limit, images=images, cache=self.cache(repo),
+                                    counts=counts, search=not self.recipe.instead):
+                    if images:
+                        row = {column: self.store_images(value) for column, value in row.items()}
                     yield row | {"_config": config}, False
                 continue
             if kind == "file":
@@ -441,64 +456,28 @@ class Maker:
     def files_by_hand(self, pattern):
         return sorted(glob.glob(os.path.join(glob.escape(self.folder), pattern)))
 
-    def keep(self, label, rows, may_ask_again):
-        """Store the images inside rows of the hub, and put their names into the rows. Or, if links to them have
-        expired and the rows may be asked for again, say so: True."""
-        cells = []  # (row, column, place in its list, name of the image, or the path it is fetched to)
-        jobs = []
-        for entry in rows:
-            row = entry["row"]
-            for column, k, cell in image_cells(row):
-                path = inside_folder(self.folder, f"{label}/{entry['row_idx']}-{column}-{k}")
-                if "src" in cell:
-                    jobs.append((cell["src"], path, dict(most=IMAGE_BYTES, trust=is_image)))
-                elif cell["bytes"]:
-                    path = self.store(cell["bytes"])
-                cells.append((row, column, k, path))
-        fetch_all(self.net, self.manifest, jobs, "images", fresh=True)
-        # links to images in rows are signed, and expire after an hour
-        refused = [path for _, path, _ in jobs if "status 403" in self.manifest.why.get(path, "")]
-        if refused and may_ask_again:
-            return True
-        fetched = {path for _, path, _ in jobs}
-        for row, column, k, path in cells:
-            if path in fetched:
-                path = self.move_to_contents(path)
-            name = os.path.relpath(path, self.folder)
-            if isinstance(row[column], list):
-                row[column][k] = name
-            else:
-                row[column] = name
-        return False
-
-    def contents_path(self, digest):
-        """Images out of rows have the name of their contents: tables repeat an image for each question about it,
-        and all of them shall be one record."""
-        return os.path.join(self.folder, digest[:2], digest)
-
-    def store(self, content):
-        path = self.contents_path(hashlib.sha256(content).hexdigest())
+    def store_images(self, value):
+        """A cell of a row, or a list of them, with the name of its file in place of an image {bytes, path}. It is the
+        name of the contents: tables repeat an image for each question about it, and all of them are one record."""
+        if isinstance(value, list):
+            return [self.store_images(cell) for cell in value]
+        if not (isinstance(value, dict) and "bytes" in value):
+            return value
+        if not value["bytes"]:
+            return None
+        digest = hashlib.sha256(value["bytes"]).hexdigest()
+        name = f"{digest[:2]}/{digest}"
+        path = os.path.join(self.folder, name)
         if not os.path.exists(path):
-            save(path, content)
-        return path
-
-    def move_to_contents(self, path):
-        """The new path of a fetched image. A link left behind says that it need not be fetched again."""
-        if os.path.isfile(path) and not os.path.islink(path):
-            target = self.contents_path(file_digest(path))
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.replace(path, target)
-            os.symlink(os.path.relpath(target, os.path.dirname(path)), path)
-        if os.path.islink(path):
-            return os.path.join(os.path.dirname(path), os.readlink(path))
-        return path
+            save(path, value["bytes"])
+        return name
 
     def items(self, counts):
         """Converted rows; `counts` gets what was read and what was left out, by reason."""
         convert.outside.clear()
         videos = set()
         first_bad = None
-        for row, is_link in tqdm(self.rows(), f"{self.name} rows", leave=False, disable=None):
+        for row, is_link in tqdm(self.rows(counts), f"{self.name} rows", leave=False, disable=None):
             if is_link:
                 if row.get("_key") in videos and re.match("https?://.+/.+/.+/", str(row.get("gcp_url"))):
                     yield dict(video=row["_key"], link=row["gcp_url"], annotations=[])
@@ -674,8 +653,6 @@ class Maker:
     def reason_missing(self, item, ref):
         if self.recipe.media == "url":
             path = os.path.join(self.root, url_path(ref))
-        elif self.recipe.media == "embedded":
-            path = os.path.join(self.folder, ref)
         elif self.recipe.media == "youtube" and not self.recipe.archives and "link" not in item:
             return "not on the mirror"
         else:
@@ -749,10 +726,13 @@ def read_held_out(net, root):
     path = os.path.join(root, ".work", "held_out.json")
     if not os.path.exists(path):
         keys = set()
+        counts = Counter()
         for source in EVALS["pixmo-points-eval"].rows + EVALS["pixmo-count"].rows:
             _, *where = source
-            for row in hub_rows(net, *where):
+            for row in hub_rows(net, *where, counts=counts):
                 keys |= {row["image_url"], row.get("image_sha256") or row["image_url"]}
+        for reason, n in counts.items():
+            print(f"held out for evaluation: {n:,} {reason}")
         save(path, json.dumps(sorted(keys)).encode())
     with open(path) as f:
         return frozenset(json.load(f))
@@ -828,6 +808,14 @@ MEDIA_FROM = {"url": "URLs in the rows", "embedded": "in the rows", "youtube": "
               "archive": "archives of the hub", "hand": "by hand", "none": "text alone"}
 
 
+def is_partial(root, name):
+    """Whether the hub had but a part of a set when it was made."""
+    path = os.path.join(root, ".work", name, "done.json")
+    with contextlib.suppress(OSError, ValueError, LookupError), open(path) as f:
+        return any(PARTIAL in reason for reason in json.load(f)["counts"])
+    return False
+
+
 def show_list(args):
     """`python -m tools.prepare list`: a line for each set."""
     registry = read_registry()
@@ -849,7 +837,7 @@ def show_list(args):
         path = os.path.join(root, name + ".jsonl")
         media = os.path.join(root, "media", name)
         if os.path.exists(path):
-            here = f"{line_index(path)[1][1]:,} lines"
+            here = f"{line_index(path)[1][1]:,} lines{', partial' if is_partial(root, name) else ''}"
         else:
             here = "media" if os.path.isdir(media) and os.listdir(media) else "-"
         rows = f"{int(entry['size']):,}" if entry.get("size") else ""

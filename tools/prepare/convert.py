@@ -288,21 +288,34 @@ def clock_face(row, name):
 
 # ---- text --------------------------------------------------------------------------------------------------
 
+def category_of(row, text):
+    """The published column of the Tulu 4 mixture; Tulu 2 has none: fences and letters of other scripts decide."""
+    if "category" in row:
+        return row["category"]
+    if "```" in text:
+        return "code"
+    return "non-english" if len(re.findall(r"[^\x00-\x7f]", text)) > 0.1 * len(text) else ""
+
+
 def chat(row, name):
     """A conversation. The system's words open the first question. Left out, as published: canned identities,
-    code, and text that is not English: the published columns for that are missing here, so that fences and
-    letters of other scripts decide."""
+    puzzles, code, and text that is not English."""
     turns = [(message["role"], message["content"].strip()) for message in row["messages"]]
-    if re.search("hard_?coded", str(row.get("dataset") or row.get("source"))):
+    source = str(row.get("dataset") or row.get("source"))
+    if re.search("hard_?code", source):
         raise Skip("canned identity")
+    if re.search("puzzle_data|verifiable-reasoning", source):
+        raise Skip("puzzles")
+    if row.get("has_special_token") or row.get("empty_messages"):
+        raise Skip("special token or empty message")
+    if (row.get("first_message_qwen3_tokens") or 0) > 4096:
+        raise Skip("first message above 4,096 tokens")
     if len(turns) > 1 and turns[0][0] == "system":
         (_, system), (role, question), *rest = turns
         turns = [(role, f"{system}\n\n{question}"), *rest]
-    text = "".join(content for _, content in turns)
-    if "```" in text:
-        raise Skip("code")
-    if len(re.findall(r"[^\x00-\x7f]", text)) > 0.1 * len(text):
-        raise Skip("not English")
+    category = category_of(row, "".join(content for _, content in turns))
+    if category in ("code", "non-english"):
+        raise Skip(category)
     if len(turns) % 2:
         turns.pop()  # a question nobody answered
     yield dict(annotations=[dict(task="text", messages=dialogue(turns))])
@@ -375,6 +388,26 @@ def video_question(row, name, video=None):
     if re.fullmatch(r"[\d.]+-[\d.]+", row.get("ts") or ""):  # TVQA
         start, end = row["ts"].split("-")
     yield video_item(video or field(row, *VIDEO_NAMES), [annotation], start, end, **more)
+
+
+FUNQA_LEFT_OUT = ("H1", "M1", "C1", "C4", "C5")  # tasks whose answers are frame numbers, titles and scores
+
+
+def funqa(row, name):
+    """Two files: open questions, of which the published recipe leaves out five tasks; and multiple choice, which is
+    text: "... The Question is: ... The Options are: ['Options 1: ...', 'Options 2: ...']", the answer a number."""
+    if row.get("task") in FUNQA_LEFT_OUT:
+        raise Skip("a task that the published recipe does not use")
+    if "gt" not in row:
+        yield from video_question(row, name)
+        return
+    asked, _, listed = row["instruction"].partition("The Options are:")
+    question = asked.split("The Question is:")[-1]
+    options = re.findall(r"Options? *(\d+): *(.*?)(?=['\"], *['\"]Options? *\d+:|['\"]\s*\]|$)", listed, re.S)
+    numbers = [int(number) for number, _ in options]
+    right = int(re.search(r"\d+", str(row["gt"]))[0])
+    annotation = choice("video_qa", question, [text for _, text in options], numbers.index(right))
+    yield video_item(row["visual_input"], [annotation])
 
 
 def tvqa(row, name):
@@ -628,8 +661,13 @@ def eval_video_points(row, name):
                                             masks=masks)])
 
 
+EVALUATED = ("aptv2", "personpath22", "sportsmot", "dancetrack", "sav")  # videos of, in the table of all
+
+
 def eval_tracks(row, name):
     """A slot per frame of the clip: [x, y] in pixels, or null. One frame a second is evaluated, and kept."""
+    if (row.get("video_dataset") or EVALUATED[0]).lower() not in EVALUATED:
+        raise Skip("of another set")
     ids = ids_of(row)
     shapes = {str(mask["object_id"]): mask["masks"] for mask in structs(row["masks"])}
     points = []
@@ -664,6 +702,7 @@ class Recipe(NamedTuple):
     media: str
     rows: tuple = ()
     archives: tuple = ()  # (repo, pattern): unpacked into the set's folder
+    instead: tuple = ()   # configs of the hub's table, if the usual ones are not there
 
 
 def hub(repo, config="default", split="train", *page):
@@ -719,7 +758,7 @@ RECIPES = {
     "chartqa": Recipe(image_question, "embedded"),
     "scienceqa": Recipe(image_question, "embedded"),
     "docvqa": Recipe(image_question, "embedded", hub("HuggingFaceM4/DocumentVQA")),
-    "textvqa": Recipe(image_question, "embedded", hub("lmms-lab/textvqa")),
+    "textvqa": Recipe(image_question, "embedded", hub("lmms-lab-encoder/textvqa")),
     "a-okvqa": Recipe(image_question, "embedded", hub("HuggingFaceM4/A-OKVQA")),
     "vqa-v2": cauldron("vqav2"),
     "tallyqa": cauldron("tallyqa"),
@@ -743,14 +782,17 @@ RECIPES = {
     "molmo2-askmodelanything": Recipe(video_question, "youtube"),
     "molmo2-videocapqa": Recipe(video_question, "youtube"),
     "molmo2-videosubtitleqa": Recipe(video_question, "youtube"),
-    "molmo2-videopoint": Recipe(video_points, "youtube", (),
-                                (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),)),
+    "molmo2-videopoint": Recipe(
+        video_points, "youtube", (), (("allenai/Molmo2-VideoPoint", "generated_videos/*.tar.gz"),),
+        ("action_or_event", "animal", "anomaly", "comparative reference", "indirect reference", "object",
+         "referring expression", "spatial reference")),  # the default table is all of these
     # videos in archives of the hub
-    "funqa": Recipe(video_question, "archive", files("fesvhtr/FunQA", "*FunQA_train.json"),
+    "funqa": Recipe(funqa, "archive", files("fesvhtr/FunQA", "*FunQA_train.json", "*Funqa_mcqa_v1.json"),
                     (("fesvhtr/FunQA", "*train.zip"),)),
     "llava-video-academic-mc": llava_video("mc", "nextqa", "perceptiontest"),
     "llava-video-academic-oe": llava_video("oe", "nextqa", "activitynetqa"),
     "mevis": Recipe(tracks, "archive", (), (("FudanCVL/MeViS", "MeViS_release.zip"),)),
+    "molmopoint-tracksyn": Recipe(tracks, "archive", (), (("allenai/MolmoPoint-TrackSyn", "*.tar"),)),
     # annotations from the hub, videos by hand
     "molmo2-cap": Recipe(video_captions, "hand"),
     "cinepile": Recipe(question_list, "hand"),
@@ -801,7 +843,7 @@ EVALS = {
         + links("allenai/Molmo2-VideoPoint")),
     "molmo2-videotrackeval": Recipe(eval_tracks, "hand", tuple(
         hub("allenai/Molmo2-VideoTrackEval", domain, "test", 10)[0]
-        for domain in ("animal", "person", "sports", "dance", "misc"))),
+        for domain in ("animal", "person", "sports", "dance", "misc")), (), ("default",)),
 }
 EVALS_BY_HAND = {  # datasets.tsv has training sets alone
     "molmo2-capeval": "whole videos of BDD100K and Ego4D, which are not in the repository",

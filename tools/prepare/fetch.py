@@ -6,7 +6,7 @@ Getting files and rows over a connection that breaks, from hosts that are busy, 
     fetch       one file: continued where it broke, size and sha256 compared, written aside and renamed
     fetch_all   many side by side; the manifest knows what was had and what was not, and why
     hub_files   what a repository has, at one revision
-    hub_rows    the rows of a set, 100 to a page, or as parquet
+    hub_rows    the rows of a table: as parquet, or 100 to a page of the viewer (datasets-server)
 
 A leaf of `tools.prepare`: it knows nothing of any data set.
 """
@@ -25,8 +25,9 @@ import shutil
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
@@ -42,11 +43,23 @@ PER_HOST = 4            # requests at a time to one host
 WORKERS = 16            # requests at a time
 IMAGE_BYTES = 64 << 20  # an image's file may have
 RESERVE = 1 << 30       # bytes of disk that stay free
-WHOLE = 20_000          # rows that are read a page at a time; more come as parquet
+WHOLE = 20_000          # rows that are read a page at a time; more come as parquet where pyarrow is installed
+PROJECT = "https://github.com/search?q=nanoMolmo2"  # who asks; put the address of your copy here
+GATED = ("GatedRepo", "ExternalUnauthenticatedError", "ExternalAuthenticatedError")  # X-Error-Code of the hub
+PARTIAL = "rows are all that the hub offers of"
 
 
 class NetError(Exception):
-    """A request that failed for good: what was asked for, how often, and the last reason."""
+    """A request that failed: what was asked for, how often, and the last reason.
+
+    status: of the last answer, 0 where there was none. code: its X-Error-Code. again: another day it may succeed.
+    """
+
+    def __init__(self, text, status=0, code="", again=False):
+        super().__init__(text)
+        self.status = status
+        self.code = code
+        self.again = again
 
 
 # ---- requests ----------------------------------------------------------------------------------------------
@@ -67,11 +80,14 @@ def retry_after(response):
         return None
 
 
-def patiently(send, what, tries=5, pause=1.0):
+def patiently(send, what, tries=5, pause=1.0, explain=lambda response: ""):
     """send() -> requests.Response, sent again with exponential back-off and jitter after transport errors,
     408, 429 and 5xx; honours Retry-After (seconds or a date, at most 300 s). Returns the first response with
-    any other status; raises NetError naming `what`, the number of tries and the last reason."""
+    any other status (501 is one: the server will never do it); raises NetError naming `what`, the number of tries
+    and the last reason, with what `explain` reads in the response."""
     for n in range(tries):
+        status = 0
+        code = ""
         wait = pause * 2 ** n * random.uniform(0.5, 1.0)
         try:
             response = send()
@@ -80,17 +96,26 @@ def patiently(send, what, tries=5, pause=1.0):
                 raise NetError(f"{what}: {e}") from None  # no URL at all: asking again will not help
             reason = f"{type(e).__name__}: {e}"
         else:
-            if response.status_code not in (408, 429) and response.status_code < 500:
-                return response
+            status = response.status_code
             code = response.headers.get("X-Error-Code", "")
-            reason = f"status {response.status_code} {response.reason} {code}".rstrip()
+            if status not in (408, 429) and (status < 500 or status == 501):
+                return response
+            reason = f"status {status} {response.reason}{explain(response)}"
             asked = retry_after(response)
             if asked is not None:
                 wait = asked
             response.close()
         if n + 1 < tries:
             time.sleep(wait)
-    raise NetError(f"{what}: gave up after {tries} tries, the last: {reason}")
+    raise NetError(f"{what}: gave up after {tries} tries, the last: {reason}", status, code, again=True)
+
+
+def user_agent():
+    """The name under which we ask. Hosts such as Wikimedia's refuse that of a library, and want an address."""
+    contact = os.environ.get("NANOMOLMO2_CONTACT", "")
+    if not (contact.isascii() and contact.isprintable()):
+        raise UserError(f"NANOMOLMO2_CONTACT {contact!r}: must be an address in plain ASCII")
+    return f"nanoMolmo2/1 (+{PROJECT}{contact and f'; {contact}'})"
 
 
 def origin(url):
@@ -136,6 +161,7 @@ class Net:
         self.viewer = self.hub if self.mirror else "https://datasets-server.huggingface.co"
         self.trusted = {origin(self.hub), origin(self.viewer)}  # as the user set them
         self.token = os.environ.get("HF_TOKEN")
+        self.agent = user_agent()
         self.offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
         self.local = threading.local()  # a session for each thread
         self.lock = threading.Lock()
@@ -162,15 +188,15 @@ class Net:
             # each entry: family, type, protocol, name, (address, port)
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)}
         except (OSError, UnicodeError) as e:
-            raise NetError(f"{url[:200]}: no such host ({e})") from None
+            raise NetError(f"{url[:200]}: no such host ({e})", again=True) from None
         if not all(map(is_public, found)):
             raise NetError(f"{url[:200]}: {host} is a private address")
 
     def get(self, url, what, headers=None, tries=None):
         """The response to a GET, its body not yet read; its `linked` is (size, sha256) of a file of the hub."""
         if self.offline:
-            raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set")
-        return patiently(lambda: self.follow(url, what, headers or {}), what, tries or TRIES, PAUSE)
+            raise NetError(f"{what}: not here, and HF_HUB_OFFLINE is set", again=True)
+        return patiently(lambda: self.follow(url, what, headers or {}), what, tries or TRIES, PAUSE, self.explain)
 
     def follow(self, url, what, headers):
         """One GET, through up to 5 redirects."""
@@ -195,10 +221,10 @@ class Net:
         raise NetError(f"{what}: more than 5 redirects")
 
     def headers_for(self, target, url, headers):
-        """What a host may know. Where a redirect of `url` leads elsewhere, nobody learns who asks."""
-        allowed = {"Accept-Encoding": "identity"} | headers
+        """What a host may know. Where a redirect of `url` leads elsewhere, no secret goes along."""
+        allowed = {"Accept-Encoding": "identity", "User-Agent": self.agent} | headers
         if origin(target) != origin(url):
-            allowed = {k: v for k, v in allowed.items() if k in ("Accept-Encoding", "Range")}
+            allowed = {k: v for k, v in allowed.items() if k in ("Accept-Encoding", "User-Agent", "Range")}
         if self.token and origin(target) in self.trusted:
             allowed["Authorization"] = f"Bearer {self.token}"
         return allowed
@@ -219,16 +245,32 @@ class Net:
                 if needs and not (isinstance(answer, dict) and needs in answer):
                     raise NetError(f"{what}: the answer has no {needs}: {body[:80]!r}")
                 return answer, response.links.get("next", {}).get("url")
-        raise NetError(f"{what}: the connection broke {TRIES} times")
+        raise NetError(f"{what}: the connection broke {TRIES} times", again=True)
+
+    def explain(self, response):
+        """What the hub says is wrong, as ", CODE: message"; "" where it says nothing, or another host answers."""
+        if origin(response.url) not in self.trusted:
+            return ""
+        code = response.headers.get("X-Error-Code", "")
+        message = response.headers.get("X-Error-Message", "")
+        with contextlib.suppress(requests.RequestException, ValueError, RecursionError, LookupError, TypeError):
+            message = str(json.loads(response.content)["error"])
+        message = "".join(filter(str.isprintable, " ".join(message.split())))[:300]
+        return (code and f", {code}"[:100]) + (message and f": {message}")
 
     def must(self, response, what):
-        """NetError unless a response carries what was asked for."""
+        """NetError unless a response carries what was asked for. A host that refuses (403) may not do so for ever;
+        what is gone (404, 410) or no request at all (400) is not asked for again."""
         status = response.status_code
-        if status in (401, 403) and origin(response.url) in self.trusted:
-            raise NetError(f"{what}: status {status}, behind terms or private: accept them on its "
-                           f"page at {self.hub} and set HF_TOKEN to a token that may read it")
-        if status not in (200, 206):
-            raise NetError(f"{what}: status {status} {response.reason}")
+        if status in (200, 206):
+            return
+        text = f"{what}: status {status} {response.reason}{self.explain(response)}"
+        code = response.headers.get("X-Error-Code", "")
+        is_closed = status in (401, 403) or code in GATED
+        if is_closed and origin(response.url) in self.trusted:
+            text += (f"; there is no such name, or it is private or behind terms: look at its page at {self.hub}, "
+                     "accept the terms there and set HF_TOKEN to a token that may read it")
+        raise NetError(text, status, code, again=is_closed or status not in (400, 404, 410))
 
 
 def room_for(path, size=0):
@@ -282,7 +324,7 @@ def fetch(net, url, path, size=None, sha256=None, most=None, mark="", headers=No
             failed = 0
         else:
             failed += 1
-    raise NetError(f"{what}: gave up after {tries} tries, the last: {problem}")
+    raise NetError(f"{what}: gave up after {tries} tries, the last: {problem}", again=True)
 
 
 def wrong_contents(part, size, sha256):
@@ -305,7 +347,7 @@ def receive(net, response, part, have, what, most, url):
             return ""
         os.remove(part)
         return "the server has less than was here"
-    if response.status_code == 403 and response.url != url:
+    if response.status_code == 403 and response.url != url and origin(url) in net.trusted:
         return "status 403: the signed link has expired"  # what led there leads to a new one
     net.must(response, what)
     continues = response.status_code == 206
@@ -398,8 +440,7 @@ def fetch_all(net, manifest, jobs, what, fresh=False):
             manifest.note(path, url)
         except (NetError, BadMedia) as e:
             reason = str(e).removeprefix(f"{path}.part: ").removeprefix(f"{url[:200]}: ")
-            again = net.offline or any(text in reason for text in ("gave up", "HF_TOKEN", "no such host"))
-            manifest.note(path, url, reason, again)
+            manifest.note(path, url, reason, getattr(e, "again", False))
 
     wanted = {}  # each path once
     for job in jobs:
@@ -453,44 +494,150 @@ def fetch_files(net, files, folder):
     return paths
 
 
-def hub_page(net, repo, config, split, offset, length):
-    """`length` rows from `offset` on, as the hub answers."""
-    query = urlencode(dict(dataset=repo, config=config, split=split, offset=offset, length=length))
-    tries = TRIES if length == 1 else 3
+def save(path, content):
+    """Bytes to a file that is there whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.part", "wb") as f:
+        f.write(content)
+    os.replace(f"{path}.part", path)
+
+
+class Table(NamedTuple):
+    """A table of the hub."""
+    repo: str
+    config: str
+    split: str
+
+    def __str__(self):
+        return " ".join(self)
+
+
+def ask_viewer(net, endpoint, table, what, needs, **more):
+    """The viewer's answer about a table; `needs` is a field that it must have."""
+    query = urlencode(dict(dataset=table.repo, config=table.config, split=table.split, **more))
+    answer, _ = net.json(f"{net.viewer}/{endpoint}?{query}", what, needs, tries=3)
+    return answer
+
+
+def moved_table(net, table, error, search):
+    """Where a table is that the viewer did not find: under the repository's new name, to which the hub leads but the
+    viewer does not; or, if `search`, in the one config that has its split, or bears its name. Else the error again."""
+    if error.code == "RenamedDatasetError":
+        info, _ = net.json(f"{net.hub}/api/datasets/{table.repo}", f"datasets {table.repo}", "id")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(info["id"])) or info["id"] == table.repo:
+            raise error
+        return table._replace(repo=info["id"])
+    if error.status != 404 or error.code in GATED or not search:
+        raise error
     try:
-        page, _ = net.json(f"{net.viewer}/rows?{query}", f"rows {offset} of {repo}", "rows", tries)
+        query = urlencode(dict(dataset=table.repo))
+        listed, _ = net.json(f"{net.viewer}/splits?{query}", f"splits of {table.repo}", "splits", tries=3)
+    except NetError:
+        raise error from None
+    tables = [Table(table.repo, str(entry["config"]), str(entry["split"])) for entry in listed["splits"]]
+    found = [t for t in tables if t.split == table.split] or [t for t in tables if t.config == table.split]
+    if len(found) != 1 or found == [table]:
+        names = ", ".join(f"{t.config} {t.split}" for t in tables[:20])
+        raise NetError(f"{error}; its configs and splits: {names or 'none'}", error.status, error.code)
+    return found[0]
+
+
+def find_table(net, table, ask, search=True):
+    """(table, ask(table)), under the name that the table has today."""
+    for may_move in (True, True, False):  # another repository, and another config in it
+        try:
+            return table, ask(table)
+        except NetError as e:
+            if not may_move:
+                raise
+            found = moved_table(net, table, e, search)
+            print(f"{table}: is now {found}")
+            table = found
+
+
+def hub_page(net, table, offset, length):
+    """`length` rows from `offset` on, as the viewer answers; `broken` counts those that it cannot read itself."""
+    what = f"rows {offset} of {table.repo}"
+    try:
+        page = ask_viewer(net, "rows", table, what, "rows", offset=offset, length=length)
     except NetError as e:
-        if "gave up" not in str(e) or "status 429" in str(e) or length == 1:
+        if e.status < 500 and not (e.again and e.status in (0, 408)):
             raise
-        # it may be too much for the server
+        if length == 1:
+            if e.status not in (500, 501) or e.code == "ResponseNotReady":
+                raise  # the server's trouble, not the row's
+            return dict(rows=[], broken=1)
+        # it may be too much for the server, or one row of these is broken
         part = max(length // 10, 1)
         end = offset + length
-        pages = [hub_page(net, repo, config, split, start, min(part, end - start))
-                 for start in range(offset, end, part)]
+        pages = [hub_page(net, table, start, min(part, end - start)) for start in range(offset, end, part)]
         rows = list(itertools.chain.from_iterable(page["rows"] for page in pages))
-        return pages[0] | dict(rows=rows)
+        if not rows and length >= 10:
+            raise  # so many in a row: the table is broken
+        merged = {}
+        for page in pages:
+            merged |= page
+        return merged | dict(rows=rows, broken=sum(page.get("broken", 0) for page in pages))
     came = len(page["rows"])
     if 0 < came < length and offset + came < page.get("num_rows_total", 0):
-        page["rows"] += hub_page(net, repo, config, split, offset + came, length - came)["rows"]
+        rest = hub_page(net, table, offset + came, length - came)
+        page["rows"] += rest["rows"]
+        page["broken"] = rest.get("broken", 0)
     return page
 
 
-def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows, may_ask_again: False, cache=None):
-    """The rows of a set on the hub, each a dict, `length` to a page, some pages ahead. keep(rows, may_ask_again)
-    puts images inside them on the disk; it returns True to have the page again, as links in it have expired.
-    Large sets come as parquet files, into `cache`."""
-    # the first page tells how many rows there are
-    page = hub_page(net, repo, config, split, 0, min(length, limit or length))
-    total = page.get("num_rows_total", len(page["rows"]))
-    if page.get("partial"):
-        print(f"{repo} {config}: the hub offers only the first {total:,} rows this way")
-    if not limit and total > WHOLE:
-        yield from parquet_rows(net, repo, config, split, keep, cache)
-        return
-    total = min(total, limit or total)
+def hub_rows(net, repo, config, split, length=100, limit=None, images=False, cache=None, counts=None, search=True):
+    """The rows of a table on the hub, `limit` of them at most, each a dict.
 
+    Small tables come from the viewer, `length` rows to a page; large ones as parquet files, into the folder `cache`,
+    or, without pyarrow, from the viewer too. Tables with `images` inside are read from parquet alone: the viewer makes
+    their images anew, as JPEGs of quality 75 with halved colour and no EXIF. `counts` gets the rows that the
+    hub cannot read, and whether it has but a part of the table. search: `moved_table`. NetError; UserError where
+    pyarrow is needed.
+    """
+    table = Table(repo, config, split)
+    counts = Counter() if counts is None else counts
+    has_pyarrow = importlib.util.find_spec("pyarrow") is not None
+    if images and not has_pyarrow:
+        raise UserError(f"{table}: its images are read from parquet files, which needs pyarrow (pip install pyarrow): "
+                        "without it there are only blurred copies of them")
+    if images:
+        table, listed = find_table(net, table, lambda t: parquet_files(net, t), search)
+        yield from parquet_rows(net, table, *listed, limit, cache, counts)
+        return
+    began = time.monotonic()
+    table, page = find_table(net, table, lambda t: hub_page(net, t, 0, min(length, limit or length)), search)
+    seconds = time.monotonic() - began
+    offered = page.get("num_rows_total", len(page["rows"]))  # the first page tells how many rows there are
+    total = min(offered, limit or offered)
+    if total > WHOLE and has_pyarrow:
+        yield from parquet_rows(net, table, *parquet_files(net, table), limit, cache, counts)
+        return
+    if total > WHOLE:
+        minutes = seconds * total / length / PER_HOST / 60
+        duration = f"{minutes / 60:.1f} h" if minutes > 90 else f"{max(round(minutes), 1)} min"
+        print(f"{table}: {total:,} rows, {length} to a page: about {duration}, longer if the server is busy. The fast "
+              "way is `pip install pyarrow` and this command again: parquet files, a few minutes")
+    else:
+        cache = None  # it is soon read again
+    yield from page_rows(net, table, page, total, length, cache, counts)
+    if page.get("partial") and total == offered:
+        counts[f"{PARTIAL} {table}: partial"] = total
+
+
+def page_rows(net, table, first_page, total, length, cache, counts):
+    """The rows of a table page by page, some pages ahead. In the folder `cache`, if there is one, pages outlive a run
+    that was stopped."""
     def get_page(start):
-        return hub_page(net, repo, config, split, start, min(length, total - start))
+        end = min(start + length, total)
+        path = os.path.join(cache or "", "pages", quote(f"{table.config} {table.split} {start}-{end}", safe=""))
+        if cache and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                return json.load(f)
+        page = hub_page(net, table, start, end - start)
+        if cache:
+            save(path, json.dumps(page).encode())
+        return page
 
     waiting = deque()  # pages that are being fetched
     next_start = length
@@ -499,32 +646,44 @@ def hub_rows(net, repo, config, split, length=100, limit=None, keep=lambda rows,
             while next_start < total and len(waiting) < 2 * PER_HOST:
                 waiting.append(pool.submit(get_page, next_start))
                 next_start += length
-            if start > 0:
-                page = waiting.popleft().result()
-            for may_ask_again in (True, True, False):
-                if not keep(page["rows"], may_ask_again):
-                    break
-                page = get_page(start)
+            page = waiting.popleft().result() if start else first_page
+            if page.get("broken"):
+                counts["left out: the hub cannot read the row"] += page["broken"]
             yield from (entry["row"] for entry in page["rows"])
 
 
-def parquet_rows(net, repo, config, split, keep, cache):
-    """All rows of a large set, from the hub's parquet files, by pyarrow if it is there."""
-    if not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"{repo} {config} {split}: more than {WHOLE:,} rows are read as parquet, which needs "
-                        "pyarrow (pip install pyarrow); or take some, with --limit")
-    import pyarrow.parquet
-    query = urlencode(dict(dataset=repo, config=config, split=split))
-    listed, _ = net.json(f"{net.viewer}/parquet?{query}", f"parquet files of {repo}", "parquet_files")
+def parquet_files(net, table):
+    """(files of a table as `fetch_files` takes them, whether they are but a part of it)"""
+    listed = ask_viewer(net, "parquet", table, f"parquet files of {table.repo}", "parquet_files")
     files = []
     for file in listed["parquet_files"]:
-        if (file["config"], file["split"]) == (config, split):
-            name = f"{config}/{split}/{os.path.basename(file['filename'])}"
+        if (file["config"], file["split"]) == (table.config, table.split):
+            name = f"{table.config}/{table.split}/{os.path.basename(file['filename'])}"
             files.append(dict(url=file["url"], name=name, size=file["size"], sha256=None, mark=""))
-    number = 0
-    for path in fetch_files(net, files, cache):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-            rows = [dict(row_idx=i, row=row) for i, row in enumerate(batch.to_pylist(), number)]
-            number += len(rows)
-            keep(rows, False)
-            yield from (entry["row"] for entry in rows)
+    if not files:
+        raise NetError(f"{table}: the hub has no parquet files of it", 404)
+    return files, bool(listed.get("partial"))
+
+
+def read_parquet(path):
+    """The rows of a parquet file; NetError if it is none."""
+    import pyarrow.parquet
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(64):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as e:  # pyarrow's own errors are of these kinds
+        raise NetError(f"{path}: not a readable parquet file ({e}); remove it to fetch it again") from None
+
+
+def parquet_rows(net, table, files, is_partial, limit, cache, counts):
+    """The rows of a table's parquet files; with a limit, of as many files as it needs."""
+    read = 0
+    for group in [[file] for file in files] if limit else [files]:
+        for path in fetch_files(net, group, cache):
+            for row in read_parquet(path):
+                if read == limit:
+                    return
+                read += 1
+                yield row
+    if is_partial:
+        counts[f"{PARTIAL} {table}: partial"] = read
