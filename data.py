@@ -38,9 +38,9 @@ from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.errors import BadCheckpoint, BadMedia, BadRecord
 from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
-from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, clip_of, count, find_files, in_clip, is_closed, media_kind,
-                         on_frames, parse_record, refuse_empty, shuffled)
-from lib.tasks import TASKS, answer_of, mode_of, multiple_choice, prompt_of, released_weight, styled
+from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, check_files, clip_of, count, find_files, in_clip, is_closed,
+                         media_kind, on_frames, parse_record, shuffled)
+from lib.tasks import TASKS, answer_of, clip_points, mode_of, multiple_choice, prompt_of, released_weight, styled
 from lib.text import WRITABLE, chat_pieces, number, subtitle_text
 from lib.text import format_points, parse_points  # noqa: F401: points as text, which others look for here
 
@@ -87,9 +87,15 @@ class Plan:
         return sum(layout.n_crops for _, layout in self.media)
 
 
-# A point of a video is learned at the time of a frame that shows it; these are counted, point by point.
+# Reasons to leave out an annotation, or to leave out or move a point, which are counted one by one.
+TOO_LONG = "annotation too long"
+TOO_MANY_CROPS = "too many crops for a sequence"
+POINT_CLIPPED = "points beside the image by a rounding error: moved onto its edge"
+POINT_OUTSIDE = "points outside the clip: left out"
 POINT_MOVED = "points between two frames: moved to the nearest"
 POINT_LEFT_OUT = "points that no frame shows: left out"
+# What makes room for more of them.
+REMEDIES = {TOO_LONG: "--seq_len", TOO_MANY_CROPS: "--max_crops", NO_VIDEO: "--max_frames", CLOSED: "--allow_closed"}
 
 Branch = NamedTuple("Branch", [("task", str), ("ids", list), ("has_loss", list)])  # has_loss: is an id trained on
 
@@ -189,7 +195,12 @@ class Planner:
         several plans, each with the whole trunk and some of the branches. An annotation too long by itself is left
         out. Pixels are never cut."""
         kind = media_kind(record)
-        annotations = [in_clip(annotation, record) for annotation in record["annotations"]]
+        annotations, left_out = [], []
+        for annotation in record["annotations"]:
+            left_out += [POINT_CLIPPED] * clip_points(annotation)
+            inside = in_clip(annotation, record)
+            left_out += [POINT_OUTSIDE] * (len(annotation.get("points", ())) - len(inside.get("points", ())))
+            annotations.append(inside)
         chats = [to_messages(annotation, kind, rng, self.cfg.point_format) for annotation in annotations]
         branches = []
         for annotation, messages in zip(annotations, chats):
@@ -201,7 +212,6 @@ class Planner:
         eighth = min(sum(lengths), self.seq_len // 8)
         longest = max(filter(lambda n: n <= self.seq_len * 7 // 8, lengths), default=0)
         trunk, media = self.trunk(record, folder, self.seq_len - max(eighth, longest))
-        left_out = []
         if kind == "video":  # only now it is known which frames there are
             for b, (annotation, messages) in enumerate(zip(annotations, chats)):
                 branches[b] = self.points_on_frames(branches[b], annotation, messages, media[0][1].times, left_out)
@@ -211,7 +221,7 @@ class Planner:
         for branch in filter(None, branches):
             length = len(branch.ids) - 1  # the last token of a branch is only predicted: it takes no position
             if len(trunk) + length > self.seq_len:
-                left_out.append("annotation too long")
+                left_out.append(TOO_LONG)
                 continue
             if not groups or length > free_tokens:
                 groups.append([])
@@ -327,8 +337,8 @@ def mix(datasets, mixture):
     return list(zip(datasets, rates))
 
 
-def show_mixture(mixture, draws, missing=()):
-    """Print the table of a mixture. draws: records that will be drawn in the whole run."""
+def show_mixture(mixture, draws, missing=(), told=""):
+    """Print the table of a mixture. draws: records that will be drawn in the whole run; told: of the first of them."""
     width = max(len(dataset.name) for dataset, _ in mixture) + 2
     print(f"{'dataset':{width}}{'records':>11}{'weight':>10}{'rate':>9}{'epochs':>10}")
     for dataset, rate in sorted(mixture, key=lambda pair: -pair[1]):
@@ -336,12 +346,14 @@ def show_mixture(mixture, draws, missing=()):
         print(f"{dataset.name:{width}}{len(dataset):11,}{dataset.weight():10.1f}{rate:9.2%}{epochs:10.2f}")
     if missing:
         print(f"not there, and left out: {', '.join(missing)}")
+    if told:
+        print(told)
 
 
 def find_datasets(paths, stage=None):
     """JSONL files, or folders of them -> ([Dataset], names of the registry's sets of this stage that are missing)."""
     found, missing = find_files(paths, stage)
-    return refuse_empty([Dataset(name, files, entry) for name, files, entry in found]), missing
+    return check_files([Dataset(name, files, entry) for name, files, entry in found]), missing
 
 
 # ---- packing: plans side by side in sequences of T tokens --------------------------------------------------
@@ -548,7 +560,7 @@ class Stream:
             plan.ref = (name, k, part)
             plan.where = where
         fitting = [plan for plan in plans if plan.n_crops <= self.planner.max_crops]
-        return fitting, left_out + ["too many crops for a row"] * (len(plans) - len(fitting))
+        return fitting, left_out + [TOO_MANY_CROPS] * (len(plans) - len(fitting))
 
     def start(self):
         """The state before the first sequence. Its names are in checkpoints, so they stay."""
@@ -566,13 +578,18 @@ class Stream:
         """The packed sequences after `state`, as Packed. Each has a copy of the state after it."""
         state = copy.deepcopy(state or self.start())
         events = []
+        in_a_row = 0  # draws that gave nothing to train on
         packer = Packer(self.planner.seq_len, self.planner.max_crops)
         for name, k, wanted in state["waiting"]:
             plans, _ = self.plans(name, k)  # planned again: a checkpoint holds refs, not plans
             packer.waiting += [plan for plan in plans if plan.ref[2] == wanted]
         while True:
             name = self.draw(state["draw"])
-            plans = self.plans_of_draw(name, state, events)
+            plans, why = self.plans_of_draw(name, state, events)
+            in_a_row = 0 if plans else in_a_row + 1
+            if in_a_row == 200:
+                raise ValueError(f"not one of 200 records in a row can be used, the last of them: {why}; so far "
+                                 f"{left_out_so_far(state)}")
             while state["part"] < len(plans):
                 ready = packer.add(plans[state["part"]])
                 state["part"] += 1
@@ -587,7 +604,8 @@ class Stream:
             state["taken"][name] += 1
 
     def plans_of_draw(self, name, state, events):
-        """The plans of the current draw: none of a record that cannot be used, which goes to `state` and `events`."""
+        """The plans of the current draw, and what was left out of it: no plans of a record that cannot be used, which
+        goes to `state` and `events`."""
         is_new = state["part"] == 0  # else a resumed stream repeats a draw that it has counted before
         if is_new:
             state["seen"] += 1
@@ -602,23 +620,41 @@ class Stream:
         if is_new:
             for reason in left_out:
                 count(state["skipped"], name, reason)
-        if not plans:
-            state["empty"] += 1
-            if state["empty"] == state["seen"] >= 200:
-                raise ValueError(f"none of the first {state['seen']} records can be used, e.g. {why}")
-        return plans
+            state["empty"] += not plans
+        return plans, why
 
-    def sequences_per_draw(self, sample=64):
-        """How many sequences a draw fills, judged by the first ones: for what a run will see of each dataset."""
+    def first_look(self, sample=64):
+        """(how many sequences a draw fills, what to tell of it or ""), judged by the first draws."""
+        p = self.planner
         state = self.start()
-        tokens = crops = 0
+        tokens = crops = n_without = 0
         for k in range(sample):
             name = self.draw(k)
-            for plan in self.plans_of_draw(name, state, []):
-                tokens += plan.n_tokens
-                crops += plan.n_crops
+            plans, _ = self.plans_of_draw(name, state, [])
+            tokens += sum(plan.n_tokens for plan in plans)
+            crops += sum(plan.n_crops for plan in plans)
+            n_without += not plans
             state["taken"][name] += 1
-        return max(tokens / self.planner.seq_len, crops / self.planner.max_crops, 1e-3) / sample
+        told = []
+        if n_without > sample / 10:
+            told.append(f"{n_without} of the first {sample} records give nothing to train on: {left_out_so_far(state)}")
+        n_frames = p.seq_len // (len(frame_layout(p.n)) + 3)  # that the tokens would hold
+        if p.max_crops < min(p.max_frames, n_frames):
+            told.append(f"a video gets at most {p.max_crops} frames: --max_crops {p.max_crops} ends before --max_frames "
+                        f"{p.max_frames}, and --seq_len {p.seq_len} holds {n_frames}")
+        return max(tokens / p.seq_len, crops / p.max_crops, 1e-3) / sample, "\n".join(told)
+
+
+def left_out_so_far(state):
+    """What a stream could not use, by reason, and the flags that make room for more of it."""
+    totals = {}
+    for reasons in (*state["bad"].values(), *state["skipped"].values()):
+        for reason, n in reasons.items():
+            totals[reason] = totals.get(reason, 0) + n
+    said = []
+    for reason, n in sorted(totals.items(), key=lambda pair: -pair[1]):
+        said.append(f"{n} {reason}" + (f" ({REMEDIES[reason]})" if reason in REMEDIES else ""))
+    return ", ".join(said)
 
 
 class Sample(NamedTuple):

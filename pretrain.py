@@ -36,7 +36,6 @@ from lib.distributed import (Log, Progress, Report, check_init_from, check_resum
                              clip_gradients, gather_full_model, make_loader, next_samples, show_config,
                              start_over, throughput)
 from lib.errors import BadRecord, UserError
-from lib.media import frame_layout
 from lib.records import BadRecords
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import Molmo2, PRESETS as MODELS, empty_model
@@ -290,7 +289,11 @@ def held_out_sequences(cfg, planner):
                     sequences += packer.add(plan)
     except (OSError, ValueError, BadRecord) as e:
         raise UserError(f"--eval_data {' '.join(cfg.eval_data)}: {e}") from None
-    return sequences + packer.flush()
+    sequences += packer.flush()
+    if not sequences:
+        raise UserError(f"--eval_data {' '.join(cfg.eval_data)}: nothing of it fits a sequence; --seq_len "
+                        f"{cfg.seq_len}, --max_crops {cfg.max_crops} and --max_frames {cfg.max_frames} make room")
+    return sequences
 
 
 def held_out_loss(cfg, model, planner, sequences, world):
@@ -402,12 +405,9 @@ def train(cfg, defaults, stop, cache_features=None):
     loader = make_loader(rank_stream, cfg.workers, most_sequences)
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
-    n_frames = cfg.seq_len // (len(frame_layout(planner.n)) + 3)  # that the tokens would hold
-    if cfg.max_crops < min(cfg.max_frames, n_frames):
-        world.print(f"a video gets at most {cfg.max_crops} frames: --max_crops {cfg.max_crops} ends before --max_frames "
-                    f"{cfg.max_frames}, and --seq_len {cfg.seq_len} holds {n_frames}")
     if world.is_main:
-        show_mixture(mixture, cfg.steps * cfg.global_batch / stream.sequences_per_draw(), missing)
+        per_draw, told = stream.first_look()
+        show_mixture(mixture, cfg.steps * cfg.global_batch / per_draw, missing, told)
     log = Log(os.path.join(run, "log.jsonl"), step, world.is_main)
     bad = BadRecords(Log(os.path.join(run, "bad_rows.jsonl"), step, world.is_main), saved["failed"])
     saver = distributed.Saver(run, world)

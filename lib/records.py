@@ -17,7 +17,7 @@ import numpy as np
 
 from lib.errors import BadRecord
 from lib.media import MAX_PIXELS
-from lib.tasks import MEDIA, PLACES, check_annotation, is_index, is_list_of, is_text, is_time, wrong_field
+from lib.tasks import MEDIA, PLACES, check_annotation, is_index, is_list_of, is_number, is_text, is_time, wrong_field
 
 # Reasons to leave a record out on purpose: it is counted, but does not stop a run.
 NO_VIDEO = "no reader for video in this stage"
@@ -56,12 +56,19 @@ def check_clip(record):
         raise wrong_field("start, end, duration are seconds, fps a number; subtitles are [{start, end, text}]")
 
 
+def whole_or_float(text):
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 def parse_record(line):
-    """The bytes of one line -> the record as a dict; BadRecord says what is wrong with it."""
+    """The bytes of one line -> the record as a dict; BadRecord says what is wrong with it. A field that is null is not
+    there, and a whole number is one however it is written: table programs write null and 3.0 where lines differ."""
     if len(line) >= MAX_LINE:
         raise BadRecord("line too long", f"more than {MAX_LINE >> 20} MiB")
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), parse_float=whole_or_float,
+                            object_pairs_hook=lambda pairs: {key: value for key, value in pairs if value is not None})
         if b"\\ud" in line.lower():
             json.dumps(record, ensure_ascii=False).encode()  # JSON can spell half a character, which is no text
     except UnicodeError:
@@ -87,6 +94,8 @@ def parse_record(line):
     if not isinstance(record.get("annotations"), list) or not record["annotations"]:
         raise wrong_field("annotations must be a list with something in it")
     for a in record["annotations"]:
+        if isinstance(a, dict) and is_number(a.get("answer")):
+            a["answer"] = str(a["answer"])  # of a count, say
         check_annotation(a, kind, len(names))
     return record
 
@@ -186,18 +195,22 @@ def line_index(path):
 def build_index(path, version):
     digest = hashlib.blake2b(digest_size=8)
     newlines = []  # positions, an array for each chunk
+    written = []   # how many bytes before each of them are no blanks
     size = 0
+    n_written = 0
     with open(path, "rb") as f:
         for chunk in iter(lambda: f.read(1 << 24), b""):
             digest.update(chunk)
-            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + size)
+            codes = np.frombuffer(chunk, np.uint8)
+            places = np.flatnonzero(codes == 10)
+            so_far = np.cumsum((codes > 32) | (codes < 9) | (codes > 13) & (codes < 32)) + n_written
+            newlines.append(places + size)
+            written.append(so_far[places])
+            n_written = int(so_far[-1])
             size += len(chunk)
     ends = np.concatenate([*newlines, np.array([size], np.int64)])
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
-    blank = ends == starts
-    single = np.flatnonzero(ends - starts == 1)  # one byte may be the first half of a Windows line end
-    if len(single):
-        blank[single] = np.memmap(path, np.uint8, "r")[starts[single]] == 13
+    blank = np.diff(np.concatenate([np.zeros(1, np.int64), *written, np.array([n_written])])) == 0
     numbers = np.arange(1, len(starts) + 1)
     lines = np.stack([starts, numbers], 1)[~blank]  # (n, 2)
     contents = int.from_bytes(digest.digest(), "little", signed=True)
@@ -267,8 +280,12 @@ def find_files(paths, stage=None):
     registry = read_registry()
     of_stage = [name for name, entry in registry.items() if stage is None or stage in entry["stage"].split(",")]
     found = []
+    seen = set()
     for path in paths:
         before = len(found)
+        if os.path.realpath(path) in seen:
+            raise ValueError(f"--data {path}: named twice; --rebalance NAME=2 draws from a dataset twice as often")
+        seen.add(os.path.realpath(path))
         unknown = {path} if os.path.isfile(path) else set(glob.glob(os.path.join(path, "*.jsonl")))
         for name, entry in registry.items() if os.path.isdir(path) else ():
             files = glob.glob(os.path.join(path, f"{name}.jsonl")) + glob.glob(os.path.join(path, name, "*.jsonl"))
@@ -291,11 +308,16 @@ def find_files(paths, stage=None):
     return datasets, missing
 
 
-def refuse_empty(datasets):
-    """The same datasets; ValueError for one without a line, from which nothing could be drawn."""
+def check_files(datasets):
+    """The same datasets; ValueError for one without a line, from which nothing could be drawn, and for JSON of another
+    form: an array, or objects over several lines."""
     for dataset in datasets:
         if not len(dataset):
             raise ValueError(f"--data {dataset.lines.files[0]}: not a single line in it")
+        line, _, where = dataset.line(0)
+        if line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[" or line.strip(b"\xef\xbb\xbf \t\r\n") == b"{":
+            raise ValueError(f"--data {where}: JSON over several lines, or an array; one record a line is wanted, each "
+                             'like {"image": "a.jpg", "annotations": [{"task": "image_caption", "answer": "..."}]}')
     return datasets
 
 

@@ -61,14 +61,33 @@ class Answer(NamedTuple):
     write: Callable = None  # write(annotation, kind of media, grammar) -> the answer as text
 
 
+EDGE = 0.0005  # x and y are written with 3 decimals: so far outside [0, 1] is on the edge
+
+
+def clip_points(annotation):
+    """Move points that lie outside [0, 1] by less than a rounding error onto the edge, in place: how many."""
+    n = 0
+    for field in PLACES:
+        for p in annotation.get(field, ()) if PLACES[field] is check_points else ():
+            inside = {side: min(max(p[side], 0), 1) for side in ("x", "y")}
+            if inside != {side: p[side] for side in inside}:
+                p |= inside
+                n += 1
+    return n
+
+
 def check_points(points, kind, n_media):
     if not isinstance(points, list) or kind is None:
         raise wrong_field("points must be a list, in a record with an image or a video")
     for p in points:
         if not isinstance(p, dict) or not is_index(p.get("id")):
             raise wrong_field(f"point {p!r} needs a whole number id from 0")
-        if not is_unit(p.get("x")) or not is_unit(p.get("y")):
-            raise BadRecord("point outside [0, 1]", f"x {p.get('x')!r}, y {p.get('y')!r}")
+        sides = [p.get("x"), p.get("y")]
+        if not all(is_number(side) and -EDGE <= side <= 1 + EDGE for side in sides):
+            unit = ""
+            if all(map(is_number, sides)) and 0 <= min(sides) and max(sides) < math.inf:
+                unit = ": in per cent?" if max(sides) <= 100 else ": in pixels?"
+            raise BadRecord("point outside [0, 1]", f"x {p.get('x')!r}, y {p.get('y')!r}{unit}")
         if kind == "images" and not (is_index(p.get("image")) and p["image"] < n_media):
             raise wrong_field(f"point names image {p.get('image')!r} of {n_media}")
         if kind == "video" and not is_time(p.get("t")):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from conftest import HERE, SIZES, STYLES, picture, plan_all, png, tiny_model, video, write_lines
 
-from data import (Dataset, POINT_LEFT_OUT, Packer, Planner, Stream, collate, decode, find_datasets, parse_points, shuffled,
+from data import (Dataset, POINT_LEFT_OUT, POINT_OUTSIDE, Packer, Planner, Stream, collate, decode, find_datasets, parse_points, shuffled,
                   to_messages)
 from lib.errors import BadMedia, BadRecord
 from lib.media import image_size, inside_folder, load_image
@@ -269,7 +269,7 @@ def test_bad_rows_are_counted_and_the_rest_untouched(tmp_path, planner, world):
 
 def test_nothing_usable_is_an_error(tmp_path, planner):
     path = write_lines(tmp_path / "bad.jsonl", ["{"])
-    with pytest.raises(ValueError, match="none of the first 200 records"):
+    with pytest.raises(ValueError, match="not one of 200 records in a row"):
         first_rows(Stream([(Dataset("bad", [path]), 1.0)], planner, 0), 1)
 
 
@@ -328,7 +328,7 @@ def test_video_rows_in_both_formats(tmp_path, planner, tokenizer):
         (plan,), left_out = p.plan(row, str(tmp_path), random.Random(0))
         path, layout = plan.media[0]
         # 5 x 5 patches, by 3 x 3: 4 tokens
-        assert not left_out and layout.times == (0.5, 1.0, 1.5) and len(layout.pool) == 12
+        assert set(left_out) <= {POINT_OUTSIDE} and layout.times == (0.5, 1.0, 1.5) and len(layout.pool) == 12
         learned = [int(t) for t, w in zip(plan.targets, plan.weights) if w]
         assert tokenizer.decode(learned[:-1]) == answer and learned[-1] == tokenizer.eos
         text = tokenizer.decode([int(t) for t in plan.tokens])
@@ -419,7 +419,8 @@ def test_a_clip_is_asked_about_its_own_moments(tokenizer, point_format):
         trunk, *chats = text_of(planner, plan).split("<|im_start|>user\n")
         prompts, answers = zip(*(text.split("<|im_start|>assistant\n") for text in chats))
         told = [re.findall(r"(?:(\d\d):(\d\d):)?(\d+\.\d)\b", prompt) for prompt in prompts[:3]]
-        assert [[float(s) for *_, s in t] for t in told] == [[1.5, 8.2], [0, 4], [0.4]] and not left_out
+        assert [[float(s) for *_, s in t] for t in told] == [[1.5, 8.2], [0, 4], [0.4]]
+        assert left_out == [POINT_OUTSIDE] * 4
         assert all(h in ("", "00") and m in ("", "00") for t in told for h, m, _ in t)
         clocks |= {bool(h) for t in told for h, *_ in t}
         assert [1] == times(prompts[3])

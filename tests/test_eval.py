@@ -177,7 +177,7 @@ def test_clips_that_start_later_keep_their_masks(tmp_path):
     assert score_track(q, "<point 1, 0.4, 0.6, 0> <point 1.5, 0.4, 0.6, 0>")["accuracy"] == 0
     write_lines(tmp_path / "rows.jsonl", [dict(video="a.mp4", start=1.0, end=1.2, annotations=[
         dict(task="video_tracking", prompt="?", points=true, masks=masks)])])
-    with pytest.raises(BadRecord, match="rows.jsonl:1: a point at 1.5 s of a clip of 1.0 to 1.2 s"):
+    with pytest.raises(BadRecord, match="rows.jsonl:1: a point at 1.5 s of a clip of 1 to 1.2 s"):
         load_questions(find_datasets([str(tmp_path / "rows.jsonl")])[0])
 
 
