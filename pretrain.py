@@ -410,9 +410,11 @@ def train(cfg, defaults, stop, cache_features=None):
         show_mixture(mixture, cfg.steps * cfg.global_batch / per_draw, missing, told)
     log = Log(os.path.join(run, "log.jsonl"), step, world.is_main)
     bad = BadRecords(Log(os.path.join(run, "bad_rows.jsonl"), step, world.is_main), saved["failed"])
-    saver = distributed.Saver(run, world)
+    saver = distributed.Saver(run, world, step)
     progress = Progress(cfg.steps, step, world)
     losses = [row["loss"] for row in map(json.loads, log.kept) if "loss" in row]  # of the steps before --resume
+    save = lambda: saver.save(step, model, tokenizer, optimizers, names, dict(
+        step=step, stream=state, fingerprint=stream.fingerprint(), failed=bad.failed, config=dataclasses.asdict(cfg)))
     skipped, unstable = 0, []  # steps left out; where the records of the last ones in a row are
     before = {}                # scores before the first step
     if cfg.eval_first and step == 0:
@@ -429,7 +431,11 @@ def train(cfg, defaults, stop, cache_features=None):
 
         # 5. The sequences of this step. The ranks exchange what all must know: W, the loss weight of all sequences,
         # by which the sum of all losses is divided; where the stream is; who could not use a record or has to stop.
-        samples = next_samples(loader, rank_sequences)
+        samples = None
+        with distributed.interruptible(stop, world):
+            samples = next_samples(loader, rank_sequences)
+        if samples is None:
+            break
         decoded = [sample.decoded for sample in samples]
         batches = make_batches(decoded, micro_batch, most_sequences, model.cfg, cfg.seq_len)
         wait = time.time() - tick
@@ -481,20 +487,20 @@ def train(cfg, defaults, stop, cache_features=None):
 
         # 9. Evaluate, then save, in this order: a resumed run has the evaluations of its past.
         last = step == cfg.steps
-        stopping = any(report.stop for report in reports)  # all in the same step, or one would wait in the next
         if last or step % cfg.eval_every == 0:
-            with autocast():
+            with distributed.interruptible(stop, world), autocast():
                 scores = evaluate(cfg, model, planner, held_out, step, run, losses, world)
-            log.write(step=step, eval=scores)
-            progress.scores(step, before, scores)
-        if last or stopping or step % cfg.save_every == 0:
-            about = dict(step=step, stream=state, fingerprint=stream.fingerprint(), failed=bad.failed,
-                         config=dataclasses.asdict(cfg))
-            saver.save(step, model, tokenizer, optimizers, names, about)
-        if stopping:
+                log.write(step=step, eval=scores)
+                progress.scores(step, before, scores)
+        if last or step % cfg.save_every == 0:
+            save()
+        # All ranks stop in the same step, or one would wait for the others in the next.
+        if any(report.stop for report in reports) or world.size == 1 and stop:
             break
 
-    # 10. Wait for the last checkpoint; print what was left out and what to do next.
+    # 10. After a signal save here. Wait for the last checkpoint; print what was left out and what to do next.
+    if step > saver.step:
+        save()
     saver.finish()
     world.close()
     progress.end(run, step, state, bad)
@@ -544,6 +550,9 @@ def main(defaults, presets, argv=None, cache_features=None, example=""):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped before the first step: there is nothing to save", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as e:
         distributed.end_if_a_rank_is_lost(e)
         raise

@@ -293,8 +293,9 @@ def sha256(path):
 class Saver:
     """Writes checkpoints while training goes on: `save` copies the state to the CPU, a thread writes the copy."""
 
-    def __init__(self, run, world):
+    def __init__(self, run, world, step=0):
         self.run, self.world = run, world
+        self.step = step   # of the last checkpoint
         self.thread = None
         self.error = None  # of the thread, one line
         if world.is_main:
@@ -305,6 +306,7 @@ class Saver:
     def save(self, step, model, tokenizer, optimizers, names, about):
         """Begin to write run/step_N. All ranks call it. about: what --resume needs to know, for state.json."""
         self.finish()
+        self.step = step
         final = os.path.join(self.run, f"step_{step:07d}")
         unfinished = os.path.join(self.run, f".step_{step:07d}.tmp")
         plain = gather_full_model(model, "cpu", keep=self.world.is_main)
@@ -490,22 +492,46 @@ def start_over(run):
 
 # ---- signals, and ranks that fail --------------------------------------------------------------------------
 
+class Signals(list):
+    """When SIGTERM and Ctrl-C came."""
+    at_once = True  # they end what is being done, by KeyboardInterrupt; else it is finished first
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """A list of when SIGTERM and Ctrl-C came, so that a step can be finished first. A second one ends at once, unless
-    it is the same one: torchrun passes on what a job queue has sent to all processes."""
-    times = []  # not an Event: its lock would wait for itself where a second signal interrupts the note of the first
+    """Signals, so that a step can be finished first. A second one ends the process, unless it is the same one: torchrun
+    passes on what a job queue has sent to all processes."""
+    times = Signals()  # not an Event: its lock would wait for itself where a second signal interrupts the first's note
 
     def note(number, frame):
         times.append(time.monotonic())
         if times[-1] - times[0] > 2:
             os._exit(1)
+        if times.at_once:
+            raise KeyboardInterrupt
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield times
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible(stop, world):
+    """What is done here is left when a signal comes: to wait for data, or to evaluate, may take long. Not where others
+    would wait for this rank."""
+    alone = world.size == 1 and isinstance(stop, Signals)
+    try:
+        if alone:
+            stop.at_once = True
+        yield
+    except KeyboardInterrupt:
+        if not alone:
+            raise
+    finally:
+        if isinstance(stop, Signals):
+            stop.at_once = False
 
 
 def lock(path, world):

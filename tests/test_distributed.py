@@ -160,8 +160,8 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, world, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pretrain.Log, "write", and_signal)
         text = run(tmp_path, *flags)[1]
-    assert "stopped by a signal after step 4; --resume goes on" in text and max(losses_of(tmp_path)) == 4
-    assert os.readlink(tmp_path / "out/small/pretrain/latest") == "step_0000004"
+    assert "stopped by a signal after step 3; --resume goes on" in text and max(losses_of(tmp_path)) == 3
+    assert os.readlink(tmp_path / "out/small/pretrain/latest") == "step_0000003"
     # while one run goes on, another in the same folder is refused
     p = start(tmp_path, 1, *flags, "--resume", "--workers", "1")
     wait_for(tmp_path, 6, p)
@@ -181,6 +181,7 @@ def signalled(said):
         return at_each_line
     distributed.time = SimpleNamespace(monotonic=lambda: 0.0)
     with distributed.stop_signals() as stop:
+        stop.at_once = False
         sys.settrace(at_each_line)
         os.kill(os.getpid(), signal.SIGINT)
         sys.settrace(None)

@@ -3,8 +3,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -308,3 +310,38 @@ def test_what_a_frozen_encoder_said_is_kept(model):
             encoded.clear()
             torch.testing.assert_close(vit(crops[order]), want[order], rtol=2 ** -7, atol=1e-3)
             assert encoded == groups
+
+
+# ---- signals: whatever a run is doing ----------------------------------------------------------------------
+
+def when(process, seen, number=signal.SIGINT, wait=0.0):
+    """Wait for a line of a process's output, then signal it once: (exit status, all it printed)."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if seen in line:
+            time.sleep(wait)
+            process.send_signal(number)
+            break
+    rest, _ = process.communicate(timeout=60)
+    return process.returncode, "".join(lines) + rest
+
+
+@pytest.mark.parametrize("patch, code, said", [
+    # waiting for data that never comes, in the third step: what two steps learned is kept
+    ("def stuck(loader, n, real=pretrain.next_samples, calls=[]):\n"
+     "    calls.append(1)\n    return real(loader, n) if len(calls) < 3 else hang()\n"
+     "pretrain.next_samples = stuck", 0, "stopped by a signal after step 2; --resume goes on"),
+    # in an evaluation, after step 2
+    ("pretrain.evaluate = hang", 0, "stopped by a signal after step 2; --resume goes on"),
+    # before the first step
+    ("pretrain.load_model = hang", 130, "stopped before the first step")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_a_run_in_whatever_it_is_doing(tmp_path, patch, code, said, number):
+    hang = "import time\ndef hang(*a):\n    print('stuck', flush=True)\n    time.sleep(300)\n"
+    rows = write_lines(tmp_path / "rows.jsonl", [dict(annotations=[dict(task="text", prompt="?", answer="yes")])])
+    process = start(tmp_path, 1, *QUICK, "--steps", "9", "--eval_every", "2", "--data", rows, before=hang + patch)
+    status, text = when(process, "stuck", number)
+    assert status == code and said in text and "Traceback" not in text, text
+    if code == 0:
+        assert os.path.exists(tmp_path / "out" / "small" / "pretrain" / "latest" / "COMPLETE")
