@@ -117,20 +117,18 @@ def save_mp4(images, out, rate):
 
 
 def save_gif(images, out, rate, limit=10**6):
-    """Write images as an animation that repeats, half as large, or less if they are large. Every second one is left
-    out until the file has at most `limit` bytes."""
-    small = []
+    """Write images of one size as an animation that repeats. While it has more than `limit` bytes, half as large with
+    half as many images: GIF suits small clips."""
+    images = list(images)
     for image in images:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-        image.thumbnail((360, 360))
-        small.append(image)
+        image.thumbnail((640, 640))  # a larger one does not fit anyway
     milliseconds = 1000 // rate
     while True:
         file = io.BytesIO()
-        small[0].save(file, "GIF", save_all=True, append_images=small[1:], duration=milliseconds, loop=0)
-        if file.tell() <= limit or len(small) == 1:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+        if file.tell() <= limit or max(images[0].size) < 64:
             break
-        small = small[::2]
+        images = [image.resize((image.width // 2, image.height // 2)) for image in images[::2]]
         milliseconds *= 2
     with open(out, "wb") as f:
         f.write(file.getvalue())
