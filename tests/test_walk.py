@@ -24,15 +24,15 @@ def test_readme_shows_what_the_command_prints(printed, tmp_path):
     assert max(map(len, printed.split("\n"))) <= 110 and len(printed.split("\n")) <= 90
 
 
-def test_the_functions_that_head_the_stations_are_there(printed):
-    names = re.findall(r"\b((?:lib\.|data\.|model\.|pretrain\.|sample\.)[\w.]*\w)  ", printed.replace("\n", "  "))
-    assert len(names) == len(set(names)) > 15
+def test_the_names_it_mentions_are_there(printed):
+    names = set(re.findall(r"\b(?:lib|data|model|pretrain|sample)\.[\w.]*\w", printed))
+    assert len(names) > 18
     for name in names:
         module, place = re.fullmatch(r"((?:lib\.)?\w+)\.(.+)", name).groups()
         found = importlib.import_module(module)
         for attribute in place.split("."):
+            assert hasattr(found, attribute), f"{name}: tools/walk.py mentions what is not there"
             found = getattr(found, attribute)
-        assert callable(found), name
 
 
 def test_values_worked_out_by_hand(printed):
