@@ -81,7 +81,7 @@ def test_an_animation_shows_each_point_at_its_time_and_repeats(tmp_path):
     assert draw("video", [path], points, out) == [out, out + ".png"]
     with Image.open(out) as gif, Image.open(out + ".png") as sheet:
         assert gif.format == "GIF" and gif.info["loop"] == 0 and sheet.size == (624, 208)
-        begin, shown = 0, []  # tenths of a second; a GIF joins images that are alike
+        shown = []  # a tenth of a second each; a GIF joins images that are alike
         for k in range(gif.n_frames):
             gif.seek(k)
             shown += [np.asarray(gif.convert("RGB")).astype(int)] * (gif.info["duration"] // 100)

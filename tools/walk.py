@@ -1,10 +1,9 @@
 """
-How a video becomes a loss, and a question a track: one record, printed at every station of its way.
+How a video becomes a loss, and a question a track: one record, printed at every station of its way. The clip is
+filmed on the spot; the model is `small` with random weights, which then learns this sequence by heart.
 
     python -m tools.walk                        # a few seconds; no checkpoint, no network
     python -m tools.walk --readme README.md     # puts what it prints between <!-- walk --> and <!-- /walk -->
-
-The clip is filmed on the spot; the model is `small` with random weights, which then learns this sequence by heart.
 """
 import argparse
 import contextlib
@@ -40,7 +39,7 @@ RECORDS = [
         dict(task="video_qa", prompt="Which way does the red circle move?", answer="Right."),
         dict(task="video_tracking", prompt=QUESTION, points=[toy.point(CIRCLE, k) for k in range(4)])]),
     dict(annotations=[dict(task="text", prompt="What is 3 plus 4?", answer="7")])]
-SEQ_LEN = 160  # tokens
+SEQ_LEN = 160
 
 
 def say(text):
@@ -69,9 +68,10 @@ def walk_plans(planner, folder):
     container, stream = open_video(path)
     with container:
         shown, _ = frame_plan(container, stream, sample_times(1.5, planner.max_frames))
+        begins = [float(ticks * stream.time_base) for ticks in shown]
     say("lib.media.sample_times  decides when to look: every half second and at the end, or at fewer times, evenly "
         "spaced. lib.media.frame_plan  finds the frame that is shown then, and what must be decoded for it.")
-    show(f"looks at {list(layout.times)} s: the frames that begin at {[float(f * stream.time_base) for f in shown]} s")
+    show(f"looks at {list(layout.times)} s: the frames that begin at {begins} s")
 
     names = token_names(clip.tokens.tolist(), planner.tokenizer)
     texts = [" ".join(name for name, b in zip(names, clip.branch) if b == branch) for branch in range(3)]
@@ -91,8 +91,8 @@ def walk_plans(planner, folder):
         "Weights are by task (lib.records.TASKS), and 0 where nothing is learned.")
     print(f"    {'token':14}{'branch':>7}{'pos':>6}   {'target':12}{'weight':>7}")
     targets = token_names(clip.targets.tolist(), planner.tokenizer)
-    begins = [(clip.branch == branch).argmax() for branch in (1, 2)]
-    for i in sorted([begins[0] - 1, *begins, *clip.weights.nonzero()[0][:9]]):  # and what is learned first
+    first = [(clip.branch == branch).argmax() for branch in (1, 2)]
+    for i in sorted([first[0] - 1, *first, *clip.weights.nonzero()[0][:9]]):  # and what is learned first
         print(f"    {names[i]:14}{clip.branch[i]:7}{clip.pos[i]:6}   {targets[i]:12}{clip.weights[i]:7.1f}")
     return clip, text
 
