@@ -198,7 +198,7 @@ def parse_flags():
     add("media", nargs="+", help=f"images (PNG, JPEG, WebP, GIF, BMP, TIFF) or one video ({' '.join(VIDEOS)})")
     add("question")
     add("--chat", action="store_true", help="then go on asking, a line at a time, about the same media")
-    add("--out", help="where the copy with the points goes [answer.png, answer.mp4]")
+    add("--out", help="where the copy with the points goes; of a video .mp4 or .gif [answer.png, answer.mp4]")
     add("--max_new_tokens", type=int, help="length limit of the answer [256; of a video 2048]")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token [0]")
     add("--seed", type=int, default=0, help="for temperatures above 0 [0]")

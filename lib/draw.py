@@ -2,6 +2,7 @@
 Drawing: the points and tracks of an answer on a copy of the image or the video, and contact sheets.
 """
 import colorsys
+import io
 import math
 import os
 
@@ -102,9 +103,41 @@ def save_sheet(images, path):
     page.save(path)
 
 
+def save_mp4(images, out, rate):
+    """Write images of one size, of any number, as a video of `rate` frames a second."""
+    with av.open(out, "w") as container:
+        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+        for k, image in enumerate(images):
+            if k == 0:  # only now the size is known
+                stream.width, stream.height = image.size
+                stream.bit_rate = 4_000_000
+                stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+
+
+def save_gif(images, out, rate, limit=10**6):
+    """Write images of one size as an animation that repeats. While it has more than `limit` bytes, half as large with
+    half as many images: GIF suits small clips."""
+    images = list(images)
+    for image in images:
+        image.thumbnail((640, 640))  # a larger one does not fit anyway
+    milliseconds = 1000 // rate
+    while True:
+        file = io.BytesIO()
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+        if file.tell() <= limit or max(images[0].size) < 64:
+            break
+        images = [image.resize((image.width // 2, image.height // 2)) for image in images[::2]]
+        milliseconds *= 2
+    with open(out, "wb") as f:
+        f.write(file.getvalue())
+
+
 def draw_video(path, points, out, rate=10):
-    """Write the video to `out` at `rate` frames a second with its points, each with its trail of the last two
-    seconds; and OUT.png, a contact sheet of up to twelve times at which there are points."""
+    """Write the video to `out`, an animated GIF by its ending, else MP4, at `rate` frames a second with its points,
+    each with its trail of the last two seconds; and OUT.png, a contact sheet of up to twelve times at which there are
+    points."""
     duration = video_duration(path)
     times = np.arange(0, duration, 1 / rate)
     nearest = []
@@ -120,23 +153,22 @@ def draw_video(path, points, out, rate=10):
     if len(sheet_frames) > 12:  # evenly spaced, the first and the last among them
         sheet_frames = [sheet_frames[round(k * (len(sheet_frames) - 1) / 11)] for k in range(12)]
     sheet = []
-    with av.open(out, "w") as container:
-        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+
+    def drawn_frames():
+        """The frames, one at a time; those of the sheet go there on the way."""
         for k, pixels in enumerate(load_frames(path, times)):
             recent = shown[max(k - 2 * rate, 0):k + 1]
             image = draw_points(pixels, shown[k], trails_of(recent))
             image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
-            if k == 0:  # only now the size is known
-                stream.width, stream.height = image.size
-                stream.bit_rate = 4_000_000
-                stream.pix_fmt = "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
             if k in sheet_frames:
                 cell = image.resize((image.width // 2, image.height // 2))
                 ImageDraw.Draw(cell).text((4, 2), f"{times[k]:.1f} s", "white", stroke_width=2, stroke_fill="black",
                                           font_size=16)
                 sheet.append(cell)
-        container.mux(stream.encode())
+            yield image
+
+    save = save_gif if out.lower().endswith(".gif") else save_mp4
+    save(drawn_frames(), out, rate)
     save_sheet(sheet, out + ".png")
 
 

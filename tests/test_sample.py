@@ -13,7 +13,7 @@ from conftest import picture, png, tiny_model, video, write_lines
 import eval as evaluation
 import sample
 from data import Planner
-from lib.draw import at_time, colour_of, draw, draw_points, draw_video
+from lib.draw import at_time, colour_of, draw, draw_points, draw_video, save_gif
 from lib.errors import BadMedia
 from lib.media import load_frames
 from model import Molmo2
@@ -73,6 +73,34 @@ def test_videos_are_drawn_with_their_points_and_a_sheet(tmp_path):
     assert abs(centre[0] - 0.25) < 0.06 and centre[0] < centre[1] < 0.75
     with Image.open(out + ".png") as sheet:
         assert sheet.size == (624, 208)  # two moments, half as large
+
+
+def test_an_animation_shows_each_point_at_its_time_and_repeats(tmp_path):
+    path, out = video(tmp_path / "a.mp4", size=(48, 32)), str(tmp_path / "out.GIF")
+    points = [dict(t=0.5, x=0.25, y=0.5, id=0), dict(t=1.0, x=0.75, y=0.5, id=1)]
+    assert draw("video", [path], points, out) == [out, out + ".png"]
+    with Image.open(out) as gif, Image.open(out + ".png") as sheet:
+        assert gif.format == "GIF" and gif.info["loop"] == 0 and sheet.size == (624, 208)
+        shown = []  # a tenth of a second each; a GIF joins images that are alike
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            shown += [np.asarray(gif.convert("RGB")).astype(int)] * (gif.info["duration"] // 100)
+    assert len(shown) == 20 and shown[0].shape == (416, 624, 3)
+    for t, x, i in ((5, 0.25, 0), (10, 0.75, 1)):
+        assert near(shown[t], x, 0.5, colour_of(i)) and abs(np.median(shown[t]) - 10 * t) < 6
+        assert coloured(shown[t - 1]).sum() < 9  # PIL leaves a pixel of a point that has gone
+
+
+@pytest.mark.parametrize("limit, halved", [(10**6, 0), (25_000, 1), (3_500, 2)])
+def test_an_animation_is_made_small_enough_and_keeps_its_time(tmp_path, limit, halved):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (80, 160, 3)).astype(np.uint8)) for _ in range(4)]
+    path = tmp_path / "a.gif"
+    save_gif(iter(images), str(path), 10, limit)
+    assert path.stat().st_size <= limit
+    with Image.open(path) as gif:
+        assert gif.size == (160 >> halved, 80 >> halved) and gif.n_frames == 4 >> halved
+        assert gif.info["duration"] * gif.n_frames == 400 and gif.info["loop"] == 0
 
 
 def test_slow_videos_keep_their_time(tmp_path):
