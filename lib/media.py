@@ -40,6 +40,7 @@ MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"fr
          (8, b"AVI "): "avi", (0, b"\x00\x00\x01\xba"): "mpeg", (0, b"FLV"): "flv", (0, b"OggS"): "ogg",
          (0, b"GIF8"): "gif", (0, b"\x30\x26\xb2\x75"): "asf",
          (188, b"G"): "mpegts", (196, b"G"): "mpegts"}  # packets of 188 bytes, or of 192 in a camcorder's .mts
+MATROSKA = "matroska"    # WebM too; what FFmpeg gives as the start and duration of its tracks may be made up
 # What PIL raises on damaged or hostile files; each was seen.
 PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
               struct.error, NotImplementedError, Image.DecompressionBombError)
@@ -80,38 +81,34 @@ def open_image(path):
         image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
     except PIL_ERRORS as e:
         raise BadMedia(f"{path}: not a readable image ({e})") from None
+    image.filename = ""  # else PIL maps raw TIFFs into memory, with rows as long as those of the upright image
     if image.width * image.height > MAX_PIXELS:
         raise BadMedia(f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
     return image
 
 
 def png_exif(path):
-    """The eXIf chunk of a PNG, b"" without one. It may follow the pixels: chunks are passed over, none is decoded."""
+    """The eXIf chunk of a PNG, or b"". It may follow the pixels: chunks are passed over, none is decoded."""
     with open(path, "rb") as f:
         f.seek(8)
-        while True:  # a chunk is its length, its type, so many bytes, and four of checksum
-            head = f.read(8)
+        while True:
+            head = f.read(8)  # length and type; after so many bytes there are four of checksum
+            if len(head) < 8:
+                return b""
             length = int.from_bytes(head[:4], "big")
             if head[4:] == b"eXIf":
                 return f.read(length)
-            if len(head) < 8:
-                return b""
             f.seek(length + 4, os.SEEK_CUR)
 
 
 def orientation(image, path):
-    """The EXIF orientation, 1 to 8. A camera held upright writes the image lying, with a tag of 5 to 8.
-
-    1 for a TIFF, which PIL turns itself: its size and its pixels are upright.
-    """
+    """The EXIF orientation, 1 to 8. A camera held upright writes the image lying, with a tag of 5 to 8."""
     if image.format == "TIFF":
-        return 1
+        return 1  # PIL turns it itself: its size and its pixels are upright
     try:
-        if image.format == "PNG" and "exif" not in image.info:
-            exif = Image.Exif()  # image.getexif() would decode the pixels to look behind them
+        exif = image.getexif() if image.format != "PNG" else Image.Exif()
+        if image.format == "PNG":  # getexif() would decode the pixels to look behind them
             exif.load(png_exif(path))
-        else:
-            exif = image.getexif()
         return exif.get(0x0112, 1)
     except PIL_ERRORS as e:
         raise BadMedia(f"{path}: broken EXIF data ({e})") from None
@@ -238,13 +235,12 @@ def open_video(path):
     return container, stream
 
 
-# All times count from the start of the file, as players and transcripts count: from where the first track begins,
-# be it picture or sound. The file lasts until the last track ends. Before the first frame the first is shown, after
-# the last the last.
+# Times count from the start of the file, as in players and transcripts: from where the first track begins, be it
+# picture or sound. Before the first frame the first is shown, after the last one the last.
 #
 #     sound      |-----------------------|
-#     picture          |--------|              frames 4 to 9, at their times in the stream
-#     seconds    0     2        5        8     the frame at 1.0 is the first, that at 7.0 the last; 8 s long
+#     picture          |--------|            seconds 2 to 5 of a file of 8 s; at 1.0 the first frame is shown
+#     seconds    0     2        5        8
 
 def tracks_of(container):
     """The streams of picture and sound."""
@@ -259,40 +255,51 @@ def file_start(container):
             start = stream.start_time * stream.time_base
             # sound before 0 is the encoder's run-in, which is not played
             starts.append(max(start, 0) if stream.type == "audio" else start)
+    if not starts or container.format.name == MATROSKA and min(starts) > 0:
+        again, stream = open_video(container.name)
+        with again, contextlib.suppress(av.FFmpegError):
+            first = next(again.demux(stream))
+            if first.pts is not None:
+                starts.append(first.pts * stream.time_base)
     return min(starts, default=Fraction(0))
 
 
 def video_duration(path):
-    """Seconds of a video, to the end of its longest track. Nothing is decoded.
+    """Seconds of a video, to the end of its picture, or of its sound where that goes on. Nothing is decoded.
 
-    By its header, or by its last packets where they end later: a header may count frames in the order in which they
-    are decoded, or know the end of one track alone.
+    By its header; or by its last packets where they end later, as a header may count frames in the order in which
+    they are decoded.
     """
     container, stream = open_video(path)
     with container:
-        ends = [((s.start_time or 0) + s.duration) * s.time_base for s in tracks_of(container) if s.duration]
-        if container.duration and not stream.duration:
-            ends.append(Fraction(container.duration, av.time_base))
-        starts = [file_start(container)] if container.start_time is not None else []
+        ends = []  # (seconds by the file's clock, the kind of track or "")
+        if container.format.name != MATROSKA:
+            ends = [(((s.start_time or 0) + s.duration) * s.time_base, s.type)
+                    for s in tracks_of(container) if s.duration]
+        if not ends and container.duration:
+            ends = [(Fraction(container.duration, av.time_base), "")]
+        start = file_start(container)
         try:
-            if ends:
-                with contextlib.suppress(av.FFmpegError):  # then all packets are read
-                    container.seek(int(max(ends) / stream.time_base), stream=stream)
+            if ends and max(ends)[0] > start:  # FLV gives the length in place of the end
+                container.seek(int(max(ends)[0] / stream.time_base), stream=stream)
             for packet in container.demux(tracks_of(container)):
                 if packet.pts is not None:
-                    starts = starts or [packet.pts * packet.time_base]
-                    ends.append((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    ends.append((end, packet.stream.type if packet.duration else ""))
         except av.FFmpegError as e:
             if not ends:
                 raise BadMedia(f"{path}: broken video ({e})") from None
         if not ends:
             raise BadMedia(f"{path}: a video without frames")
-        return float(max(ends) - starts[0])
+    end = max(ends)[0]
+    picture_end = max([seconds for seconds, kind in ends if kind == "video"], default=end)
+    # sound comes in pieces, so that it is mostly a little longer
+    return float((end if end > picture_end + 0.1 else picture_end) - start)
 
 
 def is_cut(path):
-    """Whether a file lacks its end: its outermost boxes claim more bytes than it has. Of a container without boxes
-    with sizes this cannot be told; there a cut video is just a shorter one."""
+    """Whether a file lacks its end: its outermost boxes claim more bytes than it has. Of containers whose boxes have
+    no sizes this cannot be told, and there a cut video is just a shorter one."""
     kind = container_format(path)
     end = 0  # of the boxes so far
     with open(path, "rb") as f:
@@ -320,15 +327,6 @@ def is_cut(path):
             if size < 8:
                 return end > os.path.getsize(path)
             end += size
-
-
-def check_end(path, end, t):
-    """BadMedia if what is shown at t cannot be known, when the last packet of the picture ends at `end`; in seconds."""
-    if is_cut(path):
-        raise BadMedia(f"{path}: truncated: its frames end at {end:.1f} s, and {t:.1f} s were asked for")
-    length = video_duration(path)
-    if t > length + max(1, 0.1 * t):
-        raise BadMedia(f"{path}: is {length:.1f} s long, and {t:.1f} s were asked for")
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
@@ -363,17 +361,18 @@ def load_image(path, on_white=True):
 def deep_to_rgb(values, transparent, path):
     """A grey image of 16 or 32 bits or of floats, (H, W), as (H, W, 3) uint8.
 
-    The file does not say which value is white: 1 for floats, the largest of 8, 10, 12, 14 or 16 bits for integers, or
-    the image's own largest where that is larger, or far smaller. Black is 0, or the smallest value if it is negative.
+    The file does not tell what is white. It is 1 for floats, the largest of 8 to 16 bits for integers; or the image's
+    own largest value if that is larger, or far smaller. Black is 0. With negative values, the smallest one is black and
+    the largest one white.
     """
     if not np.isfinite(values).all():
         raise BadMedia(f"{path}: has pixels that are not finite numbers")
-    usual = (1,) if values.dtype.kind == "f" else (255, 1023, 4095, 16383, 65535)
+    usual = [1] if values.dtype.kind == "f" else [255, 1023, 4095, 16383, 65535]
     values = values.astype(np.float64)
     black = min(values.min(), 0)
     largest = values.max()
-    white = next((value for value in usual if largest <= value), largest)
-    if largest * 16 < white:  # it would be all but black
+    white = min([value for value in usual if value >= largest], default=largest)
+    if black < 0 or largest * 16 < white:
         white = largest
     grey = (values - black) / (white - black or 1) * 255
     if transparent is not None:
@@ -422,7 +421,7 @@ def image_crops(pixels, n, patch, tiling):
 class Packet(NamedTuple):
     """What a container tells of one frame without decoding it."""
     pts: int           # when it is shown, in ticks
-    end: int           # when the next one is, as far as the container tells
+    duration: int      # how long, 0 = not told
     dts: int           # when it is decoded, None = not told
     is_key: bool       # refers to no other frame
     is_discard: bool   # decoded because others refer to it, but not shown
@@ -437,7 +436,10 @@ def packets_of(container, stream, times):
     origin = float(file_start(container) / stream.time_base)  # in ticks
     target = int(origin + times[0] / tick)
     if times[0] > 0 and target > (stream.start_time or 0):
-        container.seek(target, stream=stream)
+        try:
+            container.seek(target, stream=stream)
+        except av.FFmpegError:
+            return  # without packets every frame is decoded
     keys_past_end = 0
     for packet in container.demux(stream):
         if packet.is_keyframe and packet.pts is not None and (packet.pts - origin) * tick > times[-1] + 1e-6:
@@ -459,14 +461,9 @@ def frame_plan(container, stream, times):
                                                   what stands before it, so from the key frame before that
     """
     packets = []
-    try:
-        for p in packets_of(container, stream, times):
-            if p.pts is None:
-                return None
-            packets.append(Packet(p.pts, p.pts + (p.duration or 0), p.dts, p.is_keyframe, p.is_discard))
-    except av.FFmpegError:  # it may be that only the seek failed
-        return None
-    if not packets or not packets[0].is_key:
+    for p in packets_of(container, stream, times):
+        packets.append(Packet(p.pts, p.duration or 0, p.dts, p.is_keyframe, p.is_discard))
+    if not packets or not packets[0].is_key or any(p.pts is None for p in packets):
         return None
     dts = [p.dts for p in packets if p.dts is not None]
     if dts != sorted(dts) or len({p.pts for p in packets}) < len(packets):
@@ -478,9 +475,14 @@ def frame_plan(container, stream, times):
     frames = [bisect.bisect_right(shown, origin + (t + 1e-6) / tick) - 1 for t in times]
     if frames[0] < 0 and shown[0] > (stream.start_time or 0):
         return None  # the seek went too far
-    end = (max(p.end for p in packets) - origin) * tick
-    if times[-1] > end + 0.1:
-        check_end(container.name, end, times[-1])
+    end = (max(p.pts + p.duration for p in packets) - origin) * tick
+    if times[-1] > end + 0.1:  # the last frame may stand long, or sound go on
+        length = video_duration(container.name)
+        asked = f"and {times[-1]:.1f} s were asked for"
+        if is_cut(container.name):
+            raise BadMedia(f"{container.name}: truncated: its frames end at {end:.1f} s, {asked}")
+        if times[-1] > length + max(1, 0.1 * length):
+            raise BadMedia(f"{container.name}: is {length:.1f} s long, {asked}")
     wanted = [shown[max(i, 0)] for i in frames]
 
     keys = [i for i, p in enumerate(packets) if p.is_key]
