@@ -249,12 +249,7 @@ def tracks_of(container):
 
 def file_start(container):
     """When the file starts, in seconds by its own clock, a Fraction."""
-    starts = []
-    for stream in tracks_of(container):
-        if stream.start_time is not None:
-            start = stream.start_time * stream.time_base
-            # sound before 0 is the encoder's run-in, which is not played
-            starts.append(max(start, 0) if stream.type == "audio" else start)
+    starts = [s.start_time * s.time_base for s in tracks_of(container) if s.start_time is not None]
     if not starts or container.format.name == MATROSKA and min(starts) > 0:
         again, stream = open_video(container.name)
         with again, contextlib.suppress(av.FFmpegError):
@@ -434,10 +429,9 @@ def packets_of(container, stream, times):
     """
     tick = float(stream.time_base)
     origin = float(file_start(container) / stream.time_base)  # in ticks
-    target = int(origin + times[0] / tick)
-    if times[0] > 0 and target > (stream.start_time or 0):
+    if times[0] > 0:
         try:
-            container.seek(target, stream=stream)
+            container.seek(int(origin + times[0] / tick), stream=stream)
         except av.FFmpegError:
             return  # without packets every frame is decoded
     keys_past_end = 0
