@@ -11,17 +11,21 @@ second, each one crop.
 Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled into one
 """
 import bisect
+import contextlib
 import os
 import struct
 from collections import OrderedDict
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from PIL import Image
 
 from lib.errors import BadMedia
 
@@ -32,9 +36,11 @@ POOL_VIDEO = 3
 # The container is recognised by the file's first bytes, never by its name: a playlist named .mp4 would make FFmpeg
 # open the files that it lists.   (offset, bytes) -> format
 MAGIC = {(4, b"ftyp"): "mov", (4, b"moov"): "mov", (4, b"mdat"): "mov", (4, b"free"): "mov", (4, b"skip"): "mov",
-         (4, b"wide"): "mov", (0, b"\x1aE\xdf\xa3"): "matroska", (8, b"AVI "): "avi", (188, b"G"): "mpegts",
-         (0, b"\x00\x00\x01\xba"): "mpeg", (0, b"FLV"): "flv", (0, b"OggS"): "ogg", (0, b"GIF8"): "gif",
-         (0, b"\x30\x26\xb2\x75"): "asf"}
+         (4, b"wide"): "mov", (4, b"pnot"): "mov", (4, b"uuid"): "mov", (0, b"\x1aE\xdf\xa3"): "matroska",
+         (8, b"AVI "): "avi", (0, b"\x00\x00\x01\xba"): "mpeg", (0, b"FLV"): "flv", (0, b"OggS"): "ogg",
+         (0, b"GIF8"): "gif", (0, b"\x30\x26\xb2\x75"): "asf",
+         (188, b"G"): "mpegts", (196, b"G"): "mpegts"}  # packets of 188 bytes, or of 192 in a camcorder's .mts
+MATROSKA = "matroska"    # WebM too; what FFmpeg gives as the start and duration of its tracks may be made up
 # What PIL raises on damaged or hostile files; each was seen.
 PIL_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
               struct.error, NotImplementedError, Image.DecompressionBombError)
@@ -48,6 +54,7 @@ class Layout:
     n_crops: int
     tiling: tuple = (0, 0)  # (rows, columns) of high-resolution crops; (0, 0) = the low-resolution one alone
     times: tuple = ()       # of a video: seconds at which its frames are taken, from the start of the file
+    on_white: bool = True   # whether an image's transparent parts become white (see `load_image`)
 
 
 # ---- planning ----------------------------------------------------------------------------------------------
@@ -74,17 +81,35 @@ def open_image(path):
         image = Image.open(path, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))
     except PIL_ERRORS as e:
         raise BadMedia(f"{path}: not a readable image ({e})") from None
+    image.filename = ""  # else PIL maps raw TIFFs into memory, with rows as long as those of the upright image
     if image.width * image.height > MAX_PIXELS:
         raise BadMedia(f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
     return image
 
 
+def png_exif(path):
+    """The eXIf chunk of a PNG, or b"". It may follow the pixels: chunks are passed over, none is decoded."""
+    with open(path, "rb") as f:
+        f.seek(8)
+        while True:
+            head = f.read(8)  # length and type; after so many bytes there are four of checksum
+            if len(head) < 8:
+                return b""
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                return f.read(length)
+            f.seek(length + 4, os.SEEK_CUR)
+
+
 def orientation(image, path):
     """The EXIF orientation, 1 to 8. A camera held upright writes the image lying, with a tag of 5 to 8."""
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1  # PIL would search behind the pixels, and decode them for that
+    if image.format == "TIFF":
+        return 1  # PIL turns it itself: its size and its pixels are upright
     try:
-        return image.getexif().get(0x0112, 1)
+        exif = image.getexif() if image.format != "PNG" else Image.Exif()
+        if image.format == "PNG":  # getexif() would decode the pixels to look behind them
+            exif.load(png_exif(path))
+        return exif.get(0x0112, 1)
     except PIL_ERRORS as e:
         raise BadMedia(f"{path}: broken EXIF data ({e})") from None
 
@@ -92,8 +117,7 @@ def orientation(image, path):
 def image_size(path):
     """(width, height) of the upright image."""
     with open_image(path) as image:
-        # for a TIFF, PIL gives the upright size already
-        lying = image.format != "TIFF" and orientation(image, path) in (5, 6, 7, 8)
+        lying = orientation(image, path) in (5, 6, 7, 8)
         return (image.height, image.width) if lying else (image.width, image.height)
 
 
@@ -171,24 +195,36 @@ def sample_times(duration, max_frames, max_fps=2.0):
     return np.append(np.arange(0, duration, 1 / max_fps), duration)
 
 
+def container_format(path):
+    """FFmpeg's name of a file's container, by its first bytes; None if it is not one that we read."""
+    with open(path, "rb") as f:
+        head = f.read(197)  # the furthest magic byte is at 196
+    for (offset, magic), kind in MAGIC.items():
+        if head[offset:].startswith(magic):
+            return kind
+    return None
+
+
+def is_picture_track(stream):
+    """Whether a stream is a video's frames, and not a cover or thumbnails."""
+    return stream.type == "video" and not stream.disposition & Disposition.attached_pic
+
+
 def open_video(path):
     """(open container, its first video stream). The file cannot make the decoder open other files or URLs."""
     if not os.path.isfile(path):
         raise BadMedia(f"{path}: no such file")
     try:
-        with open(path, "rb") as f:
-            head = f.read(189)  # the furthest magic byte is at 188
-        kinds = [kind for (offset, magic), kind in MAGIC.items() if head[offset:].startswith(magic)]
-        if not kinds:
+        kind = container_format(path)
+        if not kind:
             raise BadMedia(f"{path}: not a video in a known container ({', '.join(sorted(set(MAGIC.values())))})")
-        whitelist = {"protocol_whitelist": "file", "format_whitelist": kinds[0]}
-        container = av.open(path, format=kinds[0], options=whitelist)
+        container = av.open(path, format=kind, options={"protocol_whitelist": "file", "format_whitelist": kind})
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: not a readable video ({e})") from None
-    if not container.streams.video:
+    stream = next(filter(is_picture_track, container.streams), None)
+    if not stream:
         container.close()
         raise BadMedia(f"{path}: has no video stream")
-    stream = container.streams.video[0]
     if not 0 < stream.width * stream.height <= MAX_PIXELS:
         container.close()
         raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}; they may have 1 pixel to "
@@ -199,37 +235,144 @@ def open_video(path):
     return container, stream
 
 
+# Times count from the start of the file, as in players and transcripts: from where the first track begins, be it
+# picture or sound. Before the first frame the first is shown, after the last one the last.
+#
+#     sound      |-----------------------|
+#     picture          |--------|            seconds 2 to 5 of a file of 8 s; at 1.0 the first frame is shown
+#     seconds    0     2        5        8
+
+def tracks_of(container):
+    """The streams of picture and sound."""
+    return [stream for stream in container.streams if stream.type == "audio" or is_picture_track(stream)]
+
+
+def file_start(container):
+    """When the file starts, in seconds by its own clock, a Fraction."""
+    starts = [s.start_time * s.time_base for s in tracks_of(container) if s.start_time is not None]
+    if not starts or container.format.name == MATROSKA and min(starts) > 0:
+        again, stream = open_video(container.name)
+        with again, contextlib.suppress(av.FFmpegError):
+            first = next(again.demux(stream))
+            if first.pts is not None:
+                starts.append(first.pts * stream.time_base)
+    return min(starts, default=Fraction(0))
+
+
 def video_duration(path):
-    """Seconds of a video, from its header; where that has none, from its packets. Nothing is decoded."""
+    """Seconds of a video, to the end of its picture, or of its sound where that goes on. Nothing is decoded.
+
+    By its header; or by its last packets where they end later, as a header may count frames in the order in which
+    they are decoded.
+    """
     container, stream = open_video(path)
     with container:
-        if stream.duration:
-            return float(stream.duration * stream.time_base)
-        if container.duration:
-            return container.duration / av.time_base
+        ends = []  # (seconds by the file's clock, the kind of track or "")
+        if container.format.name != MATROSKA:
+            ends = [(((s.start_time or 0) + s.duration) * s.time_base, s.type)
+                    for s in tracks_of(container) if s.duration]
+        if not ends and container.duration:
+            ends = [(Fraction(container.duration, av.time_base), "")]
+        start = file_start(container)
         try:
-            ends = []
-            for p in container.demux(stream):
-                if p.pts is not None:
-                    ends.append(float((p.pts + (p.duration or 0)) * stream.time_base))
+            if ends and max(ends)[0] > start:  # FLV gives the length in place of the end
+                container.seek(int(max(ends)[0] / stream.time_base), stream=stream)
+            for packet in container.demux(tracks_of(container)):
+                if packet.pts is not None:
+                    end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    ends.append((end, packet.stream.type if packet.duration else ""))
         except av.FFmpegError as e:
-            raise BadMedia(f"{path}: broken video ({e})") from None
+            if not ends:
+                raise BadMedia(f"{path}: broken video ({e})") from None
         if not ends:
             raise BadMedia(f"{path}: a video without frames")
-        return max(ends)
+    end = max(ends)[0]
+    picture_end = max([seconds for seconds, kind in ends if kind == "video"], default=end)
+    # sound comes in pieces, so that it is mostly a little longer
+    return float((end if end > picture_end + 0.1 else picture_end) - start)
+
+
+def is_cut(path):
+    """Whether a file lacks its end: its outermost boxes claim more bytes than it has. Of containers whose boxes have
+    no sizes this cannot be told, and there a cut video is just a shorter one."""
+    kind = container_format(path)
+    end = 0  # of the boxes so far
+    with open(path, "rb") as f:
+        while True:
+            f.seek(end)
+            head = f.read(24)
+            size = 0  # not known, or no box
+            if kind == "mov":
+                size = int.from_bytes(head[:4], "big")
+                if size == 1:
+                    size = int.from_bytes(head[8:16], "big")
+            elif kind == "avi" and head[:4] == b"RIFF":
+                size = 8 + int.from_bytes(head[4:8], "little")
+            elif kind == "asf":
+                size = int.from_bytes(head[16:], "little")
+            elif kind == "flv" and head:
+                size = 15 + int.from_bytes(head[1:4], "big") if end else 13
+            elif kind == "matroska" and len(head) > 9:
+                # an id and a size; the zero bits at the front of each tell how many bytes it takes
+                n_id = 9 - head[0].bit_length()
+                n_size = 9 - head[n_id].bit_length()
+                claim = int.from_bytes(head[n_id:n_id + n_size], "big") - (1 << 7 * n_size)
+                if claim < (1 << 7 * n_size) - 1:  # else all bits are set: not known
+                    size = n_id + n_size + claim
+            if size < 8:
+                return end > os.path.getsize(path)
+            end += size
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
 
-def load_image(path):
-    """The pixels of an image, upright: (H, W, 3) uint8."""
+# EXIF orientation -> how the stored image is turned or mirrored to stand upright
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
+def load_image(path, on_white=True):
+    """The pixels of an image, upright: (H, W, 3) uint8. What is transparent is white.
+
+    on_white=False: it has the colour that the file hides there, most often black. The processors of the released
+    models do that (`convert("RGB")`), and their authors advise to put such images on a background first.
+    """
     with open_image(path) as image:
-        lying = orientation(image, path) != 1
+        turn = UPRIGHT.get(orientation(image, path))
         try:
-            upright = ImageOps.exif_transpose(image) if lying else image
-            return np.array(upright.convert("RGB"))
+            if turn is not None:
+                image = image.transpose(turn)
+            if image.mode.startswith(("I", "F")):
+                return deep_to_rgb(np.array(image), image.info.get("transparency") if on_white else None, path)
+            if on_white and image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
         except PIL_ERRORS as e:
             raise BadMedia(f"{path}: truncated or corrupt image ({e})") from None
+
+
+def deep_to_rgb(values, transparent, path):
+    """A grey image of 16 or 32 bits or of floats, (H, W), as (H, W, 3) uint8.
+
+    The file does not tell what is white. It is 1 for floats, the largest of 8 to 16 bits for integers; or the image's
+    own largest value if that is larger, or far smaller. Black is 0. With negative values, the smallest one is black and
+    the largest one white.
+    """
+    if not np.isfinite(values).all():
+        raise BadMedia(f"{path}: has pixels that are not finite numbers")
+    usual = [1] if values.dtype.kind == "f" else [255, 1023, 4095, 16383, 65535]
+    values = values.astype(np.float64)
+    black = min(values.min(), 0)
+    largest = values.max()
+    white = min([value for value in usual if value >= largest], default=largest)
+    if black < 0 or largest * 16 < white:
+        white = largest
+    grey = (values - black) / (white - black or 1) * 255
+    if transparent is not None:
+        grey[values == transparent] = 255
+    return np.repeat(grey.round().astype(np.uint8)[..., None], 3, 2)
 
 
 def resize(pixels, height, width):
@@ -273,6 +416,8 @@ def image_crops(pixels, n, patch, tiling):
 class Packet(NamedTuple):
     """What a container tells of one frame without decoding it."""
     pts: int           # when it is shown, in ticks
+    duration: int      # how long, 0 = not told
+    dts: int           # when it is decoded, None = not told
     is_key: bool       # refers to no other frame
     is_discard: bool   # decoded because others refer to it, but not shown
 
@@ -282,9 +427,13 @@ def packets_of(container, stream, times):
 
     A frame may stand in the file behind a key frame that is shown after it, but never behind two.
     """
-    origin, tick = stream.start_time or 0, float(stream.time_base)
+    tick = float(stream.time_base)
+    origin = float(file_start(container) / stream.time_base)  # in ticks
     if times[0] > 0:
-        container.seek(origin + int(times[0] / tick), stream=stream)
+        try:
+            container.seek(int(origin + times[0] / tick), stream=stream)
+        except av.FFmpegError:
+            return  # without packets every frame is decoded
     keys_past_end = 0
     for packet in container.demux(stream):
         if packet.is_keyframe and packet.pts is not None and (packet.pts - origin) * tick > times[-1] + 1e-6:
@@ -305,18 +454,29 @@ def frame_plan(container, stream, times):
         decode       x  x  x  x  x  x  x          for t = 5.5, which shows pts 5: it follows key 6 but may refer to
                                                   what stands before it, so from the key frame before that
     """
-    packets = [Packet(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream, times)]
+    packets = []
+    for p in packets_of(container, stream, times):
+        packets.append(Packet(p.pts, p.duration or 0, p.dts, p.is_keyframe, p.is_discard))
     if not packets or not packets[0].is_key or any(p.pts is None for p in packets):
         return None
-    origin, tick = stream.start_time or 0, float(stream.time_base)
+    dts = [p.dts for p in packets if p.dts is not None]
+    if dts != sorted(dts) or len({p.pts for p in packets}) < len(packets):
+        return None  # a time comes twice, as where files were joined
+    tick = float(stream.time_base)
+    origin = float(file_start(container) / stream.time_base)
     shown = sorted(p.pts for p in packets if not p.is_discard)
     # a frame is shown until the next one begins
     frames = [bisect.bisect_right(shown, origin + (t + 1e-6) / tick) - 1 for t in times]
-    if times[0] > 0 and frames[0] < 0:
+    if frames[0] < 0 and shown[0] > (stream.start_time or 0):
         return None  # the seek went too far
-    end = (shown[-1] - origin) * tick
-    if times[-1] > end + max(1, 0.1 * times[-1]):
-        raise BadMedia(f"{container.name}: ends at {end:.1f} s, and {times[-1]:.1f} s were asked for: truncated?")
+    end = (max(p.pts + p.duration for p in packets) - origin) * tick
+    if times[-1] > end + 0.1:  # the last frame may stand long, or sound go on
+        length = video_duration(container.name)
+        asked = f"and {times[-1]:.1f} s were asked for"
+        if is_cut(container.name):
+            raise BadMedia(f"{container.name}: truncated: its frames end at {end:.1f} s, {asked}")
+        if times[-1] > length + max(1, 0.1 * length):
+            raise BadMedia(f"{container.name}: is {length:.1f} s long, {asked}")
     wanted = [shown[max(i, 0)] for i in frames]
 
     keys = [i for i, p in enumerate(packets) if p.is_key]
@@ -344,6 +504,20 @@ def frames_of(stream, packets, decode, wanted):
             context.flush_buffers()
 
 
+def turned(pixels, matrix):
+    """A decoded frame as it is to be seen. matrix: nine int32 (a, b, _, c, d, ...) as bytes, or None: what is stored
+    at (x, y) is seen at (a·x + c·y, b·x + d·y), which turns the frame by right angles, mirrors it, or both."""
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    right, down = a, d
+    if abs(b) > abs(a):
+        pixels = pixels.transpose(1, 0, 2)
+        right, down = c, b
+    pixels = pixels[::-1 if down < 0 else 1, ::-1 if right < 0 else 1]
+    return np.ascontiguousarray(pixels)  # torch takes no negative strides
+
+
 def load_frames(path, times, keep=lambda rgb: rgb):
     """The frames shown at `times` (seconds from the start, ascending): [keep(frame)], each (H, W, 3) uint8, upright.
 
@@ -353,8 +527,7 @@ def load_frames(path, times, keep=lambda rgb: rgb):
     def upright(frame):
         if frame.is_corrupt:
             raise BadMedia(f"{path}: broken video")
-        turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-        return keep(np.ascontiguousarray(turned))  # torch takes no negative strides
+        return keep(turned(frame.to_ndarray(format="rgb24"), frame.side_data.get(Type.DISPLAYMATRIX)))
 
     try:
         container, stream = open_video(path)
@@ -389,11 +562,12 @@ def load_frames_in_turn(path, times, keep):
     rate = float(stream.average_rate or 25)
     kept, shown = [], None
     with container:
+        start = file_start(container)
         for n, frame in enumerate(container.decode(stream)):
             if frame.pts is None:
                 begins = n / rate
             else:
-                begins = float((frame.pts - (stream.start_time or 0)) * stream.time_base)
+                begins = float(frame.pts * stream.time_base - start)
             if shown is not None:  # wanted before this frame begins: the one before it is shown
                 missed = sum(begins > t + 1e-6 for t in times[len(kept):])
                 kept += [keep(shown)] * missed if missed else []
@@ -409,7 +583,7 @@ def load_crops(path, layout, n, patch):
     """The crops of an image or video as its layout asks for them: (N, P, patch·patch·3) uint8."""
     if layout.times:  # frames become crops one by one: a minute of raw frames would fill gigabytes
         return np.concatenate(load_frames(path, layout.times, lambda rgb: image_crops(rgb, n, patch, (0, 0))))
-    return image_crops(load_image(path), n, patch, layout.tiling)
+    return image_crops(load_image(path, layout.on_white), n, patch, layout.tiling)
 
 
 class CropCache:
@@ -421,7 +595,7 @@ class CropCache:
         self.crops = OrderedDict()  # the one used last is at the end
 
     def __call__(self, path, layout, n, patch):
-        key = path, layout.tiling, tuple(layout.times), n, patch
+        key = path, layout.tiling, tuple(layout.times), layout.on_white, n, patch
         if key not in self.crops:
             self.crops[key] = load_crops(path, layout, n, patch)
             self.room -= self.crops[key].nbytes

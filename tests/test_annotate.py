@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 import requests
 import torch
 from PIL import Image
-from conftest import QUICK, ROOT, log_of, picture, run, tiny_model, video, write_lines
+from conftest import QUICK, ROOT, log_of, picture, run, shared, tiny_model, video, write_lines
 
 from tools.annotate import __main__ as annotate
 from data import Dataset, Planner, Stream
@@ -787,6 +788,74 @@ def test_narrations_are_read_as_people_write_them(tmp_path):
     line = dict(start=0.5, end=1.25, text="One line")
     assert [annotate.read_narration(str(tmp_path / n), 10.0) for n in files] == [
         [line], [line], [dict(start=0.0, end=10.0, text="One line")], []]
+
+
+YOUTUBE = """WEBVTT
+Kind: captions
+
+00:00:00.030 --> 00:00:01.000 align:start position:0%
+ 
+here<00:00:00.319><c> is</c><00:00:00.530><c> a</c><c.colorE5E5E5> red &amp; round</c>
+
+00:00:01.000 --> 00:00:01.010 align:start position:0%
+here is a red &amp; round
+ 
+
+00:00:01.010 --> 00:00:01.900 align:start position:0%
+here is a red &amp; round
+thing<00:00:01.200><c> No.</c>
+
+00:00:01.900 --> 00:00:01.910 align:start position:0%
+thing No.
+ 
+"""
+# written by hand: name -> (file, what is said when)
+CAPTIONS = {
+    "rolling": (YOUTUBE, [(0.03, 1.0, "here is a red & round"), (1.01, 1.9, "thing No.")]),
+    "rolling, made .srt": (re.sub(r"<[^>]*>| align.*", "", YOUTUBE).replace(".", ",").replace("No,", "No."),
+                           [(0.03, 1.0, "here is a red & round"), (1.01, 1.9, "thing No.")]),
+    "said twice": ("1\n00:00:00,000 --> 00:00:01,000\nNo.\n\n2\n00:00:01,000 --> 00:00:02,000\nNo.\n",
+                   [(0, 1, "No."), (1, 2, "No.")]),
+    "a line again, later": ("00:01.000 --> 00:02.000\nNo.\n\n00:03.000 --> 00:04.000\nNo.\nWhy?\n",
+                            [(1, 2, "No."), (3, 4, "No. Why?")]),
+    "no blank lines": ("WEBVTT\n1\n00:00.000 --> 00:00.700\nOne.\n2\n00:01.000 --> 00:02.000\nIn 2\nlines.\n3\n"
+                       "00:02:00.000 --> 00:03:00.000\nlate", [(0, 0.7, "One."), (1, 2, "In 2 lines.")]),
+    "whole seconds": ("1\n00:00:00 --> 00:00:01\nOne.\n\n2\n0:02 --> 0:3\nTwo.", [(0, 1, "One."), (2, 3, "Two.")]),
+    "dots and commas": ("1\n00:00:00.25 --> 00:00:01,5\nOne.", [(0.25, 1.5, "One.")]),
+    "arrows and tags": ("1\n00:00:00,000 --> 00:00:01,000\n{\\an8}A <- B, 3 < 4 > 2, <b>bold</b> <v Ann>she</v> "
+                        '<font color="red">x</font> a<b c>d.', [(0, 1, "A <- B, 3 < 4 > 2, bold she x a<b c>d.")]),
+    "notes": ("WEBVTT\n\nSTYLE\n::cue {color: red}\n\nNOTE\n00:01 is late\n\nid\n00:01.000 --> 00:02.000\nOne.\n\n"
+              "NOTE no\nno\n", [(1, 2, "One.")])}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_captions_of_the_world_are_read_once_and_as_they_are_meant(tmp_path, name, encoding):
+    text, said = CAPTIONS[name]
+    for newline in ("\n", "\r\n"):
+        (tmp_path / "a.srt").write_bytes(text.replace("\n", newline).encode(encoding))
+        assert annotate.read_narration(str(tmp_path / "a.srt"), 10.0) == [
+            dict(start=start, end=end, text=text) for start, end, text in said]
+
+
+def test_a_narration_in_utf_16_of_either_order_and_as_plain_text(tmp_path):
+    for mark, order in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        (tmp_path / "a.txt").write_bytes(mark + "Ein Stück\r\nRot.".encode(order))
+        read, = annotate.read_narration(str(tmp_path / "a.txt"), 4.0)
+        assert read == dict(start=0.0, end=4.0, text="Ein Stück Rot.")
+
+
+RED = [(0, 0.7, "A red square is here."), (0.74, 1.9, "The screen gets brighter.")]
+CASES = {"arrow.srt": [(0, 0.7, "A <- B and 3 < 4 > 2 here."), RED[1]], "utf16.srt": RED, "windows.srt": RED,
+         "noblank.vtt": [RED[0], (0.74, 1.3, RED[1][2]), (1.38, 1.9, "Then it ends.")],
+         "nomillis.srt": [(0, 1, RED[0][2]), (1, 2, RED[1][2])],
+         "youtube.vtt": [(0.03, 1.0, "here is a red square"), (1.01, 1.9, "in the corner of the screen")]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_narrations_among_the_cases(name):
+    read = annotate.read_narration(shared("cases", "narration", name), 2.0)
+    assert [(s["start"], s["end"], s["text"]) for s in read] == CASES[name]
 
 
 def test_every_clip_lasts_whatever_was_said_at_once():

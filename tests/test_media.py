@@ -3,6 +3,8 @@ official code, executed)."""
 import bisect
 import hashlib
 import os
+import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -213,7 +215,12 @@ def turned_video(path, matrix, size=(48, 32)):
 TURNS = {"as it lies": ((1, 0, 0, 1), (32, 48), "red green blue white"),
          "a quarter clockwise": ((0, 1, -1, 0), (48, 32), "blue red white green"),
          "upside down": ((-1, 0, 0, -1), (32, 48), "white blue green red"),
-         "a quarter the other way": ((0, -1, 1, 0), (48, 32), "green white red blue")}
+         "a quarter the other way": ((0, -1, 1, 0), (48, 32), "green white red blue"),
+         # the camera that looks at whoever holds it
+         "left and right changed": ((-1, 0, 0, 1), (32, 48), "green red white blue"),
+         "top and bottom changed": ((1, 0, 0, -1), (32, 48), "blue white red green"),
+         "along the diagonal": ((0, 1, 1, 0), (48, 32), "red blue green white"),
+         "along the other diagonal": ((0, -1, -1, 0), (48, 32), "white green blue red")}
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -247,6 +254,148 @@ def test_photos_are_upright_by_their_pixels_and_planned_in_that_shape(tmp_path, 
         assert corners(pixels) == seen, turn
         assert pixels.shape[:2] == ((40, 80) if turn < 5 else (80, 40)), turn
         assert image_size(path) == pixels.shape[1::-1], turn  # else its crops are cut in the wrong grid
+
+
+def chunk(kind, data):
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of(pixels, bits, colour, *before, behind=()):
+    """A PNG of (H, W) or (H, W, C) pixels; `before` and `behind` them stand other chunks."""
+    rows = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, colour, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), *before, chunk(b"IDAT", zlib.compress(rows)), *behind, chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("turn", ORIENTATIONS)
+def test_orientation_behind_the_pixels_of_a_png_is_obeyed_and_read_without_them(tmp_path, turn, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = tmp_path / "a.png"
+    extra = chunk(b"tEXt", b"Comment\0eXIf")  # the word alone is no chunk
+    path.write_bytes(png_of(four_corners(40, 80), 8, 2, extra, behind=(extra, chunk(b"eXIf", exif.tobytes()[6:]))))
+    pixels = load_image(str(path))
+    assert corners(pixels) == ORIENTATIONS[turn]
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
+    assert image_size(str(path)) == pixels.shape[1::-1]
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
+def test_a_turned_tiff_is_upright_in_every_mode(tmp_path, mode, compression):
+    """Four greys in the corners. Pillow reads the rows of some modes wrongly unless it is kept from it."""
+    greys = {"red": 100, "green": 150, "blue": 30, "white": 255}
+    grey = np.zeros((40, 80), np.uint8)
+    for name, (y, x) in zip(greys, ((0, 0), (0, 40), (20, 0), (20, 40))):
+        grey[y:y + 20, x:x + 40] = greys[name]
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    for turn, seen in ORIENTATIONS.items():
+        exif, path = Image.Exif(), str(tmp_path / "a.tiff")
+        exif[0x0112] = turn
+        image.save(path, exif=exif, compression=compression)
+        pixels = load_image(path)[..., 0].astype(int)
+        assert image_size(path) == pixels.shape[::-1] == ((80, 40) if turn < 5 else (40, 80))
+        found = [min(greys, key=lambda name: abs(greys[name] - pixels[y, x])) for y in (5, -5) for x in (5, -5)]
+        assert " ".join(found) == seen, turn
+
+
+RAMP = np.tile(np.arange(64), (3, 1))  # 64 steps from black to white
+DEEP = {"16 bits": (RAMP * 65535 // 63).astype(np.uint16), "12 of 16": (RAMP * 4095 // 63).astype(np.uint16),
+        "10 of 16": (RAMP * 1023 // 63).astype(np.uint16), "8 of 16": (RAMP * 255 // 63).astype(np.uint16),
+        "the other end first": (RAMP * 65535 // 63).astype(">u2"), "32 bits": (RAMP * 65535 // 63).astype(np.int32),
+        "all of 32 bits": (RAMP * (2 ** 31 // 64)).astype(np.int32), "signed": (RAMP * 65 - 2048).astype(np.int32),
+        "floats": (RAMP / 63).astype(np.float32), "floats to 255": (RAMP * 255 / 63).astype(np.float32),
+        "very dark floats": (RAMP / 63 / 1000).astype(np.float32),
+        "floats around 0": (RAMP / 63 - 0.5).astype(np.float32)}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_images_are_scaled(tmp_path, name):
+    """A ramp is a ramp, whatever its numbers are kept in; it was white, or black."""
+    want = np.arange(64) * 255 / 63
+    for end in ("tiff", "png"):
+        if end == "tiff" or DEEP[name].dtype == np.uint16:
+            path = str(tmp_path / f"a.{end}")
+            Image.fromarray(DEEP[name]).save(path)
+            pixels = load_image(path)
+            assert pixels.shape == (3, 64, 3) and pixels.dtype == np.uint8
+            assert np.abs(pixels - want[None, :, None]).max() < 1.1
+
+
+def test_deep_images_without_contrast_or_with_values_that_are_none(tmp_path):
+    path = str(tmp_path / "a.tiff")
+    for value, want in ((np.uint16(0), 0), (np.uint16(32768), 128), (np.float32(0.5), 128), (np.float32(0), 0)):
+        Image.fromarray(np.full((4, 4), value)).save(path)
+        assert (load_image(path) == want).all()
+    for value in (np.nan, np.inf, -np.inf):
+        Image.fromarray(np.array([[0, value]], np.float32)).save(path)
+        with pytest.raises(BadMedia, match="a.tiff: has pixels that are not finite numbers"):
+            load_image(path)
+
+
+def see_through(folder):
+    """Files of a black square on nothing, its left half transparent, its right half opaque; black all over."""
+    rgba = Image.fromarray(np.zeros((8, 8, 4), np.uint8))
+    rgba.paste((0, 0, 0, 255), (4, 0, 8, 8))
+    rgba.save(folder / "a.png")
+    rgba.save(folder / "a.webp", lossless=True)
+    rgba.save(folder / "rgba.tiff")
+    rgba.convert("LA").save(folder / "la.png")
+    halves = np.repeat([[0] * 4 + [1] * 4], 8, 0).astype(np.uint8)
+    palette = Image.fromarray(halves).convert("P")
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    palette.save(folder / "p.png", transparency=0)
+    (folder / "grey.png").write_bytes(png_of(halves, 8, 0, chunk(b"tRNS", b"\0\0")))
+    (folder / "deep.png").write_bytes(png_of(halves, 16, 0, chunk(b"tRNS", b"\0\0")))
+    colours = np.stack([halves] * 3, 2)
+    (folder / "rgb.png").write_bytes(png_of(colours, 8, 2, chunk(b"tRNS", bytes(6))))
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def test_what_is_transparent_is_white_or_as_the_released_processors_have_it(tmp_path):
+    for path in see_through(tmp_path):
+        pixels = load_image(path)
+        assert (pixels[:, :4] == 255).all(), path
+        if "deep" not in path:  # there 1 is the largest value
+            assert (pixels[:, 4:] < 2).all(), path
+        hidden = load_image(path, on_white=False)
+        assert (hidden[:, :4] == 0).all(), path
+        if "deep" not in path:
+            with Image.open(path) as image:
+                assert np.array_equal(hidden, np.array(image.convert("RGB"))), path
+    half = Image.new("RGBA", (2, 2), (200, 0, 0, 128))
+    half.save(tmp_path / "half.png")
+    assert np.abs(load_image(str(tmp_path / "half.png"))[0, 0].astype(int) - [227, 127, 127]).max() <= 1
+
+
+def test_crops_are_on_white_or_not_as_the_layout_has_it(tmp_path):
+    path = see_through(tmp_path)[0]
+    layout, kept = image_layout(8, 8, 5, 4, 1), media.CropCache(10 ** 6)
+    assert layout.on_white and kept(path, layout, 5, 4).mean() > 100
+    layout.on_white = False
+    assert kept(path, layout, 5, 4).mean() == 0 and load_crops(path, layout, 5, 4).mean() == 0
+
+
+@pytest.mark.parametrize("name", ["float01.tiff", "grey12in16.png", "grey16.png", "grey16.tiff", "int32.tiff"])
+def test_the_ramps_among_the_cases_are_ramps(name):
+    pixels = load_image(shared("cases", "sixteen_bits", name))
+    assert np.abs(pixels - (np.arange(64) * 255 / 63)[None, :, None]).max() < 2
+
+
+@pytest.mark.parametrize("name", ["alpha_black.png", "alpha_black.webp", "la_black.png", "pal_trns.gif",
+                                  "pal_trns.png"])
+def test_the_drawings_among_the_cases_are_on_white(name):
+    pixels = load_image(shared("cases", "transparency", name))
+    assert (pixels[0] == 255).all() and pixels.min() < 20 and 150 < pixels.mean() < 200
+
+
+@pytest.mark.parametrize("name", ["turn5.tiff", "turn6.tiff", "turn8.tiff", "turn6_late.png"])
+def test_the_turned_images_among_the_cases_are_planned_as_they_are_cut(name):
+    path = shared("cases", "turned_tiff", name)
+    assert image_size(path) == (30, 60) and load_image(path).shape == (60, 30, 3)
 
 
 @pytest.mark.parametrize("turn", [0, 9, 200, 65535])

@@ -352,7 +352,12 @@ def own_checkpoint(args):
 
 # ---- caption -----------------------------------------------------------------------------------------------
 
-STAMP = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}[.,]\d+)"  # 00:01:02,500 of .srt, or 01:02.500 of .vtt
+# 00:01:02,500 of .srt, or 01:02.500 of .vtt; some tools leave out the fraction
+STAMP = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)"
+CUE = re.compile(rf"\s*{STAMP}\s*-->\s*{STAMP}")
+# <i>, <c.yellow>, <v Ann>, <font color=red>, the times of words <00:00:01.500>, {\an8}; but not "3 < 4 > 2"
+MARKUP = re.compile(r"</?(?:[bcisu]|ruby|rt)(?:\.[^<>\s]*)?>|</?(?:v|lang|font)(?:[.\s][^<>]*)?>|<[\d:.]+>|\{\\[^}]*\}",
+                    re.I)
 
 
 def seconds_of(hours, minutes, seconds):
@@ -360,24 +365,57 @@ def seconds_of(hours, minutes, seconds):
     return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
 
 
-def read_narration(path, duration):
-    """[{start, end, text}] of an .srt, .vtt or .txt file; plain text is about the whole video."""
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
+def read_text(path):
+    """The text of a file in UTF-8, or in UTF-16 with its mark at the front."""
+    with open(path, "rb") as f:
         content = f.read()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    return content.decode(encoding, errors="replace")
+
+
+def read_cues(content):
+    """[(start, end, lines shown)] of the text of an .srt or .vtt file."""
+    cues = []
+    lines = None  # of the cue that is open
+    for line in content.splitlines():
+        times = CUE.match(line)
+        if times:
+            if lines and lines[-1].isdigit():
+                lines.pop()  # the number of this cue, with no blank line before it
+            lines = []
+            cues.append((seconds_of(*times.groups()[:3]), seconds_of(*times.groups()[3:]), lines))
+        elif not line:
+            lines = None
+        elif lines is not None:
+            text = " ".join(html.unescape(MARKUP.sub("", line)).split())
+            if text:
+                lines.append(text)
+    return cues
+
+
+def read_narration(path, duration):
+    """[{start, end, text}] of an .srt, .vtt or .txt file; plain text is about the whole video.
+
+    In captions that roll, as YouTube's automatic ones, a cue repeats the line before and adds one, and cues of 10 ms
+    show what is there: each line counts once.
+    """
+    content = read_text(path)
     if path.endswith(".txt"):
         text = " ".join(content.split())
         return [dict(start=0.0, end=duration, text=text)] if text else []
     segments = []
-    for block in re.split(r"\n\s*\n", content):
-        match = re.search(rf"{STAMP}\s*-->\s*{STAMP}[^\n]*\n(.+)", block, re.S)
-        if not match:
-            continue
-        # <i>tags</i> and line breaks go
-        text = " ".join(re.sub(r"<[^>]*>", "", match[7]).split())
-        start = seconds_of(*match.groups()[:3])
-        end = seconds_of(*match.groups()[3:6])
-        if text and start < duration:
-            segments.append(dict(start=start, end=min(end, duration), text=text))
+    shown = []  # lines of the cue before, if this one follows at once
+    shown_until = 0.0
+    for start, end, lines in read_cues(content):
+        if start > shown_until + 0.05:
+            shown = []
+        added = [line for line in lines if line not in shown]
+        if not added and end - start > 0.05:
+            added = lines  # said again
+        shown = lines
+        shown_until = end
+        if added and start < duration:
+            segments.append(dict(start=start, end=min(end, duration), text=" ".join(added)))
     return segments
 
 
