@@ -25,6 +25,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
 MAX_HEADER = 100_000_000  # bytes; the same cap as the format's own library
+MAX_LAYERS = 1000
 QUANTISED = "quantised weights are not read here: take the original, in bf16 or fp32"
 
 
@@ -229,6 +230,8 @@ def parse_text(text, path):
     check_fixed("text", text, path)
     kind = text.get("model_type")
     n = text["num_hidden_layers"]
+    if type(n) is not int or not 0 < n < MAX_LAYERS:  # check_sizes would say so, but lists of n entries come before it
+        raise BadCheckpoint(f"{path}: num_hidden_layers is {n!r}")
     types = text.get("layer_types")
     if not types:  # the classes' own pattern: in OLMo-3 every fourth layer sees everything, elsewhere each does
         types = ["sliding_attention" if kind == "olmo3" and i % 4 != 3 else "full_attention" for i in range(n)]
@@ -280,7 +283,7 @@ def check_sizes(fields, path):
         fine = True
         if kind is int:
             least = 0 if key == "window" else 1
-            top = 1000 if key == "layers" else 2 ** 26
+            top = MAX_LAYERS if key == "layers" else 2 ** 26
             fine = type(value) is int and least <= value < top
         elif kind is float:
             fine = isinstance(value, (int, float)) and 0 < value < 1e12
