@@ -177,7 +177,11 @@ class Tokenizer:
         they are given in order, and look the vision tokens up by name.
         """
         spec = read_json(self.path)
-        ordinary = set(spec["model"]["vocab"].values())
+        vocabulary = spec["model"]["vocab"]
+        given = {t["id"] for t in spec.get("added_tokens", [])}
+        listed = given.intersection(vocabulary.values())  # OLMo's file has its added tokens in the vocabulary too
+        ordinary = {token: i for token, i in vocabulary.items() if i not in given}
+        ordinary_ids = set(ordinary.values())
         names = {}
         for name, i in self.ids.items():
             if name in READ_ONLY:
@@ -188,11 +192,12 @@ class Tokenizer:
         for i in range(self.vocab + len(READ_ONLY)):
             if i in unchanged:
                 added.append(unchanged[i])
-            elif i not in ordinary:
+            elif i not in ordinary_ids:
                 name = names.get(i, f"|<EXTRA_TOKENS_{i}>|")
                 added.append(dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False,
                                   special=name not in WRITABLE))
         spec["added_tokens"] = added
+        spec["model"]["vocab"] = ordinary | {t["content"]: t["id"] for t in added if t["id"] in listed}
         write_json(os.path.join(folder, "tokenizer.json"), spec)
         write_json(os.path.join(folder, "tokenizer_config.json"),
                    dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=self.bos_name,
