@@ -254,8 +254,8 @@ def split_pattern(pre, path):
                                         "only one of them is read here")
                 pattern = GPT2_SPLIT
         else:
-            raise BadCheckpoint(f"{path}: pre_tokenizer step {i} is {json.dumps(step)[:200]}; only a Split by Regex and "
-                                "a ByteLevel without add_prefix_space are read here")
+            raise BadCheckpoint(f"{path}: pre_tokenizer step {i} is {json.dumps(step)[:200]}; only a Split by Regex "
+                                "and a ByteLevel without add_prefix_space are read here")
     return pattern
 
 

@@ -314,9 +314,9 @@ def parse_layout(config, processor, path):
     flags = config | processor
     for key, want in LAYOUT.items():
         if flags.get(key, want) is not want:
+            file = beside if key in processor else path
             kind = "MolmoWeb's layout, trained with causal attention" if "start" in key else "another layout"
-            raise BadCheckpoint(f"{beside if key in processor else path}: {key} is {flags[key]}: {kind} of images; only "
-                                "Molmo2's is computed here")
+            raise BadCheckpoint(f"{file}: {key} is {flags[key]}: {kind} of images; only Molmo2's is computed here")
     return flags.get(frames, True)
 
 
@@ -369,7 +369,9 @@ def parse_config(config, path, vision=None, processor=None):
         return ModelConfig(**fields)
     except BadCheckpoint:
         raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError, OverflowError) as e:
+    except KeyError as e:
+        raise BadCheckpoint(f"{path}: key missing: {e}") from None
+    except (TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError, OverflowError) as e:
         raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
 
 

@@ -138,6 +138,6 @@ def test_what_would_be_encoded_otherwise_than_it_says_is_refused(tmp_path, messa
 
 
 def test_a_pointer_in_place_of_the_file(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11422654\n")
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11\n")
     with pytest.raises(BadCheckpoint, match=r"tokenizer\.json: .*Git LFS pointer"):
         Tokenizer(str(tmp_path / "tokenizer.json"), 151936)
