@@ -7,8 +7,11 @@ Text in and text out: the tokenizer, the chat format, and points as text.
                             or <points coords="1 1 250 750">cups</points>           that of the released checkpoints
     either ─► parse_points ─► points
 """
+import functools
+import json
 import os
 import re
+import unicodedata
 
 import tiktoken
 
@@ -28,6 +31,9 @@ SMALL_TOKENIZER = os.path.join(HERE, "tokenizer.json")
 # nothing else uses: its own in the small tokenizer, <|extra_id_k|> in OLMo's, those after the last token in Qwen's.
 WRITABLE = ("<point", "<timestamp>")
 CHAT = ("<|im_start|>", "<|im_end|>")
+# A little of each kind of character, which has to come back from its ids.
+PROBE = "A7 it's\r\n\t_e\u0301\u6f22\u00a0\u200b!?\U0001f642  \u00b2\0"
+NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 # Ids that OLMo's and Qwen's tokenizers name and do not use.
 SPARE = re.compile(r"<\|extra_id_\d+\|>|\|<EXTRA_TOKENS_\d+>\|")
 
@@ -48,43 +54,61 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 class Tokenizer:
     """A byte-level BPE tokenizer.json as a tiktoken.Encoding, with the ids this project adds for a table of V rows.
 
-    `ids[name]` is the id of a special token, `bos` and `eos` those that open and close a sequence. Text is encoded
-    without special tokens unless they are asked for: what a user writes cannot forge an image or a turn.
+    `ids[name]` is the id of an added token, `bos` and `eos` those that open and close a sequence. Text is encoded
+    without special tokens unless they are asked for: what a user writes cannot forge an image or a turn. Added tokens
+    that are not special, as Qwen3's <think>, are words like any other: text that spells one has its id.
     """
 
     def __init__(self, path, vocab):
         self.path = path
         self.vocab = vocab
         spec = read_json(path)
+        try:
+            self.read(spec)
+        except BadCheckpoint:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
+        if self.decode(self.encode(PROBE, ())) != self.normalise(PROBE):
+            raise BadCheckpoint(f"{path}: its pre_tokenizer's pattern leaves parts of a text out")
+
+    def read(self, spec):
+        """Everything that encodes, from the contents of a tokenizer.json."""
         ranks, special = self.read_vocabulary(spec)  # {bytes: id}, {name: id}
+        self.forms = self.read_normalizer(spec)
 
         # What the model must write takes unused ids below V: the spare ones that the file names, then those after its
         # last. A table without any can still write points and times as released checkpoints do.
         spare = [special.pop(name) for name in list(special) if SPARE.fullmatch(name)]
         last = max([*ranks.values(), *special.values(), *spare])
-        unused = [*spare, *range(last + 1, vocab)]
+        unused = [*spare, *range(last + 1, self.vocab)]
         missing = [name for name in WRITABLE if name not in special]
         special |= zip(missing, unused)
         for k, name in enumerate(READ_ONLY):
-            special[name] = vocab + k  # what it only reads: the rows after V
+            special[name] = self.vocab + k  # what it only reads: the rows after V
 
         self.ids = special
-        self.encoding = tiktoken.Encoding(os.path.basename(path), pat_str=split_pattern(spec.get("pre_tokenizer")),
-                                          mergeable_ranks=ranks, special_tokens=special)
+        pattern = split_pattern(spec.get("pre_tokenizer"), self.path)
+        self.encoding = tiktoken.Encoding(os.path.basename(self.path), pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special)
         bos, eos = self.read_ends()
         known = [name for name in (eos, "<|endoftext|>", "<|im_end|>") if name in special]
         if not known:
-            raise BadCheckpoint(f"{path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
+            raise BadCheckpoint(f"{self.path}: has neither <|endoftext|> nor <|im_end|> to end a sequence with")
         self.eos_name = known[0]
         self.eos = special[self.eos_name]
         self.bos_name = bos if bos in special else self.eos_name  # Qwen has none: it opens with what ends another
         self.bos = special[self.bos_name]
+        self.words = self.read_words(spec)
 
     def read_vocabulary(self, spec):
         """The ordinary tokens of a tokenizer.json, {bytes: id}, and its special ones, {name: id}."""
         kind = spec["model"].get("type") if isinstance(spec.get("model"), dict) else None
         if kind != "BPE":
             raise BadCheckpoint(f"{self.path}: model.type is {kind!r}, only byte-level BPE is read")
+        for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if spec["model"].get(key):
+                raise BadCheckpoint(f"{self.path}: model.{key} is {spec['model'][key]!r}, byte-level BPE has none")
         special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["id"] < self.vocab}
         alphabet = byte_alphabet()
         ranks = {}
@@ -95,6 +119,13 @@ class Tokenizer:
                 except KeyError:
                     raise BadCheckpoint(f"{self.path}: token {token!r} is not written in the byte-level "
                                         "alphabet") from None
+        if len({*ranks.values()}) < len(ranks) or not all(bytes([b]) in ranks for b in range(256)):
+            raise BadCheckpoint(f"{self.path}: model.vocab has an id twice, or no token for some byte")
+        merges = spec["model"].get("merges", [])
+        merged = [spec["model"]["vocab"][m.replace(" ", "") if isinstance(m, str) else "".join(m)] for m in merges]
+        if merged != sorted(merged):
+            raise BadCheckpoint(f"{self.path}: model.merges stand in another order than the ids they make; only the "
+                                "order of ids is read here")
         largest = max([*ranks.values(), *special.values()])
         if largest >= self.vocab:
             raise BadCheckpoint(f"{self.path}: has ids up to {largest}, but the model's table has {self.vocab} rows: "
@@ -111,6 +142,34 @@ class Tokenizer:
             names.append(token.get("content") if isinstance(token, dict) else token)
         return names
 
+    def read_normalizer(self, spec):
+        """The Unicode forms that text is brought to before it is encoded: NFC in Qwen3's file, none in OLMo's."""
+        normalizer = spec.get("normalizer")
+        steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+        for step in steps:
+            if step["type"] not in NORMAL_FORMS:
+                raise BadCheckpoint(f"{self.path}: normalizer {step['type']!r} is not known here, only "
+                                    f"{', '.join(NORMAL_FORMS)}")
+        return [step["type"] for step in steps]
+
+    def read_words(self, spec):
+        """Added tokens that are not special, {as spelled: id}: those looked for in a text as it was written, and those
+        looked for once it is in its normal form. What opens, closes or points is never among them."""
+        control = (*WRITABLE, *CHAT, *READ_ONLY, "<|endoftext|>", self.bos_name, self.eos_name)
+        as_written, normalised = {}, {}
+        for token in spec.get("added_tokens", []):
+            name = token["content"]
+            if token.get("special", True) or name in control or self.ids.get(name) != token["id"]:
+                continue
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                raise BadCheckpoint(f"{self.path}: added token {name!r} has lstrip, rstrip or single_word, which are "
+                                    "not read here")
+            if token.get("normalized"):
+                normalised[self.normalise(name)] = token["id"]
+            else:
+                as_written[name] = token["id"]
+        return as_written, normalised
+
     def save(self, folder):
         """Write tokenizer.json, tokenizer_config.json, which names the ends of a sequence, and the chat template.
 
@@ -118,7 +177,11 @@ class Tokenizer:
         they are given in order, and look the vision tokens up by name.
         """
         spec = read_json(self.path)
-        ordinary = set(spec["model"]["vocab"].values())
+        vocabulary = spec["model"]["vocab"]
+        given = {t["id"] for t in spec.get("added_tokens", [])}
+        listed = given.intersection(vocabulary.values())  # OLMo's file has its added tokens in the vocabulary too
+        ordinary = {token: i for token, i in vocabulary.items() if i not in given}
+        ordinary_ids = set(ordinary.values())
         names = {}
         for name, i in self.ids.items():
             if name in READ_ONLY:
@@ -129,11 +192,12 @@ class Tokenizer:
         for i in range(self.vocab + len(READ_ONLY)):
             if i in unchanged:
                 added.append(unchanged[i])
-            elif i not in ordinary:
+            elif i not in ordinary_ids:
                 name = names.get(i, f"|<EXTRA_TOKENS_{i}>|")
                 added.append(dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False,
                                   special=name not in WRITABLE))
         spec["added_tokens"] = added
+        spec["model"]["vocab"] = ordinary | {t["content"]: t["id"] for t in added if t["id"] in listed}
         write_json(os.path.join(folder, "tokenizer.json"), spec)
         write_json(os.path.join(folder, "tokenizer_config.json"),
                    dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=self.eos_name, bos_token=self.bos_name,
@@ -143,7 +207,21 @@ class Tokenizer:
 
     def encode(self, text, special=WRITABLE):
         """Ids of a text. special: names of the special tokens that it may contain; others are read as plain text."""
-        return self.encoding.encode(text, allowed_special=set(special), disallowed_special=())
+        as_written, normalised = self.words
+        named = as_written | {name: self.ids[name] for name in special if name in self.ids}
+        ids = []
+        for i, piece in enumerate(splitter(frozenset(named)).split(text)):
+            if i % 2:
+                ids.append(named[piece])
+                continue
+            for k, part in enumerate(splitter(frozenset(normalised)).split(self.normalise(piece))):
+                ids += [normalised[part]] if k % 2 else self.encoding.encode_ordinary(part)
+        return ids
+
+    def normalise(self, text):
+        for form in self.forms:
+            text = unicodedata.normalize(form, text)
+        return text
 
     def decode(self, ids):
         """Text of ids. Bytes that are no UTF-8 become the replacement character; ids of unused rows vanish."""
@@ -159,15 +237,34 @@ class Tokenizer:
             return False
 
 
-def split_pattern(pre):
-    """The regular expression by which a tokenizer.json splits text before merging."""
+def split_pattern(pre, path):
+    """The regular expression by which a tokenizer.json splits text before merging: that of its Split, or of ByteLevel,
+    which comes last. Other steps would give other ids than they are meant to, and are refused."""
     steps = pre.get("pretokenizers", [pre]) if pre else []
-    for step in steps:
-        if step["type"] == "Split":
-            return step["pattern"]["Regex"]
-        if step["type"] == "ByteLevel" and step.get("use_regex", True):
-            return GPT2_SPLIT
-    return r"(?s:.+)"
+    pattern = r"(?s:.+)"
+    for i, step in enumerate(steps):
+        kind = step["type"]
+        pieces = step.get("behavior"), step.get("invert")  # both: matches are pieces, and all of the text matches
+        if kind == "Split" and i == 0 and pieces in (("Isolated", False), ("Removed", True)):
+            pattern = step["pattern"]["Regex"]
+        elif kind == "ByteLevel" and i == len(steps) - 1 and not step.get("add_prefix_space"):
+            if step.get("use_regex", True):
+                if i:
+                    raise BadCheckpoint(f"{path}: pre_tokenizer splits twice, by Split and by ByteLevel's use_regex; "
+                                        "only one of them is read here")
+                pattern = GPT2_SPLIT
+        else:
+            raise BadCheckpoint(f"{path}: pre_tokenizer step {i} is {json.dumps(step)[:200]}; only a Split by Regex "
+                                "and a ByteLevel without add_prefix_space are read here")
+    return pattern
+
+
+@functools.cache
+def splitter(names):
+    """A pattern whose split() cuts a text at each of the names, the longest where several begin: every second part is
+    one of them."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
 # ---- chat --------------------------------------------------------------------------------------------------

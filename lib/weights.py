@@ -25,6 +25,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
 MAX_HEADER = 100_000_000  # bytes; the same cap as the format's own library
+MAX_LAYERS = 1000
+QUANTISED = "quantised weights are not read here: take the original, in bf16 or fp32"
 
 
 # ---- safetensors -------------------------------------------------------------------------------------------
@@ -36,10 +38,18 @@ def no_duplicates(pairs):
     return out
 
 
+def refuse_pointer(start):
+    """A clone made without Git LFS has a few lines of text in place of a large file. start: its first bytes."""
+    if start.startswith(b"version "):
+        raise ValueError("a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again")
+
+
 def read_json(path):
     try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f, object_pairs_hook=no_duplicates)
+        with open(path, "rb") as f:
+            text = f.read()
+        refuse_pointer(text)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
@@ -63,7 +73,9 @@ def read_safetensors(path):
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
+            start = f.read(8)
+            refuse_pointer(start)
+            length = int.from_bytes(start, "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(f.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
@@ -74,6 +86,8 @@ def read_safetensors(path):
         tensors = {}
         end = 0  # of the tensor before: together they must fill the file, without a gap or an overlap
         for name, spec in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if spec["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is of type {spec['dtype']!r}, not {', '.join(DTYPES)}; {QUANTISED}")
             dtype, shape = DTYPES[spec["dtype"]], spec["shape"]
             first, last = spec["data_offsets"]
             if not all(type(n) is int and n >= 0 for n in [*shape, first, last]):
@@ -89,7 +103,7 @@ def read_safetensors(path):
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as e:
-        raise BadCheckpoint(f"{path}: not a sound safetensors file ({type(e).__name__}: {e})") from None
+        raise BadCheckpoint(f"{path}: not readable as safetensors ({type(e).__name__}: {e})") from None
     return tensors
 
 
@@ -140,7 +154,7 @@ def hub_config(cfg):
                 additional_vocab_size=EXTRA, qkv_bias=False, num_hidden_layers=cfg.layers,
                 intermediate_size=cfg.mlp, hidden_act="silu", max_position_embeddings=cfg.max_positions,
                 rope_theta=cfg.rope_theta, rope_scaling=rope,
-                rope_scaling_layers=list(cfg.yarn_layers) or None, use_qk_norm=cfg.qk_norm != "none",
+                rope_scaling_layers=list(cfg.yarn_layers) if cfg.yarn else None, use_qk_norm=cfg.qk_norm != "none",
                 qk_norm_type="olmo" if cfg.qk_norm == "full" else "qwen3", layer_norm_eps=cfg.eps,
                 norm_after=cfg.norm_after, tie_word_embeddings=cfg.tie)
     return dict(model_type="molmo2", architectures=["Molmo2ForConditionalGeneration"], torch_dtype="float32",
@@ -166,10 +180,9 @@ def processor_configs(cfg, frames=384, tiles=8):
                                              pooling_size=[2, 2]),
             "video_preprocessor_config.json": dict(pixels, video_processor_type="Molmo2VideoProcessor",
                                                    pooling_size=[3, 3], max_fps=2, num_frames=frames,
-                                                   do_sample_frames=True),
-            "processor_config.json": dict(processor_class="Molmo2Processor", image_use_col_tokens=True,
-                                          video_use_col_tokens=False, use_single_crop_col_tokens=False,
-                                          use_single_crop_start_token=True,
+                                                   do_sample_frames=True, sampling_fps=2,
+                                                   frame_sample_mode="uniform_last_frame"),
+            "processor_config.json": dict(LAYOUT, processor_class="Molmo2Processor",
                                           use_frame_special_tokens=cfg.frame_tokens)}
 
 
@@ -177,11 +190,18 @@ def processor_configs(cfg, frames=384, tiles=8):
 FIXED = {"text": dict(hidden_act="silu", attention_bias=False, qkv_bias=False, mlp_bias=False,
                       additional_vocab_size=EXTRA, clip_qkv=None, scale_logits=False,
                       normalize_input_embeds=False, use_sliding_window=False),
+         "rope": dict(truncate=True, mscale=None, mscale_all_dim=None, partial_rotary_factor=1.0),
          "vision": dict(hidden_act="gelu_pytorch_tanh", attention_bias=True, num_channels=3),
          "adapter": dict(hidden_act="silu", pooling_attention_mask=True, image_padding_embed=None,
-                         attention_bias=True,
-                         mlp_bias=False)}
+                         attention_bias=True, mlp_bias=False)}
+# The tokens around and inside an image, as data.py and lib/media.py write them.
+LAYOUT = dict(use_single_crop_start_token=True, use_single_crop_col_tokens=False, image_use_col_tokens=True,
+              video_use_col_tokens=False)
 LANGUAGE_MODELS = ("olmo2", "olmo3", "qwen3")
+# The published config of a SigLIP names only what is not its class's default; these are the defaults.
+SIGLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+              patch_size=16, layer_norm_eps=1e-6)
+SIGLIP_TYPES = ("siglip", "siglip_vision_model")
 
 
 def check_fixed(part, config, path):
@@ -190,14 +210,16 @@ def check_fixed(part, config, path):
             raise BadCheckpoint(f"{path}: {part} {key} is {config[key]!r}; only {want!r} is computed here")
 
 
-def parse_yarn(rope, path):
-    """RoPE settings of a config -> the `yarn` of ModelConfig, or None for plain RoPE."""
+def parse_yarn(rope, text, path):
+    """RoPE settings of the config `text` -> the `yarn` of ModelConfig, or None for plain RoPE."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
         raise BadCheckpoint(f"{path}: rope type {kind!r} is not known here")
-    return dict(factor=rope["factor"], original=rope["original_max_position_embeddings"],
+    check_fixed("rope", rope, path)
+    return dict(factor=rope["factor"],
+                original=rope.get("original_max_position_embeddings") or text["max_position_embeddings"],
                 beta_fast=rope.get("beta_fast", 32.0), beta_slow=rope.get("beta_slow", 1.0),
                 attention_factor=rope.get("attention_factor") or 0.1 * math.log(rope["factor"]) + 1)
 
@@ -208,16 +230,21 @@ def parse_text(text, path):
     check_fixed("text", text, path)
     kind = text.get("model_type")
     n = text["num_hidden_layers"]
-    types = text.get("layer_types") or ["full_attention"] * n
+    if type(n) is not int or not 0 < n < MAX_LAYERS:  # check_sizes would say so, but lists of n entries come before it
+        raise BadCheckpoint(f"{path}: num_hidden_layers is {n!r}")
+    types = text.get("layer_types")
+    if not types:  # the classes' own pattern: in OLMo-3 every fourth layer sees everything, elsewhere each does
+        types = ["sliding_attention" if kind == "olmo3" and i % 4 != 3 else "full_attention" for i in range(n)]
     full = tuple(i for i, t in enumerate(types) if t == "full_attention")
-    # YaRN belongs to the layers that see everything: in OLMo-3 every fourth one
-    stretched = full if text.get("layer_types") else range(3, n, 4)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     theta = text.get("rope_theta") or rope.get("rope_theta")
     if "full_attention" in rope:  # transformers 5 lists OLMo-3's two kinds of layer separately
         rope = rope["full_attention"]
         theta = rope["rope_theta"]
-    yarn = parse_yarn(rope, path)
+    yarn = parse_yarn(rope, text, path)
+    stretched = text.get("rope_scaling_layers")
+    if stretched is None:  # YaRN belongs to the layers that see everything
+        stretched = full
     if kind in LANGUAGE_MODELS:
         norm_after = kind != "qwen3"
         qk_norm = "head" if kind == "qwen3" else "full"
@@ -225,13 +252,13 @@ def parse_text(text, path):
         norm_after = bool(text["norm_after"])
         qk_norm = {"olmo": "full", "qwen3": "head"}[text["qk_norm_type"]] if text.get("use_qk_norm", True) else "none"
     heads = text["num_attention_heads"]
-    window = text.get("sliding_window") if len(full) < n else None
+    window = text.get("sliding_window", 4096 if kind == "olmo3" else None) if len(full) < n else None
     return dict(layers=n, width=text["hidden_size"], heads=heads,
                 kv_heads=text.get("num_key_value_heads") or heads,
                 head_dim=text.get("head_dim") or text["hidden_size"] // heads, mlp=text["intermediate_size"],
                 vocab=text["vocab_size"], norm_after=norm_after, qk_norm=qk_norm,
                 eps=text.get("layer_norm_eps") or text["rms_norm_eps"], rope_theta=theta or 1e4, yarn=yarn,
-                yarn_layers=tuple(text.get("rope_scaling_layers") or stretched) if yarn else (),
+                yarn_layers=tuple(stretched) if yarn else (),
                 window=window or 0,
                 window_layers=tuple(i for i in range(n) if i not in full) if window else (),
                 tie=bool(text.get("tie_word_embeddings")), max_positions=text["max_position_embeddings"])
@@ -256,13 +283,15 @@ def check_sizes(fields, path):
         fine = True
         if kind is int:
             least = 0 if key == "window" else 1
-            top = 1000 if key == "layers" else 2 ** 26
+            top = MAX_LAYERS if key == "layers" else 2 ** 26
             fine = type(value) is int and least <= value < top
         elif kind is float:
             fine = isinstance(value, (int, float)) and 0 < value < 1e12
         elif kind is tuple:  # numbers of blocks
             top = fields["layers"] if key.endswith("_layers") else 100
             fine = all(type(i) is int and 0 <= i < top for i in value)
+        elif kind is bool:
+            fine = type(value) is bool
         elif kind is str:
             fine = value in ("spec", "released", "full", "head", "none")
         if not fine:
@@ -273,12 +302,47 @@ def check_sizes(fields, path):
                             f"{blocks} make no model")
 
 
-def parse_config(config, path, vision=None):
+def parse_layout(config, processor, path):
+    """Whether video frames stand between tokens of their own, as config.json or the processor_config.json beside it
+    says. Refused: files that differ, and another layout of images than LAYOUT."""
+    beside = os.path.join(os.path.dirname(path), "processor_config.json")
+    frames = "use_frame_special_tokens"
+    for key in (*LAYOUT, frames):
+        if key in config and config[key] != processor.get(key, config[key]):
+            raise BadCheckpoint(f"{beside}: {key} is {processor[key]}, but {config[key]} in config.json: correct the "
+                                "one that is not of these weights")
+    flags = config | processor
+    for key, want in LAYOUT.items():
+        if flags.get(key, want) is not want:
+            file = beside if key in processor else path
+            kind = "MolmoWeb's layout, trained with causal attention" if "start" in key else "another layout"
+            raise BadCheckpoint(f"{file}: {key} is {flags[key]}: {kind} of images; only Molmo2's is computed here")
+    return flags.get(frames, True)
+
+
+def check_kind(config, path):
+    """Refuse by name what is not computed here."""
+    kind = config.get("model_type", "molmo2")
+    if kind not in ("molmo2", *LANGUAGE_MODELS):
+        why = ", a MolmoPoint, which points by choosing patches" if kind == "molmo_point" else ""
+        raise BadCheckpoint(f"{path}: model_type is {kind!r}{why}; molmo2, {', '.join(LANGUAGE_MODELS)} are read here")
+    for key in ("quantization_config", "quantization"):
+        if config.get(key) or config.get("text_config", {}).get(key):
+            raise BadCheckpoint(f"{path}: has a {key}; {QUANTISED}")
+
+
+def parse_config(config, path, vision=None, processor=None):
     """config.json -> ModelConfig: of a Molmo2 (with vit_config, rope_theta or, newer, vision_config,
-    rope_parameters), or of a plain language model together with `vision`, the config of a SigLIP."""
+    rope_parameters) with the processor_config.json beside it, if there is one, or of a plain language model together
+    with `vision`, the config of a SigLIP."""
     try:
+        check_kind(config, path)
         if config.get("model_type") in LANGUAGE_MODELS:
             vision = vision.get("vision_config", vision)
+            if vision.get("model_type", "siglip") not in SIGLIP_TYPES:  # "siglip2" alone: images of any shape
+                raise BadCheckpoint(f"{path}: the second folder's vision model is a {vision['model_type']!r}, not a "
+                                    f"{' or '.join(SIGLIP_TYPES)}")
+            vision = SIGLIP | vision
             # SigLIP 2 so400m gives blocks 24 and 18 of 27; a small one its last and middle
             n = vision["num_hidden_layers"]
             fields = dict(parse_text(config, path), **parse_vision(vision, path))
@@ -289,11 +353,12 @@ def parse_config(config, path, vision=None):
             check_fixed("adapter", adapter, path)
             layers = adapter.get("vit_layers") or adapter["vision_feature_layer"]
             fields = dict(parse_text(text, path), **parse_vision(vit, path))
-            fields.update(projector_mlp=adapter["intermediate_size"],
+            fields.update(tie=fields["tie"] or bool(config.get("tie_word_embeddings")),  # transformers 5: here alone
+                          projector_mlp=adapter["intermediate_size"],
                           vit_features=tuple(i % vit["num_hidden_layers"] for i in layers),
                           # only files written here have this key
                           point_format=config.get("point_format", "released"),
-                          frame_tokens=bool(config.get("use_frame_special_tokens", True)))
+                          frame_tokens=parse_layout(config, processor or {}, path))
             image_token = fields["vocab"] + IMAGE
             expected = (("adapter_config.text_hidden_size", adapter["text_hidden_size"], fields["width"]),
                         ("image_patch_id", config.get("image_patch_id", image_token), image_token))
@@ -304,7 +369,9 @@ def parse_config(config, path, vision=None):
         return ModelConfig(**fields)
     except BadCheckpoint:
         raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError, OverflowError) as e:
+    except KeyError as e:
+        raise BadCheckpoint(f"{path}: key missing: {e}") from None
+    except (TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError, OverflowError) as e:
         raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
 
 
@@ -343,8 +410,10 @@ SINGLE = {"embed_tokens.weight": "transformer.wte.embedding", "norm.weight": "tr
           "embeddings.patch_embedding.weight": "vision_backbone.image_vit.patch_embedding.weight",
           "embeddings.patch_embedding.bias": "vision_backbone.image_vit.patch_embedding.bias",
           "embeddings.position_embedding.weight": "vision_backbone.image_vit.positional_embedding"}
-# A SigLIP checkpoint also holds a text tower, a last norm and a pooling head, which Molmo2 does not use.
-UNUSED = re.compile(r"text_model\..*|logit_(scale|bias)|(vision_model\.)?(post_layernorm|head)\..*")
+# A SigLIP checkpoint also holds a text tower, a last norm and a pooling head, which Molmo2 does not use. Some writers
+# keep tables that follow from the config: frequencies of RoPE, numbers of positions.
+UNUSED = re.compile(r"text_model\..*|logit_(scale|bias)|(vision_model\.)?(post_layernorm|head)\..*"
+                    r"|(.*\.)?((original_)?inv_freq|position_ids)")
 
 
 def our_name(name, olmo):
@@ -362,10 +431,6 @@ def our_name(name, olmo):
     if m := re.fullmatch(r"multi_modal_projector\.(.+)\.(weight|bias)", name):
         return f"vision_backbone.{CONNECTOR.get(m[1], m[1])}.{m[2]}", 0
     return SINGLE.get(name, name), 0
-
-
-def their_name(name):
-    return name if name.startswith("lm_head.") else "model." + name
 
 
 def read_shards(folder):
@@ -411,7 +476,9 @@ def load(folder, vision=None):
     if vision and not is_plain:
         raise BadCheckpoint(f"{path}: model_type is {config.get('model_type')!r}; only after "
                             f"{', '.join(LANGUAGE_MODELS)} does a second folder make sense")
-    cfg = parse_config(config, path, read_json(os.path.join(vision, "config.json")) if is_plain else None)
+    vision_config = read_json(os.path.join(vision, "config.json")) if is_plain else None
+    beside = os.path.join(folder, "processor_config.json")
+    cfg = parse_config(config, path, vision_config, read_json(beside) if os.path.exists(beside) else {})
     found = read_shards(folder)
     if is_plain:
         found |= vision_tensors(vision, max(cfg.vit_features) + 1)
@@ -438,6 +505,8 @@ def fill(model, found, folder, new=()):
     cfg = model.cfg
     wanted = dict(model.named_parameters(remove_duplicate=False))
     split_embedding(found, cfg, folder, new)
+    if cfg.tie and has_own_head(found):
+        cfg.tie = False
     if cfg.tie:
         found.pop("lm_head.weight", None)
         wanted.pop("lm_head.weight")
@@ -482,6 +551,13 @@ def split_embedding(found, cfg, folder, new):
         found[names[1]] = {0: extra}
 
 
+def has_own_head(found):
+    """Whether the file has a head with other numbers than the table that the config ties it to. Then the head is
+    what was trained, and the config the mistake."""
+    head, table = (found.get(name, {}).get(0) for name in ("lm_head.weight", "transformer.wte.embedding"))
+    return head is not None and table is not None and not torch.equal(head, table.to(head.dtype))
+
+
 def check_names(wanted, found, folder, new):
     """BadCheckpoint naming the tensors that are missing or that no parameter is called like."""
     def listed(names):
@@ -503,7 +579,9 @@ def save(model, folder, frames=384, tiles=8):
     """Configuration and model.safetensors of `model` in `folder`, in the released names. frames: most of a video;
     tiles: most high-resolution crops of an image."""
     os.makedirs(folder, exist_ok=True)
-    state = {their_name(n): p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    state = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        state[name if name.startswith("lm_head.") else "model." + name] = p.detach()
     write_safetensors(os.path.join(folder, "model.safetensors"), state)
     for name, contents in ({"config.json": hub_config(model.cfg)} | processor_configs(model.cfg, frames, tiles)).items():
         write_json(os.path.join(folder, name), contents)

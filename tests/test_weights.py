@@ -494,11 +494,17 @@ def test_a_tied_head_is_the_embedding_also_after_a_step_and_a_save(tmp_path):
     assert torch.equal(again(tokens), model(tokens))
 
 
-def test_a_head_in_the_file_of_a_tied_model_is_not_used(tmp_path):
+def test_a_head_of_its_own_in_the_file_of_a_tied_model_is_kept(tmp_path):
+    """What is in the file was trained; a config that says otherwise is the mistake."""
     text, theirs = language_model(tmp_path / "text")
-    write_safetensors(os.path.join(text, "model.safetensors"), theirs | {"lm_head.weight": torch.ones(1024, 32)})
-    model = Molmo2.from_pretrained(text, vision_model(tmp_path / "vision", 2)[0])
-    assert torch.equal(model.lm_head.weight, theirs["model.embed_tokens.weight"].float())
+    vision = vision_model(tmp_path / "vision", 2)[0]
+    table = theirs["model.embed_tokens.weight"]
+    for head, tied in ((torch.ones(1024, 32), False), (table.clone(), True), (table.float(), True)):
+        write_safetensors(os.path.join(text, "model.safetensors"), theirs | {"lm_head.weight": head})
+        model = Molmo2.from_pretrained(text, vision)
+        assert model.cfg.tie == tied and torch.equal(model.lm_head.weight, head.float())
+        assert (model.lm_head.weight is model.transformer.wte.embedding) == tied
+        assert torch.equal(model.transformer.wte.embedding, table.float())
 
 
 def test_a_model_with_a_head_of_its_own_must_bring_it(tmp_path):
