@@ -527,7 +527,9 @@ def load_frames(path, times, keep=lambda rgb: rgb):
     def upright(frame):
         if frame.is_corrupt:
             raise BadMedia(f"{path}: broken video")
-        return keep(turned(frame.to_ndarray(format="rgb24"), frame.side_data.get(Type.DISPLAYMATRIX)))
+        # One thread here too: FFmpeg would start some for each frame, and a worker was seen to wait for them for ever.
+        pixels = frame.to_ndarray(format="rgb24", threads=1)
+        return keep(turned(pixels, frame.side_data.get(Type.DISPLAYMATRIX)))
 
     try:
         container, stream = open_video(path)
