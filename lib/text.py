@@ -67,7 +67,7 @@ class Tokenizer:
             self.read(spec)
         except BadCheckpoint:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise BadCheckpoint(f"{path}: key missing or of the wrong kind ({type(e).__name__}: {e})") from None
         if self.decode(self.encode(PROBE, ())) != self.normalise(PROBE):
             raise BadCheckpoint(f"{path}: its pre_tokenizer's pattern leaves parts of a text out")
