@@ -132,6 +132,7 @@ class Planner:
             n_crops = 0
             for i, (path, (width, height)) in enumerate(zip(paths, sizes)):
                 layout = image_layout(width, height, self.n, self.cfg.patch, tiles)
+                layout.on_white = not self.released  # released models saw what transparent parts hide
                 if len(paths) > 1:  # points refer to an image by its index, which the released models count from 1
                     ids += tok.encode(f"Image {i + 1 if self.released else i}")
                 ids += [tok.ids[name] for name in layout.tokens]
@@ -272,6 +273,9 @@ class Planner:
         ids, _ = self.encode_chat(messages)
         room_for_answer = min(512, self.seq_len // 8)
         trunk, media = self.trunk(record, folder, self.seq_len - len(ids) - room_for_answer)
+        if len(trunk) + len(ids) + 1 > self.seq_len:
+            raise BadRecord("question too long", f"{len(ids)} tokens, and {len(trunk)} of the media before it; the model "
+                            f"reads {self.seq_len}")
         ids.append(self.tokenizer.eos)  # the last token of a branch is only predicted
         return self.assemble(trunk, media, [Branch("text", ids, [False] * len(ids))])
 
@@ -686,7 +690,7 @@ class Batches(torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if info:
             torch.set_num_threads(1)
-            os.nice(10)  # where cores are few, training goes first
+            getattr(os, "nice", int)(10)  # where cores are few, training goes first
             die_with_parent()
             obey_the_parent_alone()
         planner = self.stream.planner

@@ -14,8 +14,8 @@ Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K 
 """
 import functools
 import math
+import os
 import random
-import resource
 import sys
 import weakref
 
@@ -23,6 +23,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from model import ChunkedNLL, is_vision
 
@@ -256,7 +261,7 @@ def resident(step):
     step()
     try:
         with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * resource.getpagesize()
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return peak_memory("cpu")
 
@@ -275,5 +280,7 @@ def peak_memory(device):
     """The most memory this process had so far, bytes: of the card, or of the computer."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    if not resource:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -21,7 +21,6 @@ In this file:  ranks        World, start                       checkpoints  Save
 import contextlib
 import copy
 import ctypes
-import fcntl
 import hashlib
 import itertools
 import json
@@ -42,6 +41,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two runs apart
+    fcntl = None
 
 from lib import budget
 from lib.errors import UserError
@@ -539,6 +543,8 @@ def lock(path, world):
     def hold():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "w")
+        if not fcntl:
+            return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

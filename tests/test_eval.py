@@ -578,7 +578,7 @@ def test_each_question_counts_once_in_the_mean_of_its_task(tmp_path, monkeypatch
     assert records[0] == dict(where="rows.jsonl:1", task="image_qa", prompt="?", answer="red", truth="red",
                               scores=dict(accuracy=1))
     assert records[4]["truth"] == [dict(x=0.5, y=0.5, id=0)] and records[4]["scores"]["f1"] == 0.6667
-    model, planner, said, limit, batch, world = asked[0]
+    model, planner, said, limit, batch, world, _ = asked[0]
     assert (model, planner, batch, world) == ("model", "planner", 5, "world")
     assert said == [(q.task, q.where, q.record, q.folder, q.prompt) for q in questions]
     assert {task: limit(task) for task in TASKS} == dict(
@@ -626,7 +626,7 @@ def command(tmp_path, monkeypatch):
                         lambda folder, *a, **k: seen.append((a, k)) or (model(folder), folder))
     monkeypatch.setattr(evaluation, "answers",
                         lambda model, planner, asked, *_: says.get(planner, ["no"] * len(asked)))
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a: seen.append(a) or evaluate(*a))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append(a) or evaluate(*a, **k))
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
