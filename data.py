@@ -1,4 +1,4 @@
-r"""
+"""
 Data: lines of JSONL in, packed batches out.
 
     record     one line: an image, some images, a video or a text, with its annotations: a message tree
@@ -21,6 +21,17 @@ trunk and itself (model.may_attend). Only answers are trained on, captions with 
 
 The order of the data depends on (files, mixture, seed) and on nothing else: not on ranks, not on workers. The state
 of the stream is a small JSON object that travels with each sequence; `Stream.sequences(state)` goes on after it.
+
+Where to look, in the order in which data passes:
+
+    lib/records.parse_record, lib/tasks.TASKS   what a line may say; what each task is: prompts, weight, answer, metric
+    Planner.trunk, video_trunk    what media cost in tokens: lib/media.image_layout, sample_times, frame_layout (`pool`)
+    lib/tasks.prompt_of, answer_of              words; lib/text.format_points: points as text, number by number
+    Planner.encode_chat, assemble               tokens of a branch; targets, shifted by one; positions; weights
+    mix                           which dataset a draw takes
+    Packer.emit                   which plans share a sequence: as many tokens and crops as fit, the oldest first
+    decode, collate               pixels, a batch; what is broken gets weight 0 and is counted (lib/records.BadRecords)
+    Stream.start, sequences       all that an exact resume needs of the data
 
 Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """

@@ -15,6 +15,9 @@ Each of the four Molmo2 evaluations is a score of one task, with the published d
     counting   equal; close: within 1 + 5 % of the truth
     tracking   points as above in every frame; HOTA; with a segmenter that turns points into masks J, F and J&F
 
+Where to look: `load_questions` makes a Question of each annotation; sample.answers asks them in batches; METRICS has a
+score for each metric that lib/tasks.TASKS names; `point_f1`, `hota`, `j_and_f`, `word_overlap` are plain functions.
+
 An annotation may carry the masks of its points: {"id": 0, "t" or "image": ..., "polygon": [[x, y], ...] in shares of
 the sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Without them a point hits within 5 % of its place.
 """

@@ -31,6 +31,8 @@ sequence; ulysses.py has how, and what the ranks send each other. N must divide 
 1b, 8 in small. On the same two cores small takes 2.6 GB on two ranks together. 1b needs no --cp where a card has 80 GB:
 one H200 (PyTorch 2.11) takes 6.0 s for a sequence with 364 frames, 6,200 tokens a second, and 70.6 GB.
 
+DEFAULTS and PRESETS hold these numbers; --cp is ulysses.install and ulysses.shard_batch, in pretrain.train.
+
 What each of eight cards of 80 GB holds of a 7B model (--config 7b --cp 8 --world 8 --dry_run prints it; GB):
 
     weights              3.6    7.76e9 x 4 bytes / 8

@@ -12,6 +12,17 @@ A stage is data: a `Config`. The loop below has no notion of stages; sft.py and 
     stream ─► samples of this rank ─► micro-batches ─► forward, backward ─► clip ─► optimisers ─► log, evaluate, save
                                           │                ▲
                                         Report ─► all ranks exchange theirs: W, the loss weight by which all divide
+
+Where to look, in the order in which data passes:
+
+    Config, PRESETS, parse        every number of a run, and what overrides what
+    load_model, open_data         the weights to start from (lib/weights.load); the mixture (data.mix)
+    make_optimizers, schedule     groups of parameters (model.parts), peaks; warm-up, then a cosine
+    train, 3                      lib/distributed.shard_model: what is recomputed (--recompute), compiled, sharded
+    train, 5 and 6                W; the loss is a sum over all sequences of all ranks, divided by W; the z-loss
+    lib/records.BadRecords        what could not be used, counted; too much of it ends the run (--max_bad)
+    train, 9                      what is saved: lib/distributed.Saver.save, and `about` with the stream's state
+    lib/distributed.check_resume  what --resume compares before it goes on
 """
 import argparse
 import contextlib

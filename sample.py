@@ -7,6 +7,14 @@ into a copy.
     python sample.py weights/Molmo2-8B kitchen.jpg hall.jpg "Point to the mugs in all images." --device cuda
     python sample.py weights/Molmo2-8B clip.mp4 "What happens?" --chat     # and go on; the video is encoded once
 
+How a question becomes a drawn track:
+
+    Chat.ask                  data.Planner.question plans the media and the conversation so far
+    Chat.encode               the media are encoded once a conversation; `generate` reads their features, then its cache
+    Molmo2.generate           token by token, until the end-of-sequence token or --max_new_tokens
+    lib/text.parse_points     points in the answer, as far as it goes
+    lib/draw.draw             onto the image, or into an MP4 or GIF; `at_time`: between the moments of a track
+
 Many questions in batches, as eval.py and the evaluations in training ask them, are `answers`.
 """
 import argparse

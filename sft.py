@@ -22,6 +22,8 @@ The model, the loss and the loop are those of stage 1. These numbers differ (pyt
     warm-up, steps   2,000/200/2,000             200                 30
     dropout         0.1 on answers    0.1 everywhere               none
 
+DEFAULTS and PRESETS hold these numbers; `cache_features` is what small does with a frozen ViT.
+
 A sequence costs what it costs in stage 1: memory follows tokens and crops, not what they show.
 """
 import dataclasses
