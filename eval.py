@@ -513,7 +513,8 @@ def score_masks(q, predicted, times, segmenter):
     segmented = segmenter(frames, [(times.index(half_second(p)), p["x"], p["y"], p["id"]) for p in predicted])
     true_masks = {}  # object -> {half second: mask}
     for o in q.points:
-        true_masks.setdefault(o["id"], {})[half_second(o)] = q.mask(o)
+        if key(o) in q.masks:  # others are not compared
+            true_masks.setdefault(o["id"], {})[half_second(o)] = q.mask(o)
     empty = np.zeros(frames[0].shape[:2], bool)
     scores = np.zeros((len(true_masks), len(segmented), 3))  # J, F, J&F
     for i, (_, mask_at) in enumerate(sorted(true_masks.items())):

@@ -168,6 +168,16 @@ def test_tracks_are_scored_frame_by_frame(tmp_path):
     assert more["accuracy"] == 1 and more["j"] == pytest.approx(0.8) and more["precision"] == pytest.approx(0.8)
 
 
+def test_only_objects_with_masks_are_compared_by_masks(tmp_path):
+    """A point without a mask beside one with: the other's track cannot lower J."""
+    points = [dict(t=t, x=x, y=0.5, id=i) for t in (0, 0.5) for i, x in ((0, 0.5), (1, 0.9))]
+    q = question(tmp_path, "video_tracking", points=points, masks=[dict(t=0, id=0, polygon=SQUARE)])
+    square = q.mask(points[0])
+    said = "<point 0, 0.5, 0.5, 0> <point 0, 0.9, 0.5, 1> <point 0.5, 0.5, 0.5, 0>"
+    once = lambda frames, points: {0: np.stack([square, square & False])}  # seen in the frame that has a mask
+    assert score_track(q, said, once)["j&f"] == 1
+
+
 def test_clips_that_start_later_keep_their_masks(tmp_path):
     """In the file times count from its start; the model answers from the start of the clip."""
     true = [dict(t=t, x=0.5, y=0.5, id=0) for t in (1.0, 1.5)]
