@@ -27,12 +27,14 @@ import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
+import av
 import numpy as np
 from PIL import Image, ImageDraw
 
 from lib.errors import BadMedia, BadRecord, UserError
-from lib.media import file_start, image_size, inside_folder, load_frames, open_video, sample_times, video_duration
-from tools.labels.formats import BROKEN, NOT_IN_VIEW, YOLO_CLASSES, Label, broken, read_labels
+from lib.media import (MAX_PIXELS, file_start, image_size, inside_folder, load_frames, open_video, sample_times,
+                       video_duration)
+from tools.labels.formats import BROKEN, NOT_IN_VIEW, YOLO_CLASSES, broken, read_labels
 
 ENDINGS = {"image": frozenset("jpg jpeg png webp gif bmp tif tiff".split()),
            "video": frozenset("mp4 mov m4v mkv webm avi mpg mpeg flv ogv ogg wmv asf ts mts m2ts 3gp gif".split())}
@@ -77,7 +79,7 @@ def deepest(mask):
     row = np.arange(len(inside))[:, None]
     above = row - np.maximum.accumulate(np.where(inside, -1, row))
     below = np.minimum.accumulate(np.where(inside, 10 ** 6, row)[::-1])[::-1] - row
-    in_column = np.minimum(above, below).astype(np.int64) ** 2
+    in_column = np.minimum(above, below).astype(np.int32) ** 2
     squares = in_column.copy()
     step = 1
     while step ** 2 < squares.max() and step < inside.shape[1]:
@@ -98,7 +100,7 @@ class Medium(NamedTuple):
     size: tuple         # (width, height), upright
     duration: float     # of a video, seconds
     frames: list        # when each begins
-    looks: np.ndarray   # the half seconds and the end: when a model may look at it
+    looks: tuple        # the half seconds and the end: when a model may look at it
 
 
 def frame_times(path):
@@ -147,11 +149,14 @@ class Shelf:
         relative = os.path.relpath(path, self.out).replace(os.sep, "/")
         relative.encode()  # a name that is not UTF-8 cannot stand in JSON
         if kind == "image":
-            return Medium(kind, relative, image_size(path), None, None, None)
+            return Medium(kind, relative, image_size(path), 0, (), ())
         duration = video_duration(path)
         height, width, _ = load_frames(path, [0.0])[0].shape
         looks = np.unique(sample_times(duration, 10 ** 9).round(2))
-        return Medium(kind, relative, (width, height), duration, frame_times(path), looks)
+        try:
+            return Medium(kind, relative, (width, height), duration, frame_times(path), looks)
+        except av.FFmpegError as e:
+            raise BadMedia(f"{path}: broken video ({e})") from None
 
     def get(self, kind, name):
         """The Medium of a name; BadRecord if there is none or it cannot be read. Both are remembered."""
@@ -191,7 +196,7 @@ def box_place(low, high, where):
     if (high <= low).any():
         raise BadRecord("box of no or negative size", f"{high[0] - low[0]:g} x {high[1] - low[1]:g} of the sides")
     if (low >= 1).any() or (high <= 0).any():
-        raise BadRecord("box outside the media", f"from {low[0]:g}, {low[1]:g} to {high[0]:g}, {high[1]:g} of its sides")
+        raise BadRecord("box outside the media", f"at {low[0]:g}, {low[1]:g} of the sides")
     middle = (low + high) / 2
     x, y = np.where((middle >= 0) & (middle <= 1), middle, (low.clip(0) + high.clip(None, 1)) / 2).tolist()
     return x, float(min(high[1], 1)) if where == "bottom" else y
@@ -209,6 +214,8 @@ def mask_place(label, unit, size):
         left, top = (corner * scale).round().astype(int).tolist()
         if (scale != 1).any():  # labelled on a copy of another size
             wide, high = np.maximum(mask.shape[::-1] * scale, 1).round().astype(int).tolist()
+            if wide * high > MAX_PIXELS:
+                raise broken(f"a mask of {wide}x{high}")
             mask = np.array(Image.fromarray(mask).resize((wide, high), Image.NEAREST))
         mask = mask[max(-top, 0):max(height - top, 0), max(-left, 0):max(width - left, 0)]
         left, top = max(left, 0), max(top, 0)
@@ -244,6 +251,13 @@ def position(label, size, where):
 
 
 # ---- labels become records ---------------------------------------------------------------------------------
+
+def same_end(a, b):
+    """Whether two paths can be one file's: names without their endings, and the folders that both name, are equal."""
+    a, b = (os.path.splitext(unicodedata.normalize("NFC", path).replace("\\", "/"))[0].split("/") for path in (a, b))
+    n = min(len(a), len(b))
+    return a[-n:] == b[-n:]
+
 
 def thin(points, looks):
     """Of each object the point nearest to each time at which a model may look, moved to that time."""
@@ -347,6 +361,9 @@ class Collection:
             t = self.time(label, medium)
             if not -0.01 <= t <= medium.duration + 0.25:
                 raise BadRecord("after the end of the video", f"{t:g} s, and it has {medium.duration:g} s")
+        _, other = self.media.get(medium.path, (medium, label.media))
+        if not same_end(other, label.media):
+            raise BadRecord("media not found", f"{label.media!r} would be {medium.path}, which {other!r} is already")
         points = self.groups.get((medium.path, name), {})
         key = (label.id, t) if label.id is not None else (len(points), "no id")
         if key in points:
@@ -363,16 +380,11 @@ class Collection:
                 more.append(between(label, label.until, (look - t) / (end - t), look))
         return [label for label in more if label]
 
-    def annotations(self, path, name):
-        """The annotations of one class in one file."""
-        medium, media = self.media[path]
-        points = list(self.groups[path, name].values())
+    def annotations(self, name, points, medium, media):
+        """The annotations of one class in one record."""
+        is_track = len({p.id for p in points}) < len(points) and points[0].id is not None
         task = "image_pointing"
         if medium.kind == "video":
-            thinned = thin(points, medium.looks)
-            self.reasons[THINNED] += len(points) - len(thinned)
-            points = thinned
-            is_track = len({p.id for p in points}) < len(points) and points[0].id is not None
             task = "video_tracking" if is_track else "video_pointing"
         annotation = dict(task=task, label=name, points=[])
         masks = []
@@ -390,16 +402,30 @@ class Collection:
         return [annotation, dict(task="counting", label=several, points=list(objects.values())[::-1])]
 
     def records(self):
-        """(records, one for each file with labels, by name; how many labels they hold)."""
-        records = {}
+        """(records, one for each image and each clip of a video, how many labels they hold)."""
+        records = {}  # (path, clip) -> record
         written = 0
-        for path, name in self.groups:
-            medium, _ = self.media[path]
-            record = records.setdefault(path, {"id": path, medium.kind: path, "annotations": []})
-            annotations = self.annotations(path, name)
-            record["annotations"] += annotations
-            written += len(annotations[0]["points"])
-        return [records[path] for path in sorted(records)], written
+        for (path, name), points in self.groups.items():
+            medium, media = self.media[path]
+            points = list(points.values())
+            clips = {0: points}
+            if medium.kind == "video":
+                thinned = thin(points, medium.looks)
+                self.reasons[THINNED] += len(points) - len(thinned)
+                clips = {}
+                for p in thinned:
+                    clips.setdefault(int(p.t // self.args.clip), []).append(p)
+            for clip, points in clips.items():
+                if (path, clip) not in records:
+                    records[path, clip] = {"id": path, medium.kind: path, "annotations": []}
+                    if len(medium.looks) and medium.looks[-1] >= self.args.clip:
+                        start = clip * self.args.clip
+                        end = start + self.args.clip - 0.5  # so that each half second is in one clip
+                        is_last = end + 0.5 > medium.looks[-1]
+                        records[path, clip] |= dict(start=start, end=medium.duration if is_last else end)
+                records[path, clip]["annotations"] += self.annotations(name, points, medium, media)
+                written += len(points)
+        return [records[key] for key in sorted(records)], written
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -430,9 +456,12 @@ def convert(args):
             os.path.join(os.path.realpath(out), "")):
         raise UserError(f"--out {args.out}: must lie in --media {args.media} or in a folder above it: media are named "
                         "from there")
+    files = label_files(args.files)
+    if os.path.realpath(args.out) in map(os.path.realpath, files):
+        raise UserError(f"--out {args.out}: is one of the label files, and would be overwritten")
     collection = Collection(Shelf(args.media, out), args)
     failed = 0
-    for path in label_files(args.files):
+    for path in files:
         try:
             for label in read_labels(path, args):
                 collection.add(*label)
@@ -468,13 +497,17 @@ def main(argv=None):
     parser.add_argument("--counting", action="store_true", help="ask for numbers too, where no label was left out")
     parser.add_argument("--label", default="object", help="the class of MOT files that name none [object]")
     parser.add_argument("--pixels", action="store_true", help="x and y of a CSV are pixels, not shares")
+    parser.add_argument("--clip", type=float, default=math.inf, metavar="SECONDS",
+                        help="make records of so much of a video, for tracks longer than a sequence [whole videos]")
     parser.add_argument("--fps", type=float, help="labelled frames a second [those of the video itself]")
     args = parser.parse_args(argv)
     try:
         if args.fps is not None and not 0 < args.fps < 1e6:
             raise UserError(f"--fps {args.fps}: frames a second, more than 0")
+        if not args.clip >= 1 or args.clip % 0.5 and args.clip < math.inf:
+            raise UserError(f"--clip {args.clip}: seconds, 1 or more, in halves")
         failed = convert(args)
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     if failed:

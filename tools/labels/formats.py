@@ -28,12 +28,12 @@ import numpy as np
 from PIL import Image
 
 from lib.errors import BadRecord, UserError
-from lib.media import MAX_PIXELS
+from lib.media import MAX_PIXELS, PIL_ERRORS
 
 NOT_IN_VIEW = "not in view"  # the object is known not to be there
 
 # What Python raises where a label has not the fields, types and values that its format promises.
-BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+BROKEN = (*PIL_ERRORS, RecursionError, csv.Error)
 
 
 class Label(NamedTuple):
@@ -88,7 +88,8 @@ def around(x, y, rx, ry):
 def from_runs(runs, width, height):
     """Runs of 0 and 1 in turn, row by row -> mask (height, width) bool. COCO's go down the columns: swap the sides."""
     runs = np.array(runs, np.int64)
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != width * height or not 0 < width * height <= MAX_PIXELS:
+    size = width * height
+    if runs.ndim != 1 or (runs < 0).any() or (runs > size).any() or runs.sum() != size or not 0 < size <= MAX_PIXELS:
         raise broken(f"the runs of a mask do not make {width}x{height} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
 
@@ -131,7 +132,7 @@ def coco_shape(segmentation, bbox):
         height, width = segmentation["size"]
         runs = segmentation["counts"]
         mask = from_runs(unpack_runs(runs) if isinstance(runs, str) else runs, height, width).T
-        return dict(kind="bitmap", shape=[mask, (0, 0)])
+        return dict(kind="bitmap", shape=[mask, (0, 0)], unit=(width, height))
     polygons = [places(polygon) for polygon in segmentation or () if len(polygon) >= 6]
     if polygons:
         return dict(kind="polygons", shape=polygons)
@@ -151,12 +152,14 @@ def coco_labels(a, tables, k=None):
         masks = a.get("segmentations")
         shape = coco_shape(masks[k] if masks else None, a["bboxes"][k] if a.get("bboxes") else None)
     label = Label(media.get("file_name"), category["name"], (media["width"], media["height"]),
-                  id=a.get("track_id", a.get("instance_id")), refuse="a crowd, not one object" if a.get("iscrowd") else None)
+                  id=a.get("track_id", a.get("instance_id")))
+    if a.get("iscrowd"):
+        label = label._replace(refuse="a crowd, not one object")
     if video:
         files = video.get("file_names") or [media.get("file_name")]
+        name = video.get("name") or video.get("file_name") or os.path.dirname(files[0])
         frame = media.get("frame_id", media.get("frame_index")) if k is None else k
-        label = label._replace(media=video.get("name") or video.get("file_name") or os.path.dirname(files[0]), frame=frame,
-                               still=files[k or 0], id=label.id if k is None else a["id"])
+        label = label._replace(media=name, frame=frame, still=files[k or 0], id=label.id if k is None else a["id"])
     labels = [label._replace(**shape)] if shape else []
     keypoints = a.get("keypoints") or ()
     for name, x, y, visible in zip(category.get("keypoints", ()), keypoints[::3], keypoints[1::3], keypoints[2::3]):
@@ -215,7 +218,7 @@ def read_labelme(data, path):
 
 def studio_media(task):
     """The file of a Label Studio task: the end of its URL, without what an upload puts before the name."""
-    value = next(value for value in task["data"].values() if isinstance(value, str) and "." in value)
+    value = next((value for value in task["data"].values() if isinstance(value, str) and "." in value), "")
     url = urllib.parse.urlsplit(value)
     local = urllib.parse.parse_qs(url.query).get("d")  # /data/local-files/?d=folder/name.jpg
     if local:
@@ -241,9 +244,8 @@ def studio_shape(kind, value, aspect):
     raise BadRecord("no reader for this shape", kind)
 
 
-def studio_labels(region, task, name, is_first):
+def studio_labels(region, label):
     """The labels of a region; of a track its keyframes."""
-    label = Label(studio_media(task), name, 100, refuse=None if is_first else "of a second annotator")
     kind = region["type"].removesuffix("labels")
     value = region["value"]
     aspect = float(region.get("original_width") or 1) / float(region.get("original_height") or 1)
@@ -264,16 +266,19 @@ def read_studio(data, path):
         if "annotations" not in task:
             raise UserError(f"{path}: task {n} has no annotations: export from Label Studio 1.0 or later as JSON, not "
                             "as JSON-MIN")
+        media = studio_media(task)
         given = [a for a in task["annotations"] if not a.get("was_cancelled")]
         for a in given:
             names = {}  # id of a region -> its class, which may be a result of its own
             for region in a["result"]:
-                value = region.get("value", {})
+                value = region.get("value") or {}
                 names |= {region.get("id"): name for name in value.get(region["type"]) or value.get("labels") or ()}
             for region in a["result"]:
-                if region["type"] != "labels":
+                if region["type"] not in ("labels", "relation"):
+                    label = Label(media, names.get(region.get("id")), 100,
+                                  refuse=None if a is given[0] else "of a second annotator")
                     where = f"{path}: task {task.get('id', n)}, region {region.get('id')}"
-                    yield where, None, studio_labels, region, task, names.get(region.get("id")), a is given[0]
+                    yield where, media, studio_labels, region, label
 
 
 def cvat_labels(shape, label, following=None):
@@ -373,7 +378,7 @@ def read_yolo(folder):
     for base, folders, files in os.walk(folder):
         folders.sort()
         for file in sorted(files):
-            if not file.endswith(".txt") or file in ("classes.txt", "train.txt", "val.txt", "test.txt"):
+            if not file.endswith(".txt") or file.startswith(("classes.", "train.", "val.", "test.", "README")):
                 continue
             path = os.path.join(base, file)
             parts = os.path.relpath(path, folder).removesuffix(".txt").split(os.sep)
