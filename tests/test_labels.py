@@ -337,7 +337,8 @@ def test_cvat_images(media, capsys):
     body = (f'<image id="0" name="images/a.png" width="96" height="64">{cvat_box(*SQUARE, label="red square")}'
             f'<polygon label="blue disk" points="{points}" z_order="0"/><tag label="sunny"/>'
             f'<mask label="mask" rle="{rows}" left="54" top="22" width="24" height="24"/>'
-            '<ellipse label="ellipse" cx="66" cy="34" rx="12" ry="12"/><points label="dots" points="5,6;20,28"/></image>'
+            '<ellipse label="ellipse" cx="66" cy="34" rx="12" ry="12"/>'
+            '<points label="dots" points="5,6;20,28"/></image>'
             '<image id="1" name="b b.png" width="96" height="64"/>')
     records, printed, _ = converted(media, capsys, {"images.xml": cvat(body)})
     assert list(records) == ["images/a.png"]
@@ -374,7 +375,7 @@ def test_xml_with_entities_is_refused(media, capsys):
     outer = '<!DOCTYPE x SYSTEM "file:///etc/passwd"><annotations/>'
     for k, contents in enumerate((laughs, outer, laughs.encode("utf-16"), laughs.encode("utf-7"))):
         _, _, told = converted(media, capsys, {f"e{k}.xml": contents})
-        assert len(told) == 2 and ("refused" in told[0] or "UTF-8" in told[0] or "broken" in told[0])
+        assert len(told) == 1 and ("refused" in told[0] or "UTF-8" in told[0] or "broken" in told[0])
 
 
 # ---- Label Studio ------------------------------------------------------------------------------------------
@@ -412,6 +413,18 @@ def test_label_studio_images(media, capsys):
     for url in ("s3://bucket/x/b b.png", "/data/local-files/?d=images/b%20b.png", "https://host/b%20b.png?X=1"):
         task["data"]["image"] = url
         assert converted(media, capsys, {"ls.json": [task]})[0] == records
+
+
+def test_a_broken_task_costs_itself(media, capsys):
+    def task(n, *results):
+        return {"id": n, "data": {"image": "a.png"}, "annotations": [{"result": list(results)}]}
+    dot = dict(id="x", type="keypointlabels", value=dict(x=50, y=25, keypointlabels=["dot"]))
+    broken = [task(1, 7), task(2, {}), dict(task(3), data=None), task(4, dict(dot, value=None)),
+              task(5, dict(dot, id=[])),
+              task(6, dict(dot, value={"x": 1, "y": None}))]
+    records, printed, _ = converted(media, capsys, {"ls.json": [*broken, task(7, dot)]})
+    assert "7 labels read + 0 interpolated = 1 written + 6 left out" in printed
+    assert places(records["images/a.png"]["dot"]) == [(0.5, 0.25)]
 
 
 def test_label_studio_video(media, capsys):
@@ -473,7 +486,8 @@ def test_what_we_write_is_read_back(media, capsys):
     points = [dict(t=t, id=i, x=round(0.1 + 0.2 * i + t / 10, 4), y=round(0.9 - t / 5, 4)) for t in (0, 0.5, 1, 2)
               for i in (0, 2) if i < 2 or t]
     rows = "".join(f"clip.mp4,{p['t']},{p['x']},{p['y']},{p['id']},ball\n" for p in points)
-    assert converted(media, capsys, {"r.csv": "file,t,x,y,id,label\n" + rows})[0]["clip.mp4"]["ball"]["points"] == points
+    rows = "file,t,x,y,id,label\n" + rows
+    assert converted(media, capsys, {"r.csv": rows})[0]["clip.mp4"]["ball"]["points"] == points
     side = 4
     boxes = []
     for p in points:
@@ -505,7 +519,7 @@ def test_broken_files_get_one_line(media, capsys):
              "coco.json": ({"annotations": 7, "images": []}, "not built as")}
     for name, (contents, says) in cases.items():
         records, _, told = converted(media, capsys, {name: contents})
-        assert not records and says in told[0] and name in told[0] and len(told) == 2, told
+        assert not records and says in told[0] and name in told[0] and len(told) == 1, told
     # A file that cannot be read costs itself; the exit status tells.
     records, _, told = converted(media, capsys, {"truncated.json": good[:-20], "good.json": good})
     assert list(records) == ["images/a.png"] and len(told) == 1

@@ -474,6 +474,8 @@ def convert(args):
     records, written = collection.records()
     left = collection.reasons.total()
     assert collection.read + collection.made == written + left, (collection.read, collection.made, written, left)
+    if not records and failed == len(files):
+        return failed
     if not records:
         raise UserError(f"--out {args.out}: not written, as no label can be used: {dict(collection.reasons)}")
     with open(args.out, "w", encoding="utf-8") as f:

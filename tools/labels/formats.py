@@ -56,10 +56,14 @@ def broken(detail):
     return BadRecord("broken label", detail)
 
 
+def refuse(detail):
+    raise broken(detail)
+
+
 def look_up(table, key, what):
     """The entry of a table whose keys are ids as text: some tools write 7, others "7"."""
     if str(key) not in table:
-        raise broken(f"{what} {key!r} is not in the file")
+        refuse(f"{what} {key!r} is not in the file")
     return table[str(key)]
 
 
@@ -261,24 +265,32 @@ def studio_labels(region, label):
             for label, after, entry in zip(labels, following, value["sequence"])]
 
 
+def studio_regions(task, where):
+    media = studio_media(task)
+    given = [a for a in task["annotations"] if not a.get("was_cancelled")]
+    for a in given:
+        names = {}  # id of a region -> its class, which may be a result of its own
+        for region in a["result"]:
+            value = region.get("value") or {}
+            names |= {region.get("id"): name for name in value.get(region["type"]) or value.get("labels") or ()}
+        for region in a["result"]:
+            if region["type"] not in ("labels", "relation"):
+                label = Label(media, names.get(region.get("id")), 100)
+                if a is not given[0]:
+                    label = label._replace(refuse="of a second annotator")
+                yield f"{where}, region {region.get('id')}", media, studio_labels, region, label
+
+
 def read_studio(data, path):
     for n, task in enumerate(data):
         if "annotations" not in task:
             raise UserError(f"{path}: task {n} has no annotations: export from Label Studio 1.0 or later as JSON, not "
                             "as JSON-MIN")
-        media = studio_media(task)
-        given = [a for a in task["annotations"] if not a.get("was_cancelled")]
-        for a in given:
-            names = {}  # id of a region -> its class, which may be a result of its own
-            for region in a["result"]:
-                value = region.get("value") or {}
-                names |= {region.get("id"): name for name in value.get(region["type"]) or value.get("labels") or ()}
-            for region in a["result"]:
-                if region["type"] not in ("labels", "relation"):
-                    label = Label(media, names.get(region.get("id")), 100,
-                                  refuse=None if a is given[0] else "of a second annotator")
-                    where = f"{path}: task {task.get('id', n)}, region {region.get('id')}"
-                    yield where, media, studio_labels, region, label
+        where = f"{path}: task {task.get('id', n)}"
+        try:
+            yield from studio_regions(task, where)
+        except BROKEN as e:  # what is left of this task counts as one label
+            yield where, None, refuse, f"{type(e).__name__}: {e}"
 
 
 def cvat_labels(shape, label, following=None):
