@@ -203,9 +203,9 @@ def test_coco_images(media, capsys):
 
 
 def test_coco_runs_that_are_compressed():
-    """The published worked form: 5 bits a character, from the fourth run on differences. By hand: 0 is chr(48), 5 is
+    """The published worked form: 5 bits a character, from the fourth run on differences. By hand: 7 is chr(55), 5 is
     chr(53), 36 = 4 + 32 is two characters (4 | 32, then 1), -3 is 29, with its sign bit set."""
-    assert formats.unpack_runs("05" + chr(48 + 36) + "1" + chr(48 + 29)) == [0, 5, 36, 2]
+    assert formats.unpack_runs("75" + chr(48 + 36) + "1" + chr(48 + 29)) == [7, 5, 36, 2]
     assert formats.unpack_runs("") == []
 
 
@@ -259,6 +259,8 @@ def test_yolo_folders(media, capsys):
     for name, text in files.items():
         (media / name).parent.mkdir(parents=True, exist_ok=True)
         (media / name).write_text(text, encoding="utf-8")
+    (media / "crops" / "train").mkdir(parents=True)
+    draw().save(media / "crops" / "train" / "café.png")  # labels/train/ stands for images/train/, not for this
     records, printed, _ = run_on(media, capsys, [str(media / "set")])
     check_image(records["images/train/café.png"], pixels=1)
     assert "2 labels read + 0 interpolated = 2 written + 0 left out" in printed and "masks" in \
@@ -420,8 +422,7 @@ def test_a_broken_task_costs_itself(media, capsys):
         return {"id": n, "data": {"image": "a.png"}, "annotations": [{"result": list(results)}]}
     dot = dict(id="x", type="keypointlabels", value=dict(x=50, y=25, keypointlabels=["dot"]))
     broken = [task(1, 7), task(2, {}), dict(task(3), data=None), task(4, dict(dot, value=None)),
-              task(5, dict(dot, id=[])),
-              task(6, dict(dot, value={"x": 1, "y": None}))]
+              task(5, dict(dot, id=[])), task(6, dict(dot, value={"x": 1, "y": None}))]
     records, printed, _ = converted(media, capsys, {"ls.json": [*broken, task(7, dot)]})
     assert "7 labels read + 0 interpolated = 1 written + 6 left out" in printed
     assert places(records["images/a.png"]["dot"]) == [(0.5, 0.25)]
