@@ -598,12 +598,12 @@ def test_long_videos_become_clips(media, capsys, monkeypatch):
 
 def test_two_names_are_not_taken_for_one_file(media, capsys):
     """Where only one of two files is there, the labels of the other must not go to it."""
-    text = "file,t,x,y,id,label\ntrain/f0.png,,.5,.5,,x\nval/f0.png,,.2,.2,,x\nf0.png,,.7,.7,,x\n"
+    text = "file,t,x,y,id,label\ntrain/f0.png,,.5,.5,,x\nf0.png,,.7,.7,,x\nval/f0.png,,.2,.2,,x\n"
     (media / "one").mkdir()
     draw().save(media / "one" / "unique.png")
     records, _, told = converted(media, capsys, {"two.csv": text.replace("f0", "unique")})
     assert places(records["one/unique.png"]["x"]) == [(0.5, 0.5), (0.7, 0.7)] and len(told) == 1
-    assert "'val/unique.png' would be one/unique.png" in told[0]
+    assert "'val/unique.png' would be one/unique.png, but so is 'train/unique.png'" in told[0]
 
 
 def test_media_stay_in_their_folder(media, capsys, tmp_path):

@@ -293,7 +293,7 @@ class Collection:
         self.shelf = shelf
         self.args = args
         self.groups = {}      # (Medium's path, class) -> {(id, t): Point}
-        self.media = {}       # path -> (Medium, name in the labels)
+        self.media = {}       # path -> (Medium, its names in labels)
         self.parts = set()    # groups of keypoints
         self.flawed = set()   # names of media that lack a label, so that counts would be wrong
         self.read = 0
@@ -361,16 +361,17 @@ class Collection:
             t = self.time(label, medium)
             if not -0.01 <= t <= medium.duration + 0.25:
                 raise BadRecord("after the end of the video", f"{t:g} s, and it has {medium.duration:g} s")
-        _, other = self.media.get(medium.path, (medium, label.media))
-        if not same_end(other, label.media):
-            raise BadRecord("media not found", f"{label.media!r} would be {medium.path}, which {other!r} is already")
+        _, names = self.media.setdefault(medium.path, (medium, set()))
+        for other in names - {label.media}:
+            if not same_end(other, label.media):
+                raise BadRecord("media not found", f"{label.media!r} would be {medium.path}, but so is {other!r}")
+        names.add(label.media)
         points = self.groups.get((medium.path, name), {})
         key = (label.id, t) if label.id is not None else (len(points), "no id")
         if key in points:
             raise BadRecord("two labels of one id at one time", f"{name}, id {label.id}")
         points[key] = Point(*position(label, medium.size, self.args.point), t, label.id)
         self.groups[medium.path, name] = points
-        self.media[medium.path] = medium, label.media
         if label.is_part:
             self.parts.add(name)
         more = []
@@ -380,7 +381,7 @@ class Collection:
                 more.append(between(label, label.until, (look - t) / (end - t), look))
         return [label for label in more if label]
 
-    def annotations(self, name, points, medium, media):
+    def annotations(self, name, points, medium, names):
         """The annotations of one class in one record."""
         is_track = len({p.id for p in points}) < len(points) and points[0].id is not None
         task = "image_pointing"
@@ -395,7 +396,7 @@ class Collection:
                 masks.append(key | p.mask)
         if masks:
             annotation["masks"] = masks
-        if not self.args.counting or name in self.parts or media in self.flawed:
+        if not self.args.counting or name in self.parts or names & self.flawed:
             return [annotation]
         objects = {p["id"]: p for p in reversed(annotation["points"])}  # where each is seen first
         several = name if name.endswith("s") or not name.isascii() else name + "s"
@@ -406,7 +407,7 @@ class Collection:
         records = {}  # (path, clip) -> record
         written = 0
         for (path, name), points in self.groups.items():
-            medium, media = self.media[path]
+            medium, names = self.media[path]
             points = list(points.values())
             clips = {0: points}
             if medium.kind == "video":
@@ -423,7 +424,7 @@ class Collection:
                         end = start + self.args.clip - 0.5  # so that each half second is in one clip
                         is_last = end + 0.5 > medium.looks[-1]
                         records[path, clip] |= dict(start=start, end=medium.duration if is_last else end)
-                records[path, clip]["annotations"] += self.annotations(name, points, medium, media)
+                records[path, clip]["annotations"] += self.annotations(name, points, medium, names)
                 written += len(points)
         return [records[key] for key in sorted(records)], written
 
