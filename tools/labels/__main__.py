@@ -13,7 +13,8 @@ Labels of other tools become JSONL, which every other command reads.
 
 A box becomes its centre (or with --point bottom the middle of its lower side), a mask the point in it that is
 farthest from its edge; the mask itself is kept for `eval.py`. Of a track the label nearest to each half second is
-taken, up to a quarter of a second away. Keyframes of CVAT and Label Studio are joined by straight lines.
+taken, up to a quarter of a second away. Keyframes of CVAT and Label Studio are joined by straight lines. Tracks too
+long for a sequence (`tools.show` tells) become several records with --clip 20, of so many seconds each.
 
 A table has the columns file, t, x, y, id, label: t in seconds, empty for an image; id may be empty; x and y in [0, 1].
 Every label is written or counted: read + interpolated = written + left out.
