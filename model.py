@@ -19,6 +19,7 @@ Seams: what other files replace in a built model, and by which function. Nothing
     the same two, vision_backbone.forward  ulysses.install               context parallelism; after lib/flex.install
     block.forward                          lib/distributed.shard_model   activation checkpointing; then compile
     vision_backbone.image_vit.forward      sft.cache_features            a frozen ViT encodes each crop once
+    linear layers of parts                 lib/lora.install              an adapter beside each; before all others
     all attend, block.forward              lib/budget.count_bytes        memory without numbers, on the meta device
 
 Shapes:  B sequences in the batch, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
@@ -566,7 +567,8 @@ class Molmo2(nn.Module):
             return self.lm_head(x)
         has_loss = weights > 0  # the head, the largest matrix of all, runs nowhere else
         autocast = torch.is_autocast_enabled(x.device.type)  # which does not look into an autograd.Function
-        head = self.lm_head.weight.to(x.dtype) if autocast else self.lm_head.weight
+        trained = self.lm_head.weight.requires_grad  # a frozen one may be in bf16, and autocast takes it as it is
+        head = self.lm_head.weight.to(x.dtype) if autocast and trained else self.lm_head.weight
         return ChunkedNLL.apply(x[has_loss], head, targets[has_loss], weights[has_loss], z_loss)
 
     @staticmethod

@@ -124,10 +124,15 @@ def count_numbers(parameters):
     return sum(p.numel() for p in parameters)
 
 
+def trained_parameters(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1):
     """Bytes of one rank, {what: n}. model: on the meta device, used up; optimizers: of its parameters; shape:
     dict(rows=B, tokens=T, crops, windows=(M, K), learned) of a micro-batch before it is cut for `cp` ranks."""
     numbers = count_numbers(model.parameters())
+    kept = sum(p.nbytes for p in model.parameters())  # frozen ones are in bf16 already, where products are
     trained = moments = 0
     for optimizer in optimizers:
         copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 1  # Muon keeps momentum alone
@@ -136,16 +141,19 @@ def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1)
             trained += n
             moments += n * copies
     shards = 8 if ranks % 8 == 0 else ranks  # a node's ranks, or all of them (lib/distributed.py)
-    use = {"weights": 4 * numbers // shards, "gradients": 4 * trained // shards, "optimiser": 4 * moments // shards}
+    use = {"weights": kept // shards, "gradients": 4 * trained // shards, "optimiser": 4 * moments // shards}
     if ranks > 1:
         sizes = [count_numbers(block.parameters()) for block in model.blocks()]
         outside = numbers - sum(sizes)  # in no block: embedding, head, connector
+        gradients = [count_numbers(trained_parameters(block)) for block in model.blocks()]
+        outside_gradients = trained - sum(gradients)
         wide = 2 if bf16 else 4
         # FSDP gathers this block and the next one. A gradient is as it was made, then in fp32 to be summed.
         use["gathered weights"] = wide * (outside + 2 * max(sizes))
-        use["gradients to share"] = (wide + 4) * max(outside, max(sizes)) + wide * outside
+        use["gradients to share"] = (wide + 4) * max(outside_gradients, max(gradients)) + wide * outside_gradients
     elif bf16:
-        use["bf16 weights"] = 2 * numbers
+        use["bf16 weights"] = 2 * trained
+    model.float()  # the casts of frozen weights are counted
     if bf16 and ranks > 1:
         model.bfloat16()
     elif bf16:
