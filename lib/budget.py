@@ -242,6 +242,7 @@ def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
     for part, named in model.parts().items():
         sizes.append(f"{part} {count_numbers(dict(named).values()):,}")
     print(f"{model.num_params():,} parameters: " + ", ".join(sizes))
+    print(f"{count_numbers(trained_parameters(model)):,} of them train")
     print(f"a step: {cfg.global_batch} sequences of {cfg.seq_len:,} tokens; {micro_batch} at a time on each of "
           f"{dp} x {cfg.cp} ranks, {turns} times; {work:.3g} operations, {work / ranks:.3g} a rank")
     print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, "
