@@ -567,8 +567,7 @@ class Molmo2(nn.Module):
             return self.lm_head(x)
         has_loss = weights > 0  # the head, the largest matrix of all, runs nowhere else
         autocast = torch.is_autocast_enabled(x.device.type)  # which does not look into an autograd.Function
-        trained = self.lm_head.weight.requires_grad  # a frozen one may be in bf16, and autocast takes it as it is
-        head = self.lm_head.weight.to(x.dtype) if autocast and trained else self.lm_head.weight
+        head = self.lm_head.weight.to(x.dtype) if autocast else self.lm_head.weight
         return ChunkedNLL.apply(x[has_loss], head, targets[has_loss], weights[has_loss], z_loss)
 
     @staticmethod

@@ -266,23 +266,8 @@ def open_data(cfg):
     return mix(datasets, cfg.mixture), missing
 
 
-def freeze(model, cfg, bf16=False):
-    """Choose which parameters train, by --freeze or --lora. Where matrix products are in `bf16`, the matrices and the
-    table that do not train are kept in it."""
-    for part, named in model.parts().items():
-        for name, p in named:
-            is_table = name.endswith("wte.embedding")
-            frozen = part in cfg.freeze or "embedding" in cfg.freeze and is_table
-            p.requires_grad_(lora.is_adapter(name) if cfg.lora else not frozen)  # else no gradient, no optimiser state
-            # not what is added to pixels or features, and then in fp32
-            in_product = is_table or p.ndim == 2 and not re.search("wte|positional|patch_embedding", name)
-            if bf16 and in_product and not p.requires_grad:
-                p.data = p.data.bfloat16()
-    return model
-
-
 def make_optimizers(model, cfg):
-    """([optimizers], {parameter: name} of all that train, see `freeze`). A group also has its peak learning rate and its warm-up.
+    """([optimizers], {parameter: name} of all that train, see lora.freeze). A group also has its peak learning rate and its warm-up.
 
     AdamW on everything, as published; or Muon on the hidden matrices: from random weights it needs a fraction of the
     steps. Muon's step is scaled to AdamW's size (0.2 · sqrt of the longer side), so one learning rate serves both.
@@ -439,7 +424,7 @@ def train(cfg, defaults, stop, cache_features=None):
     mixture, missing = world.on_main(lambda: open_data(cfg), broadcast=lambda opened: None) or open_data(cfg)
     checkpoint, saved = world.on_main(lambda: check_resume(run, cfg))
     loaded = world.on_main(lambda: load_model(cfg, checkpoint), broadcast=lambda model: model.cfg)
-    model = freeze(loaded if world.is_main else lora.install(empty_model(loaded), cfg), cfg, bf16)
+    model = lora.freeze(loaded if world.is_main else lora.install(empty_model(loaded), cfg), cfg, bf16)
     model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
     source = checkpoint or "".join(cfg.init_from[:1])
     tokenizer = Tokenizer(os.path.join(source, "tokenizer.json") if source else SMALL_TOKENIZER, model.cfg.vocab)
@@ -586,7 +571,7 @@ def dry_run(cfg):
     if ranks % cfg.cp:
         raise UserError(f"--cp {cfg.cp}: --world {ranks} cannot be split into groups of {cfg.cp}")
     micro_batch = min(cfg.micro_batch, math.ceil(cfg.global_batch / (ranks // cfg.cp)))
-    model = freeze(lora.install(empty_model(cfg.config), cfg), cfg, cuda)
+    model = lora.freeze(lora.install(empty_model(cfg.config), cfg), cfg, cuda)
     planner = Planner(Tokenizer(SMALL_TOKENIZER, model.cfg.vocab), model.cfg, cfg.seq_len, cfg.tiles, "spec",
                       cfg.max_frames, cfg.max_crops)
     if cfg.data:
@@ -599,7 +584,7 @@ def dry_run(cfg):
     batches = make_batches(decoded, micro_batch, len(decoded), model.cfg, cfg.seq_len)
 
     def empty_step():  # on a CPU the code of a step takes memory too; this loads all of it
-        small = freeze(lora.install(Molmo2(cfg.config), cfg), cfg)
+        small = lora.freeze(lora.install(Molmo2(cfg.config), cfg), cfg)
         optimizers, _ = make_optimizers(small, cfg)
         small(**make_batches([], 1, 1, small.cfg, 16)[0]).backward()
         for optimizer in optimizers:

@@ -20,6 +20,7 @@ head does not: it is a table of tokens, and the largest matrix of all.
 import hashlib
 import math
 import os
+import re
 
 import torch
 import torch.nn as nn
@@ -63,6 +64,21 @@ def install(model, cfg):
         if isinstance(module, nn.Linear) and name != "lm_head" and f"{name}.weight" in wanted:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Adapted(module, cfg.lora, cfg.lora_alpha))
+    return model
+
+
+def freeze(model, cfg, bf16=False):
+    """Choose which parameters train, by cfg.lora or cfg.freeze. Where matrix products are in `bf16`, the matrices and
+    the token table that do not train are kept in it. Returns the model."""
+    for part, named in model.parts().items():
+        for name, p in named:
+            is_table = name.endswith("wte.embedding")
+            frozen = part in cfg.freeze or "embedding" in cfg.freeze and is_table
+            p.requires_grad_(is_adapter(name) if cfg.lora else not frozen)  # else no gradient, no optimiser state
+            # not the new rows and places, which are added, nor what turns pixels into numbers of the type it has
+            in_products = is_table or p.ndim == 2 and not re.search("wte|positional|patch_embedding", name)
+            if bf16 and in_products and not p.requires_grad:
+                p.data = p.data.bfloat16()
     return model
 
 

@@ -33,7 +33,7 @@ def adapted(style="qwen", parts=PARTS, rank=3):
         for name, p in model.named_parameters():
             if name.endswith("lora_b"):
                 p.normal_(std=0.1)
-    return pretrain.freeze(model, cfg), base
+    return lora.freeze(model, cfg), base
 
 
 def batch_of(seed=3):
@@ -106,7 +106,7 @@ def numbers(cfg, rank, parts):
 @pytest.mark.parametrize("config, parts", [("4b", ("decoder",)), ("1b", PARTS), ("8b", ("vit", "connector"))])
 def test_only_so_many_numbers_train(config, parts):
     cfg = Config(lora=16, lora_parts=parts)
-    model = pretrain.freeze(lora.install(empty_model(config), cfg), cfg)
+    model = lora.freeze(lora.install(empty_model(config), cfg), cfg)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers(PRESETS[config], 16, parts)
 
 
@@ -130,7 +130,7 @@ def test_frozen_weights_in_bf16_give_the_loss_and_gradients_of_fp32(frozen):
         model = tiny_model("qwen").train()
         table = model.transformer.wte.embedding
         table.data = table.data.bfloat16().float()
-        pretrain.freeze(model, Config(freeze=frozen), bf16)
+        lora.freeze(model, Config(freeze=frozen), bf16)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch_of())
         loss.backward()
