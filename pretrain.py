@@ -87,7 +87,7 @@ class Config:
     residual_dropout: float = flag(0.0, "dropout on what a sub-layer adds, every position")
     response_dropout: float = flag(0.1, "more of it where an answer is predicted")
     freeze: tuple = flag((), "parts that do not train: vit connector decoder embedding (the base token table), or none")
-    lora: int = flag(0, "rank of adapters that train alone beside frozen weights (lib/lora.py), say 64; 0 = off")
+    lora: int = flag(0, "rank of adapters (lib/lora.py) that train alone, say 64; 0 = off. Sets lr_* and warmup_* too")
     lora_alpha: float = flag(32.0, "an adapter is added times LORA_ALPHA / LORA")
     lora_parts: tuple = flag(("decoder", "connector"), "parts whose linear layers get adapters: decoder connector vit")
     save_every: int = flag(500, "steps between checkpoints; the last step is always saved")
@@ -120,12 +120,19 @@ PRESETS = {
     # model that knows its words keeps their table, as published; the rows of new tokens train with the connector.
     **dict.fromkeys(("1b", "4b", "7b", "8b"), dict(recompute=True, freeze=("embedding",)))}
 
-# What --lora changes in a recipe. Full fine-tuning moves every number of a matrix a little, 1e-5 a step; an adapter has
-# a hundredth of the numbers, and its B starts at zero. To get as far it takes about ten times the rate, whatever the
-# rank is, as alpha is divided by it. B = 0 is a warm-up by itself, since A moves only as B grows. And AdamW: Muon would
-# give all directions of A and B one size, which is right for a matrix that starts at random, not for a correction.
-LORA = dict(optimizer="adamw", lr_vit=1e-4, lr_connector=1e-4, lr_decoder=1e-4, warmup_vit=10, warmup_connector=10,
-            warmup_decoder=10)
+
+def lora_recipe(config):
+    """What --lora changes in the recipe of --config, as {field: value}.
+
+    Full fine-tuning moves every number of a matrix by some 1e-5 a step. An adapter has a hundredth of the numbers, and
+    its B starts at zero: to get as far it takes about ten times the rate, whatever its rank is, since alpha is divided
+    by the rank. B = 0 is a warm-up by itself: A moves only as B grows. And the optimiser is AdamW: Muon would give all
+    directions of A and B one size, which is right for a matrix that starts at random, not for a correction.
+    """
+    rate = 3e-3 if config == "small" else 1e-4
+    return dict(optimizer="adamw", lr_vit=rate, lr_connector=rate, lr_decoder=rate,
+                warmup_vit=10, warmup_connector=10, warmup_decoder=10)
+
 
 CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released"),
                point_format=("auto", "spec", "released"), optimizer=("adamw", "muon"),
@@ -148,7 +155,7 @@ def parse(defaults, presets, argv=None):
     name = given.get("config", defaults.config)
     if name not in presets:
         parser.error(f"--config {name}: not a preset; choose from {', '.join(presets)}")
-    recipe = presets[name] | (LORA if given.get("lora") else {})
+    recipe = presets[name] | (lora_recipe(name) if given.get("lora") else {})
     cfg = dataclasses.replace(defaults, **(recipe | given))
     check_config(cfg)
     if "seq_len" in given and "max_crops" not in given:  # more tokens show more frames

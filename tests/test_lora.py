@@ -312,11 +312,11 @@ def test_flags_that_do_not_go_together_say_so(flags, message):
 
 
 def test_lora_brings_its_own_learning_rates_and_freezes_the_rest():
-    cfg = parse(Config(), pretrain.PRESETS, ["--lora", "8", "--init_from", "a"])
-    assert (cfg.optimizer, cfg.lr_decoder, cfg.freeze) == ("adamw", pretrain.LORA["lr_decoder"], ("vit",))
+    cfg = parse(Config(), pretrain.PRESETS, ["--lora", "8", "--init_from", "a", "--config", "4b", "--data", "x"])
+    assert (cfg.optimizer, cfg.lr_decoder, cfg.freeze) == ("adamw", 1e-4, ("vit",))
     cfg = parse(Config(), pretrain.PRESETS, ["--lora", "8", "--init_from", "a", "--lr_decoder", "7", "--lora_parts",
                                              *PARTS])
-    assert (cfg.lr_decoder, cfg.lr_connector, cfg.freeze) == (7, pretrain.LORA["lr_connector"], ())
+    assert (cfg.lr_decoder, cfg.lr_connector, cfg.freeze) == (7, 3e-3, ())
     assert parse(Config(), pretrain.PRESETS, ["--init_from", "a"]).lr_decoder == 1e-3
 
 
