@@ -403,8 +403,11 @@ def prune(newest, keep):
     older = [other for other in os.listdir(run) if re.fullmatch(r"step_\d+", other) and other < name]
     for other in sorted(older, reverse=True)[keep - 1:] if keep else ():
         unfinished = os.path.join(run, f".{other}.tmp")  # a name of ours never stands for half a checkpoint
-        os.rename(os.path.join(run, other), unfinished)
-        shutil.rmtree(unfinished)
+        try:
+            os.rename(os.path.join(run, other), unfinished)
+            shutil.rmtree(unfinished)
+        except OSError as e:  # no reason to stop: the new checkpoint is whole
+            print(f"{os.path.join(run, other)} could not be deleted (--keep {keep}): {e.strerror}", file=sys.stderr)
 
 
 def damage(folder, leave_out=()):

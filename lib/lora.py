@@ -69,7 +69,7 @@ def install(model, cfg):
 
 def freeze(model, cfg, bf16=False):
     """Choose which parameters train, by cfg.lora or cfg.freeze. Where matrix products are in `bf16`, the matrices and
-    the token table that do not train are kept in it. Returns the model."""
+    the token table that do not train are kept in it, and saved with its digits. Returns the model."""
     for part, named in model.parts().items():
         for name, p in named:
             is_table = name.endswith("wte.embedding")
