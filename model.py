@@ -30,6 +30,7 @@ Seams: what other files replace in a built model, and by which function. Nothing
     the same two, vision_backbone.forward  ulysses.install               context parallelism; after lib/flex.install
     block.forward                          lib/distributed.shard_model   activation checkpointing; then compile
     vision_backbone.image_vit.forward      sft.cache_features            a frozen ViT encodes each crop once
+    linear layers of parts                 lib/lora.install              an adapter beside each; before all others
     all attend, block.forward              lib/budget.count_bytes        memory without numbers, on the meta device
 
 Shapes:  B sequences in the batch, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
