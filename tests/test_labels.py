@@ -550,7 +550,8 @@ def test_broken_labels_cost_themselves(media, capsys):
     data = coco(annotations, images=images)
     data["annotations"] += [7, None, {"id": 5}, dict(image_id=7, category_id=[1], bbox=list(SQUARE)),
                             dict(image_id=7, category_id=5, segmentation={"size": [64, 96], "counts": [5]}),
-                            dict(image_id=7, category_id=5, segmentation={"size": [1, 5], "counts": [2 ** 63 - 1, 2 ** 63 - 1, 7]}),
+                            dict(image_id=7, category_id=5,
+                                 segmentation={"size": [1, 5], "counts": [2 ** 63 - 1, 2 ** 63 - 1, 7]}),
                             dict(image_id=7, category_id=5, segmentation={"size": [64, 96], "counts": "\u00e9"}),
                             dict(image_id=7, category_id=5, segmentation=[[900, 900, 910, 900, 900, 910]])]
     records, printed, told = converted(media, capsys, {"broken.json": data}, "--counting")
