@@ -412,7 +412,7 @@ def test_label_studio_images(media, capsys):
     check_image(found, "bare")
     assert places(found["dot"]) == [(0.5, 0.25)]
     assert "9 labels read + 0 interpolated = 6 written + 3 left out" in printed and "second annotator" in printed
-    for url in ("s3://bucket/x/b b.png", "/data/local-files/?d=images/b%20b.png", "https://host/b%20b.png?X=1"):
+    for url in ("s3://bucket/x/b b.png", "/data/local-files/?d=b%20b.png", "https://host/b%20b.png?X=1"):
         task["data"]["image"] = url
         assert converted(media, capsys, {"ls.json": [task]})[0] == records
 
@@ -550,7 +550,8 @@ def test_broken_labels_cost_themselves(media, capsys):
     data = coco(annotations, images=images)
     data["annotations"] += [7, None, {"id": 5}, dict(image_id=7, category_id=[1], bbox=list(SQUARE)),
                             dict(image_id=7, category_id=5, segmentation={"size": [64, 96], "counts": [5]}),
-                            dict(image_id=7, category_id=5, segmentation={"size": [1, 5], "counts": [2 ** 63 - 1, 7]}),
+                            dict(image_id=7, category_id=5,
+                                 segmentation={"size": [1, 5], "counts": [2 ** 63 - 1, 2 ** 63 - 1, 7]}),
                             dict(image_id=7, category_id=5, segmentation={"size": [64, 96], "counts": "\u00e9"}),
                             dict(image_id=7, category_id=5, segmentation=[[900, 900, 910, 900, 900, 910]])]
     records, printed, told = converted(media, capsys, {"broken.json": data}, "--counting")
@@ -604,6 +605,25 @@ def test_two_names_are_not_taken_for_one_file(media, capsys):
     records, _, told = converted(media, capsys, {"two.csv": text.replace("f0", "unique")})
     assert places(records["one/unique.png"]["x"]) == [(0.5, 0.5), (0.7, 0.7)] and len(told) == 1
     assert "'val/unique.png' would be one/unique.png, but so is 'train/unique.png'" in told[0]
+
+
+def test_names_with_accents_and_masks_of_tiny_images(media, capsys):
+    """A Mac writes an accent as a letter of its own. A mask far larger than its image would be enlarged for ever."""
+    records, _, _ = converted(media, capsys, {"mac.csv": "file,x,y,label\nimages/train/cafe\u0301.png,.5,.5,x\n"})
+    assert list(records) == ["images/train/café.png"]
+    file = io.BytesIO()
+    Image.new("1", (4000, 4000), 1).save(file, "PNG")
+    mask = base64.b64encode(file.getvalue()).decode()
+    huge = labelme([dict(label="x", shape_type="mask", points=[[0, 0], [3, 2]], mask=mask)])
+    _, _, told = converted(media, capsys, {"huge.json": huge | dict(imageWidth=3, imageHeight=2)})
+    assert "a mask of 128000x128000" in told[0]
+
+
+def test_label_files_are_not_overwritten(media, capsys):
+    (media / "out.csv").write_text("file,x,y,label\na.png,.5,.5,x\n")
+    with pytest.raises(SystemExit):
+        labels.main([str(media / "out.csv"), "--media", str(media), "--out", str(media / "out.csv")])
+    assert "overwritten" in capsys.readouterr().err and "a.png" in (media / "out.csv").read_text()
 
 
 def test_media_stay_in_their_folder(media, capsys, tmp_path):
