@@ -316,7 +316,7 @@ def test_lora_brings_its_own_learning_rates_and_freezes_the_rest():
     assert (cfg.optimizer, cfg.lr_decoder, cfg.freeze) == ("adamw", 1e-4, ("vit",))
     cfg = parse(Config(), pretrain.PRESETS, ["--lora", "8", "--init_from", "a", "--lr_decoder", "7", "--lora_parts",
                                              *PARTS])
-    assert (cfg.lr_decoder, cfg.lr_connector, cfg.freeze) == (7, 3e-3, ())
+    assert (cfg.lr_decoder, cfg.lr_connector, cfg.freeze) == (7, 5e-3, ())
     assert parse(Config(), pretrain.PRESETS, ["--init_from", "a"]).lr_decoder == 1e-3
 
 
