@@ -688,7 +688,7 @@ def planned_by_show(media, capsys, monkeypatch):
     """`tools.show` plans every record and leaves none out."""
     monkeypatch.setattr("sys.argv", ["show", str(media / "out.jsonl")])
     show.main()
-    assert "records not used: none, annotations left out: none" in capsys.readouterr().out
+    assert "records not used: none, annotations or points left out or moved: none" in capsys.readouterr().out
 
 
 def test_other_commands_take_it(media, capsys, monkeypatch):
