@@ -55,7 +55,8 @@ def show(text):
 def token_names(ids, tokenizer):
     """The text of each token: a dot for a space and \\n for a new line, to be seen."""
     special = {i: name for name, i in tokenizer.ids.items()}
-    return [special.get(i) or tokenizer.decode([i]).replace(" ", "·").replace("\n", "\\n") for i in ids]
+    shown = {" ": "·", "\n": "\\n", "\0": "-"}  # a zero is padding
+    return [special.get(i) or "".join(shown.get(c, c) for c in tokenizer.decode([i])) for i in ids]
 
 
 def walk_plans(planner, folder):
