@@ -285,8 +285,8 @@ class Planner:
         room_for_answer = min(512, self.seq_len // 8)
         trunk, media = self.trunk(record, folder, self.seq_len - len(ids) - room_for_answer)
         if len(trunk) + len(ids) + 1 > self.seq_len:
-            raise BadRecord("question too long", f"{len(ids)} tokens, and {len(trunk)} of the media before it; the model "
-                            f"reads {self.seq_len}")
+            raise BadRecord("question too long", f"{len(ids)} tokens, and {len(trunk)} of the media before it; the "
+                            f"model reads {self.seq_len}")
         ids.append(self.tokenizer.eos)  # the last token of a branch is only predicted
         return self.assemble(trunk, media, [Branch("text", ids, [False] * len(ids))])
 
@@ -655,8 +655,8 @@ class Stream:
             told.append(f"{n_without} of the first {sample} records give nothing to train on: {left_out_so_far(state)}")
         n_frames = p.seq_len // (len(frame_layout(p.n)) + 3)  # that the tokens would hold
         if p.max_crops < min(p.max_frames, n_frames):
-            told.append(f"a video gets at most {p.max_crops} frames: --max_crops {p.max_crops} ends before --max_frames "
-                        f"{p.max_frames}, and --seq_len {p.seq_len} holds {n_frames}")
+            told.append(f"a video gets at most {p.max_crops} frames: --max_crops {p.max_crops} ends before "
+                        f"--max_frames {p.max_frames}, and --seq_len {p.seq_len} holds {n_frames}")
         return max(tokens / p.seq_len, crops / p.max_crops, 1e-3) / sample, "\n".join(told)
 
 

@@ -137,7 +137,7 @@ def lora_recipe(config):
 
     Full fine-tuning moves every number of a matrix by some 1e-5 a step. An adapter has a hundredth of the numbers, and
     its B starts at zero: to get as far it takes about ten times the rate, whatever its rank is, since alpha is divided
-    by the rank. (`small` on 200 captions in a new wording, loss after 100 steps: full fine-tuning by AdamW at 3e-4 0.65;
+    by the rank. (`small` on 200 captions in a new wording, loss after 100 steps: AdamW on all numbers at 3e-4 0.65;
     rank 16 at 3e-3 0.65, at 3e-4 4.8; rank 64 at 5e-3 0.42.) B = 0 is a warm-up by itself: A moves only as B grows. And
     the optimiser is AdamW: Muon would give all directions of A and B one size, right for a matrix that starts at
     random, not for a correction.

@@ -228,7 +228,7 @@ def parse_flags():
                                      allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", help="folder with config.json, model.safetensors and tokenizer.json")
-    add("media", nargs="+", help="images (PNG, JPEG, WebP, GIF, BMP, TIFF) or one video (MP4, MOV, MKV, WebM, AVI, ...)")
+    add("media", nargs="+", help="images (PNG, JPEG, WebP, GIF, BMP, TIFF) or one video (MP4, MOV, MKV, ...)")
     add("question")
     add("--chat", action="store_true", help="then go on asking, a line at a time, about the same media")
     add("--out", help="where the copy with the points goes; of a video .mp4 or .gif [answer.png, answer.mp4]")

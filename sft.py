@@ -16,7 +16,7 @@ The model, the loss and the loop are those of stage 1. These numbers differ (pyt
     steps                    32,000           50,000              2,650
     sequences per step          256              128                  4
     tokens per sequence       4,096            4,096                768       small: 8 seconds of video and a track
-    crops per sequence           48               48                 48       so at most 48 frames; --seq_len raises both
+    crops per sequence           48               48                 48       so at most 48 frames; --seq_len raises it
     peak lr  vit               6e-6             5e-6             frozen       all parts are trained by now, so all move
              connector         2e-4             5e-6             2.5e-3       slowly; small learns most of it here
              decoder           2e-5             1e-5               2e-3

@@ -472,7 +472,8 @@ def format_released(points, kind, label, tracks=False, mode="point"):
 # order and quotes, a ">" inside one, blanks after a separator, an answer that was cut off. Group 1 is the coordinates.
 PUBLISHED = re.compile(r'<(?:points|tracks)\b[^<>]*coords="([0-9\t:;, .]+)"/?>')
 ANY_COORDS = re.compile(r"""<(?:points|tracks)\b[^<]*?\bcoords\s*=\s*["']([0-9\t:;, .]*)(?:["']|$)""")
-MOLMO_1 = re.compile(r"""\b([xy])(\d*)\s*=\s*["']\s*(\d{1,3}(?:\.\d{1,9})?)\s*["']""")  # <points x1="21.0" y1="30.0" ...>
+# <points x1="21.0" y1="30.0" ...>, in per cent, of Molmo 1
+MOLMO_1 = re.compile(r"""\b([xy])(\d*)\s*=\s*["']\s*(\d{1,3}(?:\.\d{1,9})?)\s*["']""")
 
 
 def parse_released(text, lenient=True):
@@ -488,7 +489,7 @@ def parse_released(text, lenient=True):
             for i, x, y in re.findall(r"(\d{1,9}) (\d{3,4}) (\d{3,4})", items):
                 if int(x) <= 1000 and int(y) <= 1000:
                     found.append((float(prefix), int(i), int(x), int(y)))
-    for tag in re.findall(r"<points?\b([^<]*)", text) if lenient else ():  # per cent, in attributes x and y or x1, y1, ...
+    for tag in re.findall(r"<points?\b([^<]*)", text) if lenient else ():
         sides = {(axis, i or "1"): float(value) for axis, i, value in MOLMO_1.findall(tag)}
         for (axis, i), x in sides.items():
             y = sides.get(("y", i))

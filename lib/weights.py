@@ -583,5 +583,6 @@ def save(model, folder, frames=384, tiles=8):
     for name, p in model.named_parameters(remove_duplicate=False):
         state[name if name.startswith("lm_head.") else "model." + name] = p.detach()
     write_safetensors(os.path.join(folder, "model.safetensors"), state)
-    for name, contents in ({"config.json": hub_config(model.cfg)} | processor_configs(model.cfg, frames, tiles)).items():
+    files = {"config.json": hub_config(model.cfg)} | processor_configs(model.cfg, frames, tiles)
+    for name, contents in files.items():
         write_json(os.path.join(folder, name), contents)

@@ -385,8 +385,9 @@ def test_every_shape_goes_from_the_hub_to_two_training_steps(hub, tmp_path, caps
     monkeypatch.setattr(sys, "argv", ["show", str(out), "--max_frames", "4"])
     show.main()
     limits, *told = capsys.readouterr().out.splitlines()
-    assert limits.startswith("as sft of small: ") and len(told) == sum(not n.startswith("eval/") for n in names) and all("records not used: none" in t
-                                                                              for t in told), told
+    assert limits.startswith("as sft of small: ")
+    assert len(told) == sum(not n.startswith("eval/") for n in names), told
+    assert all("records not used: none" in t for t in told), told
     flags = [*QUICK, "--seq_len", "512", "--steps", "2", "--global_batch", "8", "--save_every", "2",
              "--data", str(out)]
     code, text = stage_2(tmp_path, *flags)

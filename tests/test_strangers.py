@@ -32,7 +32,7 @@ CAPTION = dict(task="image_caption", answer="A thing.")
 
 
 def pointing(**point):
-    return dict(image="a.png", annotations=[dict(task="image_pointing", label="it", points=[dict(dict(id=0), **point)])])
+    return dict(image="a.png", annotations=[dict(task="image_pointing", label="it", points=[dict(id=0) | point])])
 
 
 # ---- lines -------------------------------------------------------------------------------------------------
@@ -87,7 +87,8 @@ def test_other_values_are_named(record, said):
 def test_points_beside_the_edge_by_a_rounding_error_are_on_it(planner, tmp_path, x, y, n):
     picture(tmp_path / "a.png", "red")
     (plan,), left_out = planner.plan(parsed(**pointing(x=x, y=y)), str(tmp_path), random.Random(0))
-    on_edge = planner.plan(parsed(**pointing(x=min(max(x, 0), 1), y=min(max(y, 0), 1))), str(tmp_path), random.Random(0))
+    clipped = parsed(**pointing(x=min(max(x, 0), 1), y=min(max(y, 0), 1)))
+    on_edge = planner.plan(clipped, str(tmp_path), random.Random(0))
     assert left_out == [POINT_CLIPPED] * n and np.array_equal(plan.tokens, on_edge[0][0].tokens)
 
 
@@ -142,7 +143,7 @@ def test_blank_lines_across_chunks(tmp_path, monkeypatch):
 def test_json_of_another_form_gets_one_message(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match='a.json:[13]: JSON over several lines, or an array; one record a line.*"image"'):
+    with pytest.raises(ValueError, match='a.json:[13]: JSON over several lines, or an array; one record.*"image"'):
         find_datasets([str(path)])
 
 
@@ -223,7 +224,6 @@ def test_files_in_any_folder_and_links_are_asked_about(checkpoint, tmp_path, mon
         Image.new("RGB", (30, 20), "red").save(tmp_path / name, "PNG")
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "photo.png").symlink_to("../blobs/abc")
-    (tmp_path / "rows.jsonl").symlink_to(write_lines(tmp_path / "a" / "rows.jsonl", [dict(image="x.png", annotations=[CAPTION])]))
     ask = ["What?", "--max_new_tokens", 1, "--out", tmp_path / "o.png"]
     for media in (["a/x.png", "b/y.png"], ["snapshots/photo.png"]):
         assert command(sample, monkeypatch, capsys, checkpoint, *[tmp_path / m for m in media], *ask)[0] == 0
@@ -248,7 +248,8 @@ def test_a_file_is_what_its_first_bytes_say(tmp_path, name, kind):
 @pytest.mark.parametrize("argv, said", [
     (["--max_new_tokens", "-1"], "--max_new_tokens: -1: must be at least 1"), (["--tiles", "-2"], "at least 0"),
     (["--max_frames", "0"], "at least 1"), (["--out", "answer"], "--out answer: must end in one of .png"),
-    (["--out", "answer.mp4"], "must end in one of .png"), (["--out", "no/such/answer.png"], "there is no folder no/such")])
+    (["--out", "answer.mp4"], "must end in one of .png"),
+    (["--out", "no/such/answer.png"], "there is no folder no/such")])
 def test_wrong_flags_are_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.setattr(sample, "load", None)
     code, _, err = command(sample, monkeypatch, capsys, "none", picture(tmp_path / "a.png", "red"), "What?", *argv)
@@ -268,7 +269,8 @@ def test_one_bad_image_costs_an_evaluation_its_own_questions(checkpoint, tmp_pat
     whole = open(tmp_path / "a.png", "rb").read()
     (tmp_path / "b.png").write_bytes(whole[:len(whole) // 2])
     asked = dict(task="image_qa", prompt="What?", answer="It.")
-    rows = write_lines(tmp_path / "rows.jsonl", [dict(image=f"{name}.png", annotations=[asked, asked]) for name in "abcd"])
+    records = [dict(image=f"{name}.png", annotations=[asked, asked]) for name in "abcd"]
+    rows = write_lines(tmp_path / "rows.jsonl", records)
     code, out, err = command(evaluation, monkeypatch, capsys, checkpoint, "--data", rows, "--out", tmp_path / "e.json",
                              "--max_new_tokens", 2)
     assert code == 1 and "image_qa accuracy" in out

@@ -244,7 +244,8 @@ def check(dataset, planner):
         for reason in left_out:
             count(counts, "left out", reason)
     print(f"{dataset.name}: {len(dataset)} records, {examples} examples, "
-          f"records not used: {counts['bad'] or 'none'}, annotations or points left out or moved: {counts['left out'] or 'none'}")
+          f"records not used: {counts['bad'] or 'none'}, annotations or points left out or moved: "
+          f"{counts['left out'] or 'none'}")
 
 
 STAGES = dict(pretrain=(pretrain.Config(), pretrain.PRESETS), sft=(sft.DEFAULTS, sft.PRESETS),

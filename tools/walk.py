@@ -83,8 +83,9 @@ def walk_plans(planner, folder):
         "3, so windows at the right and at the bottom have fewer: -1 is none.")
     for row in (0, 2, 9):
         show(f"<image> {row} of {len(layout.pool)}: {layout.pool[row].tolist()}")
-    say("data.Planner.encode_chat  makes a branch of a question and its answer; lib.text.format_points  has written the "
-        "points. Here every digit has a token of its own, as with Qwen's tokenizer; OLMo's takes up to three as one.")
+    say("data.Planner.encode_chat  makes a branch of a question and its answer; lib.text.format_points  has written "
+        "the points. Here every digit has a token of its own, as with Qwen's tokenizer; OLMo's takes up to three as "
+        "one.")
     show(f"1: {texts[1]}")
     show(f"2: {texts[2]}")
 
@@ -153,7 +154,8 @@ def walk_back(model, planner, path):
         "model.Molmo2.generate  adds token by token, until <|im_end|>.")
     show(text)
     points = parse_points(text, "video")
-    say("lib.text.parse_points  reads points. lib.draw.draw_video  draws them, and lib.draw.at_time  what lies between:")
+    say("lib.text.parse_points  reads points. lib.draw.draw_video  draws them, and lib.draw.at_time  what lies "
+        "between:")
     between = at_time(points, 0.75)[0]
     show(f"{' '.join(map(str, points))};  at 0.75 s x {between['x']:.3f}, y {between['y']:.3f}")
 
