@@ -330,3 +330,20 @@ def test_decoding_keeps_away_from_cudnn(monkeypatch):
     for _ in model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3):
         assert flags() == [True] * 3
     assert calls == [True, False, False]  # the prompt, and two tokens
+
+
+def test_the_embedding_is_one_table():
+    wte = tiny_model().transformer.wte
+    tokens = torch.tensor([[0, 7, 1023, 1024, 1024 + M.EXTRA - 1, 1023, 7]])
+    scale = torch.randn(7, wte.embedding.shape[1], generator=torch.Generator().manual_seed(0))
+    tables = [wte.embedding, wte.new_embedding]
+    want = torch.nn.functional.embedding(tokens, torch.cat(tables))
+    assert torch.equal(wte(tokens), want)
+    for a, b in zip(*(torch.autograd.grad((y * scale).sum(), tables) for y in (wte(tokens), want))):
+        assert torch.equal(a, b)
+    with budget.Alive(tables) as alive, torch.no_grad():
+        wte(tokens)
+    assert alive.peak < wte.embedding.nbytes / 8
+    for outside in (-1, 1024 + M.EXTRA):
+        with pytest.raises(IndexError):
+            wte(torch.tensor([[outside]]))
