@@ -63,6 +63,8 @@ class Tokenizer:
         self.path = path
         self.vocab = vocab
         spec = read_json(path)
+        with open(path, "rb") as f:
+            self.contents = f.read()  # for `save`: the file may be of a checkpoint that is deleted meanwhile
         try:
             self.read(spec)
         except BadCheckpoint:
@@ -176,7 +178,7 @@ class Tokenizer:
         Every id up to the last input-only row gets a name there, the published one: other readers number the tokens
         they are given in order, and look the vision tokens up by name.
         """
-        spec = read_json(self.path)
+        spec = json.loads(self.contents)
         vocabulary = spec["model"]["vocab"]
         given = {t["id"] for t in spec.get("added_tokens", [])}
         listed = given.intersection(vocabulary.values())  # OLMo's file has its added tokens in the vocabulary too

@@ -1,5 +1,6 @@
 """Text in and out: the tokenizer, the chat, the grammar of points."""
 import json
+import os
 import random
 import re
 import time
@@ -156,6 +157,19 @@ def test_saved_tokenizer_names_every_id(tmp_path, tokenizer):
     assert names["<im_patch>"] == tokenizer.ids["<image>"] and names["<im_start>"] == tokenizer.ids["<image_start>"]
     again = Tokenizer(str(tmp_path / "tokenizer.json"), 1024)
     assert again.ids == tokenizer.ids and (again.bos, again.eos) == (tokenizer.bos, tokenizer.eos)
+
+
+def test_a_tokenizer_can_be_saved_when_its_file_is_gone(tmp_path, tokenizer):
+    """A resumed run reads that of a checkpoint which is deleted as new ones come."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    tokenizer.save(str(tmp_path / "a"))
+    resumed = Tokenizer(str(tmp_path / "a" / "tokenizer.json"), 1024)
+    os.remove(tmp_path / "a" / "tokenizer.json")
+    resumed.save(str(tmp_path / "b"))
+    tokenizer.save(str(tmp_path / "c"))
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in "bc"]
+    assert files[0] == files[1]
 
 
 def test_every_wording_fills_from_the_fields():
