@@ -24,6 +24,8 @@ NO_VIDEO = "no reader for video in this stage"
 CLOSED = "from a closed model"
 NOT_BAD = (NO_VIDEO, CLOSED)
 
+AT_FRAME = 0.05  # seconds; times are rounded, and a point so near to a frame is at it
+
 MAX_LINE = 32 << 20  # bytes; a longer line is not read
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -146,20 +148,21 @@ def on_frames(points, times):
     A point up to a quarter of a second from a frame, the most there is at two frames a second, moves to the nearest.
     One further away is left out, and so is one whose object has a point there already. times: of the frames.
     """
-    def distance(p):
-        return float(np.abs(times - p["t"]).min())
-
+    distances = np.abs(np.array([p["t"] for p in points])[:, None] - times)  # (points, frames)
+    nearest = distances.argmin(1)
+    distance = distances.min(1)
     kept = []
     n_moved = 0
     taken = set()  # (frame, id)
-    for p in sorted(points, key=distance):
-        frame = int(np.abs(times - p["t"]).argmin())
-        if distance(p) <= 0.05:  # times are rounded: such a point is at its frame
+    for i in np.argsort(distance, kind="stable"):
+        p = points[i]
+        place = int(nearest[i]), p["id"]
+        if distance[i] <= AT_FRAME:
             kept.append(p)
-        elif distance(p) <= 0.25 + 1e-6 and (frame, p["id"]) not in taken:
-            kept.append(dict(p, t=float(times[frame])))
+        elif distance[i] <= 0.25 + 1e-6 and place not in taken:
+            kept.append(dict(p, t=float(times[nearest[i]])))
             n_moved += 1
-        taken.add((frame, p["id"]))
+        taken.add(place)
     return kept, n_moved, len(points) - len(kept)
 
 

@@ -67,11 +67,10 @@ EDGE = 0.0005  # x and y are written with 3 decimals: so far outside [0, 1] is o
 def clip_points(annotation):
     """Move points that lie outside [0, 1] by less than a rounding error onto the edge, in place: how many."""
     n = 0
-    for field in PLACES:
-        for p in annotation.get(field, ()) if PLACES[field] is check_points else ():
-            inside = {side: min(max(p[side], 0), 1) for side in ("x", "y")}
-            if inside != {side: p[side] for side in inside}:
-                p |= inside
+    for field, check in PLACES.items():
+        for p in annotation.get(field, ()) if check is check_points else ():
+            if not (is_unit(p["x"]) and is_unit(p["y"])):
+                p |= dict(x=min(max(p["x"], 0), 1), y=min(max(p["y"], 0), 1))
                 n += 1
     return n
 

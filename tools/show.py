@@ -24,7 +24,7 @@ import sft
 from data import Packer, Planner, Stream, find_datasets
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.media import load_crops
-from lib.records import count, parse_record
+from lib.records import AT_FRAME, count, parse_record
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
 from sample import at_least
@@ -80,7 +80,7 @@ def frames_html(layout, crops, n, patch, points):
     between = []  # times of the others
     for a, p in points:
         distance = np.abs(np.array(layout.times) - p["t"])
-        if distance.min() <= 0.05:
+        if distance.min() <= AT_FRAME:
             points_of_frame[int(distance.argmin())].append((a, p))
         else:
             between.append(f"{p['t']:g} s (id {p['id']})")
