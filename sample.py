@@ -18,6 +18,7 @@ How a question becomes a drawn track:
 Many questions in batches, as eval.py and the evaluations in training ask them, are `answers`.
 """
 import argparse
+import math
 import os
 import sys
 from typing import NamedTuple
@@ -33,13 +34,17 @@ from lib.weights import read_json
 from model import Molmo2
 
 
-def at_least(smallest):
-    """An argparse type: a whole number from `smallest`."""
-    def number(text):
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {smallest}")
-        return int(text)
-    return number
+def bounded(kind, low, high=math.inf):
+    """A type of flags: a number of a kind, int or float, from low to high."""
+    limits = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
+        return value
+    read.__name__ = kind.__name__  # what argparse calls it, of what is no number
+    return read
 
 
 def load(folder, device="cpu", tiles=None, max_frames=None, usual_tiles=8):
@@ -232,11 +237,11 @@ def parse_flags():
     add("question")
     add("--chat", action="store_true", help="then go on asking, a line at a time, about the same media")
     add("--out", help="where the copy with the points goes; of a video .mp4 or .gif [answer.png, answer.mp4]")
-    add("--max_new_tokens", type=at_least(1), help="length limit of the answer [256; of a video 2048]")
+    add("--max_new_tokens", type=bounded(int, 1), help="length limit of the answer [256; of a video 2048]")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token [0]")
     add("--seed", type=int, default=0, help="for temperatures above 0 [0]")
-    add("--tiles", type=at_least(0), help="high-resolution crops [8; none for small]")
-    add("--max_frames", type=at_least(1), help="of a video, at 2 per second [as in training, at most 128]")
+    add("--tiles", type=bounded(int, 0), help="high-resolution crops [8; none for small]")
+    add("--max_frames", type=bounded(int, 1), help="of a video, at 2 per second [as in training, at most 128]")
     add("--device", default="cpu", help="cpu, cuda or mps [cpu]")
     return parser.parse_args()
 

@@ -27,7 +27,7 @@ from lib.media import load_crops
 from lib.records import AT_FRAME, count, parse_record
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
-from sample import at_least
+from sample import bounded
 
 
 STYLE = """<meta charset="utf-8"><style>body {font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1250px}
@@ -270,7 +270,7 @@ def main():
     parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
     parser.add_argument("--stage", choices=list(STAGES), help="whose limits [sft of videos, else pretrain]")
     for name, text in LIMITS.items():
-        parser.add_argument(f"--{name}", type=at_least(0), help=f"{text} [as the stage]")
+        parser.add_argument(f"--{name}", type=bounded(int, 0), help=f"{text} [as the stage]")
     args = parser.parse_args()
     cfg = PRESETS[args.config]
     try:

@@ -56,7 +56,7 @@ from lib.errors import BadMedia, UserError
 from lib.media import inside_folder, load_frames, open_video, sample_times, video_duration
 from lib.records import media_kind
 from lib.tasks import MEDIA, TASKS
-from sample import Chat, load
+from sample import Chat, bounded, load
 from tools.annotate.review import Reviewer, Work, digest, jpeg, read_records, settled, write_whole
 from tools.prepare.fetch import NetError, is_loopback, patiently
 from tools.show import STYLE
@@ -1092,19 +1092,6 @@ def run_demo(args):
 
 # ---- the command line --------------------------------------------------------------------------------------
 
-def number(kind, low, high=math.inf):
-    """A type of flags: a number of a kind, from low to high."""
-    limits = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
-        return value
-    read.__name__ = kind.__name__  # what argparse calls it, of what is no number
-    return read
-
-
 def add_model_flags(flag):
     """Of the commands that use a language model."""
     flag("--out", required=True, help="JSONL file to write; its folder must hold the media")
@@ -1112,8 +1099,8 @@ def add_model_flags(flag):
                                       "stand-in = rules for the toy world, no model")
     flag("--model", help="name of its model")
     flag("--licence", help="licence of that model, named in every record")
-    flag("--concurrency", type=number(int, 1, 256), default=8, help="clips or lines worked on at a time [8]")
-    flag("--timeout", type=number(float, 0.1, 86400), default=120.0, help="seconds to wait for an answer [120]")
+    flag("--concurrency", type=bounded(int, 1, 256), default=8, help="clips or lines worked on at a time [8]")
+    flag("--timeout", type=bounded(float, 0.1, 86400), default=120.0, help="seconds to wait for an answer [120]")
     flag("--allow_closed", action="store_true", help="let closed models through; their records are marked")
 
 
@@ -1135,25 +1122,25 @@ def parse(argv):
     flag("--asr_licence", default="Apache-2.0", help="licence of that model [Apache-2.0]")
     flag("--checkpoint", help="folder of one of our own checkpoints, which then describes the frames")
     flag("--device", default="cpu", help="of that checkpoint: cpu, cuda or mps [cpu]")
-    flag("--clip_seconds", type=number(float, 1), default=30.0, help="longest clip; cut at pauses [30]")
-    flag("--frames", type=number(int, 1), default=8, help="of a clip to describe, at most one a second [8]")
+    flag("--clip_seconds", type=bounded(float, 1), default=30.0, help="longest clip; cut at pauses [30]")
+    flag("--frames", type=bounded(int, 1), default=8, help="of a clip to describe, at most one a second [8]")
     flag("--language", default="en", choices=(*LANGUAGES, "any"), help="of the captions [en]")
     add_model_flags(flag)
     flag = command("qa", run_qa, "captions to questions, filtered")
     flag("file", help="JSONL file with captions")
-    flag("--questions", type=number(int, 1), default=12, help="asked for per caption [12]")
-    flag("--sample", type=number(float, 0, 1), default=0.1, help="share of lines people shall check [0.1]")
+    flag("--questions", type=bounded(int, 1), default=12, help="asked for per caption [12]")
+    flag("--sample", type=bounded(float, 0, 1), default=0.1, help="share of lines people shall check [0.1]")
     add_model_flags(flag)
     flag = command("review", run_review, "a page to accept, edit, reject and place points")
     flag("file", help="JSONL file, made here or elsewhere")
     flag("--who", help="name under which decisions are kept [the login]")
-    flag("--port", type=number(int, 0, 65535), default=0, help="of 127.0.0.1 [a free one]")
+    flag("--port", type=bounded(int, 0, 65535), default=0, help="of 127.0.0.1 [a free one]")
     flag("--open", action=argparse.BooleanOptionalAction, default=True, help="open it in a browser [yes]")
     flag = command("report", run_report, "what each step let through, as a page")
     flag("file", help="JSONL file")
     flag = command("demo", run_demo, "all of it on toy videos")
     flag("--out", default=os.path.join("out", "annotate"), help="folder [out/annotate]")
-    flag("--clips", type=number(int, 1), default=20, help="toy clips [20]")
+    flag("--clips", type=bounded(int, 1), default=20, help="toy clips [20]")
     flag("--review", action=argparse.BooleanOptionalAction, default=True, help="end with the page [yes]")
     return parser.parse_args(argv)
 
