@@ -43,9 +43,9 @@ from data import find_datasets, in_clip, parse_points
 from lib import toy
 from lib.draw import contact_sheet
 from lib.errors import BadRecord, UserError
-from lib.media import image_size, inside_folder, load_frames, video_duration
+from lib.media import image_size, inside_folder, load_frames, video_duration, video_size
 from lib.records import media_kind, parse_record
-from lib.tasks import NUMBER, TASKS, multiple_choice, prompt_of
+from lib.tasks import TASKS, multiple_choice, prompt_of
 from lib.text import NOTHING
 from sample import Prompt, answers
 
@@ -367,8 +367,7 @@ class Question:
     def size(self, image=None):
         """(width, height) of the media, in pixels."""
         if self.kind == "video":
-            h, w, _ = load_frames(self.path, [self.record.get("start", 0)])[0].shape  # upright
-            return w, h
+            return video_size(self.path)
         return image_size(self.path or inside_folder(self.folder, self.record["images"][image]))
 
     def mask(self, p):
@@ -598,7 +597,7 @@ def scene_scores(questions, texts):
     counts_right = []
     nones_right = []
     for q, text in zip(questions, texts):
-        if TASKS[q.task].answer is NUMBER:
+        if TASKS[q.task].metric == "count":
             counts_right.append(text == q.truth)
         elif TASKS[q.task].metric == "caption":
             objects = objects_named(q.truth)

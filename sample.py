@@ -162,8 +162,6 @@ def answers(model, planner, prompts, limit, batch=32, world=None, unusable=None)
 def kind_of(paths):
     """"image", "images" or "video", by the first bytes of the files. An animated GIF is a video."""
     for path in paths:
-        if not os.path.isfile(path):
-            raise BadMedia(f"{path}: no such file")
         container = container_format(path)
         if container not in (None, "gif"):
             if len(paths) > 1:

@@ -200,6 +200,8 @@ def sample_times(duration, max_frames, max_fps=2.0):
 
 def container_format(path):
     """FFmpeg's name of a file's container, by its first bytes; None if it is not one that we read."""
+    if not os.path.isfile(path):  # a pipe would block for ever
+        raise BadMedia(f"{path}: no such file")
     with open(path, "rb") as f:
         head = f.read(197)  # the furthest magic byte is at 196
     for (offset, magic), kind in MAGIC.items():
@@ -215,8 +217,6 @@ def is_picture_track(stream):
 
 def open_video(path):
     """(open container, its first video stream). The file cannot make the decoder open other files or URLs."""
-    if not os.path.isfile(path):
-        raise BadMedia(f"{path}: no such file")
     try:
         kind = container_format(path)
         if not kind:
@@ -545,6 +545,12 @@ def load_frames(path, times, keep=lambda rgb: rgb):
         return load_frames_in_turn(path, times, upright)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: broken video ({e})") from None
+
+
+def video_size(path):
+    """(width, height) of a video as it is seen, upright."""
+    height, width, _ = load_frames(path, [0.0])[0].shape
+    return width, height
 
 
 def decode_wanted(path, times, wanted, decode, keep):

@@ -267,27 +267,24 @@ def test_two_ranks_learn_what_one_does(tmp_path, world, base):
                 torch.testing.assert_close(ours[key], t, rtol=1e-2, atol=2e-4, msg=key)
 
 
+def loss_and_gradients(compiled, recompute):
+    """Of one step of an adapted model."""
+    model = adapted()[0].train()
+    distributed.shard_model(model, World("cpu"), compiled, recompute, False)
+    loss = model(**batch_of())
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
 def test_recomputing_changes_nothing():
-    results = []
-    for recompute in (False, True):
-        model = adapted()[0].train()
-        distributed.shard_model(model, World("cpu"), False, recompute, False)
-        loss = model(**batch_of())
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    results = [loss_and_gradients(False, recompute) for recompute in (False, True)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU takes a C++ compiler")
 def test_compiled_blocks_with_adapters_compute_what_plain_ones_do():
-    results = []
-    for compiled in (False, True):
-        model = adapted()[0].train()
-        distributed.shard_model(model, World("cpu"), compiled, True, False)
-        loss = model(**batch_of())
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    results = [loss_and_gradients(compiled, True) for compiled in (False, True)]
     largest = max(float(x.abs().max()) for x in results[0][1:])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest)

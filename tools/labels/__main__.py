@@ -33,8 +33,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lib.errors import BadMedia, BadRecord, UserError
-from lib.media import (MAX_PIXELS, file_start, image_size, inside_folder, load_frames, open_video, sample_times,
-                       video_duration)
+from lib.media import (MAX_PIXELS, file_start, image_size, inside_folder, open_video, sample_times, video_duration,
+                       video_size)
+from lib.tasks import EDGE
 from tools.labels.formats import BROKEN, NOT_IN_VIEW, YOLO_CLASSES, broken, read_labels
 
 ENDINGS = {"image": frozenset("jpg jpeg png webp gif bmp tif tiff".split()),
@@ -152,10 +153,9 @@ class Shelf:
         if kind == "image":
             return Medium(kind, relative, image_size(path), 0, (), ())
         duration = video_duration(path)
-        height, width, _ = load_frames(path, [0.0])[0].shape
         looks = np.unique(sample_times(duration, 10 ** 9).round(2))
         try:
-            return Medium(kind, relative, (width, height), duration, frame_times(path), looks)
+            return Medium(kind, relative, video_size(path), duration, frame_times(path), looks)
         except av.FFmpegError as e:
             raise BadMedia(f"{path}: broken video ({e})") from None
 
@@ -245,7 +245,7 @@ def position(label, size, where):
     if label.kind == "box":
         return *box_place(*(label.shape[0] / unit), where), None
     x, y = (label.shape[0][0] / unit).tolist()
-    if not (-0.0005 <= x <= 1.0005 and -0.0005 <= y <= 1.0005):
+    if not (-EDGE <= x <= 1 + EDGE and -EDGE <= y <= 1 + EDGE):
         raise BadRecord("point outside the media", f"{x:g}, {y:g} of the sides"
                                                    f"{': in pixels? --pixels' if label.unit == 1 else ''}")
     return x, y, None
