@@ -300,7 +300,11 @@ class Embedding(nn.Module):
         self.new_embedding = nn.Parameter(torch.empty(EXTRA, cfg.width))
 
     def forward(self, tokens):
-        return F.embedding(tokens, torch.cat([self.embedding, self.new_embedding]))
+        # Two look-ups: joining the tables would copy all of them for every generated token.
+        V = len(self.embedding)
+        x = F.embedding(tokens.clamp(max=V - 1), self.embedding)
+        new = F.embedding((tokens - V).clamp(min=0), self.new_embedding)
+        return torch.where((tokens < V)[..., None], x, new)
 
 
 class Attention(nn.Module):
