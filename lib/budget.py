@@ -94,7 +94,7 @@ def count_bytes(model, recompute, sharded):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
 
-def activations(model, sequences, tokens, crops, windows, has_loss, recompute, sharded):
+def activations(model, sequences, tokens, crops, windows, has_loss, recompute, sharded, most_logits=None):
     """Bytes of a forward and a backward pass on the meta device: {"activations": what the blocks keep for the
     backward pass, "loss": head and logits on top, "way back": what the backward pass needs beyond both}.
     windows: (M, K); has_loss: tokens trained on. Gradients that stay are counted elsewhere, and subtracted here."""
@@ -104,13 +104,13 @@ def activations(model, sequences, tokens, crops, windows, has_loss, recompute, s
     count_bytes(model, recompute, sharded)
     with torch.device("meta"), Alive(parameters) as alive:
         pos = ids(sequences, tokens)
-        x = model.transformer.wte.embedding[pos].flatten(0, 1)  # (B·T, D)
+        x = model.transformer.wte(pos).flatten(0, 1).to(model.lm_head.weight.dtype)  # (B·T, D)
         pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
         features = model.vision_backbone(pixels, ids(*windows))
         x = x.index_add(0, ids(len(features)), features.to(x.dtype)).view(sequences, tokens, -1)
         x = model.transformer(x, pos, None).flatten(0, 1)[ids(has_loss)]
         after_blocks = alive.now
-        loss = ChunkedNLL.apply(x, model.lm_head.weight, ids(has_loss), torch.empty(has_loss), 1e-4)
+        loss = ChunkedNLL.apply(x, model.lm_head.weight, ids(has_loss), torch.empty(has_loss), 1e-4, most_logits)
         forward_peak = alive.peak
         loss.backward()
         gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
@@ -155,7 +155,7 @@ def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1)
     windows = (math.ceil(m / cp), k)
     has_loss = min(shape["learned"], shape["rows"] * rank_tokens)
     return use | activations(model, shape["rows"], rank_tokens, math.ceil(shape["crops"] / cp), windows, has_loss,
-                             recompute, ranks > 1)
+                             recompute, ranks > 1, ChunkedNLL.LOGITS["cuda" if bf16 else "cpu"])
 
 
 # ---- operations of a step ------------------------------------------------------------------------------------------
