@@ -298,7 +298,7 @@ class VisionBackbone(nn.Module):
         """crops: (N, P, ·); pool: (M, K) indices into the N·P patches, -1 = none -> (M, D)."""
         patches = self.image_vit(crops).flatten(0, 1)  # (N·P, F)
         valid = pool >= 0
-        windows = patches.index_select(0, pool.clamp(min=0).flatten()).view(*pool.shape, -1)  # (M, K, F)
+        windows = patches.index_select(0, pool.clamp(min=0).flatten()).unflatten(0, pool.shape)  # (M, K, F)
         windows = windows * valid[..., None]
         # The query is the mean of the valid patches: a window over the edge of a crop has fewer than K.
         query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
