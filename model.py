@@ -613,9 +613,8 @@ class Molmo2(nn.Module):
         x = self.transformer(self.embed(tokens, crops, pool, None, image_at), pos, mask, drop)
         if targets is None:
             return self.lm_head(x)
-        # The head, the largest matrix of all, runs nowhere else.
-        x, targets, weights = (y.index_select(0, loss_at) for y in (x.flatten(0, 1), targets.flatten(), weights.flatten()))
-        return ChunkedNLL.apply(x, self.lm_head.weight, targets, weights, z_loss)
+        take = lambda y: y.flatten(0, 1).index_select(0, loss_at)  # the head, the largest matrix, runs nowhere else
+        return ChunkedNLL.apply(take(x), self.lm_head.weight, take(targets), take(weights), z_loss)
 
     @staticmethod
     def plain(tokens, pos, example, branch):

@@ -362,8 +362,8 @@ def photo_batch(cfg, B=2, T=40):
     weights = torch.zeros(B, T)
     weights[:, -9:-1] = 1
     crops = torch.randint(0, 256, (B, cfg.patches, cfg.patch ** 2 * 3), dtype=torch.uint8, generator=rng)
-    return dict(tokens=tokens, crops=crops, pool=torch.arange(B * 4 * 4).view(B * 4, 4), targets=tokens.roll(-1, 1) % cfg.vocab,
-                weights=weights)
+    return dict(tokens=tokens, crops=crops, pool=torch.arange(B * 4 * 4).view(B * 4, 4),
+                targets=tokens.roll(-1, 1) % cfg.vocab, weights=weights)
 
 
 def test_the_embedding_is_one_table():
@@ -391,7 +391,8 @@ def test_under_autocast_the_residual_streams_are_bf16(style):
     want = model(**batch)
     for name, module in model.named_modules():
         if "norm" in name or "ln_f" in name or module in model.blocks():
-            module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[0].dtype, out.dtype)}))
+            note = lambda module, args, out, name=name: seen.update({name: (args[0].dtype, out.dtype)})
+            module.register_forward_hook(note)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch)
     assert len(seen) > 8 and set(seen.values()) == {(torch.bfloat16, torch.bfloat16)}, seen
@@ -460,7 +461,7 @@ def test_a_prepared_batch_makes_no_gpu_wait(style):
 
 @pytest.mark.parametrize("style", ["olmo", "qwen"])
 def test_a_long_prompt_needs_no_square_mask(style, monkeypatch):
-    """The mask of a part of the queries at a time gives the ids that the whole one gives, also where prompts are padded."""
+    """The mask of a part of the queries at a time gives the ids that the whole one gives, also for padded prompts."""
     model = tiny_model(style).eval()
     batch = photo_batch(model.cfg, T=60)
     example = torch.ones(2, 60, dtype=torch.long)
