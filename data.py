@@ -1,4 +1,4 @@
-r"""
+"""
 Data: lines of JSONL in, packed batches out.
 
     record     one line: an image, some images, a video or a text, with its annotations: a message tree
@@ -21,6 +21,17 @@ trunk and itself (model.may_attend). Only answers are trained on, captions with 
 
 The order of the data depends on (files, mixture, seed) and on nothing else: not on ranks, not on workers. The state
 of the stream is a small JSON object that travels with each sequence; `Stream.sequences(state)` goes on after it.
+
+Where to look, in the order in which data passes:
+
+    lib/records.parse_record, lib/tasks.TASKS   what a line may say; what each task is: prompts, weight, answer, metric
+    Planner.trunk, video_trunk    what media cost in tokens: lib/media.image_layout, sample_times, frame_layout (`pool`)
+    lib/tasks.prompt_of, answer_of              words; lib/text.format_points: points as text, number by number
+    Planner.encode_chat, assemble               tokens of a branch; targets, shifted by one; positions; weights
+    mix                           which dataset a draw takes
+    Packer.emit                   which plans share a sequence: as many tokens and crops as fit, the oldest first
+    decode, collate               pixels, a batch; what is broken gets weight 0 and is counted (lib/records.BadRecords)
+    Stream.start, sequences       all that an exact resume needs of the data
 
 Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """
@@ -132,6 +143,7 @@ class Planner:
             n_crops = 0
             for i, (path, (width, height)) in enumerate(zip(paths, sizes)):
                 layout = image_layout(width, height, self.n, self.cfg.patch, tiles)
+                layout.on_white = not self.released  # released models saw what transparent parts hide
                 if len(paths) > 1:  # points refer to an image by its index, which the released models count from 1
                     ids += tok.encode(f"Image {i + 1 if self.released else i}")
                 ids += [tok.ids[name] for name in layout.tokens]
@@ -272,6 +284,9 @@ class Planner:
         ids, _ = self.encode_chat(messages)
         room_for_answer = min(512, self.seq_len // 8)
         trunk, media = self.trunk(record, folder, self.seq_len - len(ids) - room_for_answer)
+        if len(trunk) + len(ids) + 1 > self.seq_len:
+            raise BadRecord("question too long", f"{len(ids)} tokens, and {len(trunk)} of the media before it; the model "
+                            f"reads {self.seq_len}")
         ids.append(self.tokenizer.eos)  # the last token of a branch is only predicted
         return self.assemble(trunk, media, [Branch("text", ids, [False] * len(ids))])
 
@@ -686,7 +701,7 @@ class Batches(torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if info:
             torch.set_num_threads(1)
-            os.nice(10)  # where cores are few, training goes first
+            getattr(os, "nice", int)(10)  # where cores are few, training goes first
             die_with_parent()
             obey_the_parent_alone()
         planner = self.stream.planner

@@ -15,6 +15,9 @@ Each of the four Molmo2 evaluations is a score of one task, with the published d
     counting   equal; close: within 1 + 5 % of the truth
     tracking   points as above in every frame; HOTA; with a segmenter that turns points into masks J, F and J&F
 
+Where to look: `load_questions` makes a Question of each annotation; sample.answers asks them in batches; METRICS has a
+score for each metric that lib/tasks.TASKS names; `point_f1`, `hota`, `j_and_f`, `word_overlap` are plain functions.
+
 An annotation may carry the masks of its points: {"id": 0, "t" or "image": ..., "polygon": [[x, y], ...] in shares of
 the sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Without them a point hits within 5 % of its place.
 """
@@ -40,7 +43,7 @@ from data import find_datasets, in_clip, parse_points
 from lib import toy
 from lib.draw import contact_sheet
 from lib.errors import BadRecord, UserError
-from lib.media import image_size, inside_folder, load_frames, open_video, video_duration
+from lib.media import image_size, inside_folder, load_frames, video_duration
 from lib.records import media_kind, parse_record
 from lib.tasks import NUMBER, TASKS, multiple_choice, prompt_of
 from lib.text import NOTHING
@@ -364,9 +367,8 @@ class Question:
     def size(self, image=None):
         """(width, height) of the media, in pixels."""
         if self.kind == "video":
-            container, stream = open_video(self.path)
-            with container:
-                return stream.width, stream.height
+            h, w, _ = load_frames(self.path, [self.record.get("start", 0)])[0].shape  # upright
+            return w, h
         return image_size(self.path or inside_folder(self.folder, self.record["images"][image]))
 
     def mask(self, p):
@@ -511,7 +513,8 @@ def score_masks(q, predicted, times, segmenter):
     segmented = segmenter(frames, [(times.index(half_second(p)), p["x"], p["y"], p["id"]) for p in predicted])
     true_masks = {}  # object -> {half second: mask}
     for o in q.points:
-        true_masks.setdefault(o["id"], {})[half_second(o)] = q.mask(o)
+        if key(o) in q.masks:  # others are not compared
+            true_masks.setdefault(o["id"], {})[half_second(o)] = q.mask(o)
     empty = np.zeros(frames[0].shape[:2], bool)
     scores = np.zeros((len(true_masks), len(segmented), 3))  # J, F, J&F
     for i, (_, mask_at) in enumerate(sorted(true_masks.items())):
@@ -539,13 +542,18 @@ def score(q, text, judge=None, segmenter=None):
 
 # ---- all answers of a checkpoint ---------------------------------------------------------------------------
 
-def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, max_new_tokens=None, world=None):
-    """({"task metric": mean}, [one result per question: where, task, prompt, answer, truth, scores])."""
+def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, max_new_tokens=None, world=None,
+             unusable=None):
+    """({"task metric": mean}, [one result per question: where, task, prompt, answer, truth, scores]). unusable: as of
+    sample.answers."""
     prompts = [Prompt(q.task, q.where, q.record, q.folder, q.prompt) for q in questions]
-    texts = answers(model, planner, prompts, lambda task: max_new_tokens or TASKS[task].limit, batch, world)
+    limit = lambda task: max_new_tokens or TASKS[task].limit
+    texts = answers(model, planner, prompts, limit, batch, world, unusable)
     values = {}  # "task metric" -> a value per question
     results = []
     for q, text in zip(questions, texts):
+        if text is None:
+            continue
         try:
             scores = score(q, text, judge, segmenter)
         except JudgeError as e:
@@ -642,16 +650,16 @@ def parse_flags():
     add = parser.add_argument
     add("checkpoints", nargs="+", help="folders with config.json, model.safetensors and tokenizer.json")
     add("--data", nargs="+", help="JSONL files or folders [the toy world's held-out clips and pairs]")
-    add("--limit", type=int, help="records of each file [all]")
+    add("--limit", type=sample.at_least(1), help="records of each file [all]")
     add("--out", default="eval.json", help="every prediction beside its truth [eval.json]")
     add("--segmenter", help="MODULE:FUNCTION(frames, points) -> masks, for J and F [lib.toy:segment for toy]")
     add("--judge_url", help="OpenAI-compatible server that judges captions, up to /v1; key in JUDGE_API_KEY")
     add("--judge_model", default="gpt-4.1-2025-04-14", help="its model [gpt-4.1-2025-04-14]")
     add("--lenient", action="store_true", help="read points in any form [as the published evaluation reads them]")
-    add("--max_new_tokens", type=int, help="length limit of answers [by task]")
-    add("--max_frames", type=int, help="of a video [as in training, at most 128]")
-    add("--tiles", type=int, help="high-resolution crops of an image [24; none for small]")
-    add("--batch", type=int, default=32, help="questions at a time [32]")
+    add("--max_new_tokens", type=sample.at_least(1), help="length limit of answers [by task]")
+    add("--max_frames", type=sample.at_least(1), help="of a video [as in training, at most 128]")
+    add("--tiles", type=sample.at_least(0), help="high-resolution crops of an image [24; none for small]")
+    add("--batch", type=sample.at_least(1), default=32, help="questions at a time [32]")
     add("--device", default="cpu", help="cpu, cuda or mps [cpu]")
     return parser.parse_args()
 
@@ -668,6 +676,7 @@ def main():
     args = parse_flags()
     scores = {}       # checkpoint -> {"task metric": mean}
     predictions = {}  # checkpoint -> what `evaluate` says of each question
+    unusable = {}     # file:line -> why its media cannot be read
     try:
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
         segmenter = None if args.data else toy.segment
@@ -682,7 +691,7 @@ def main():
             if limit is None and not args.data:
                 limit = 256  # the toy world's answers are short, and a model may not have learned yet to end one
             scores[folder], predictions[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
-                                                           limit)
+                                                           limit, unusable=unusable)
     except (UserError, OSError, ValueError, ImportError, AttributeError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -694,6 +703,10 @@ def main():
         reader = "lenient" if args.lenient else "published expression"
         json.dump(dict(points_read_by=reader, scores=scores, predictions=predictions), f, indent=1)
     print(f"{args.out} holds every answer beside its truth")
+    for where, reason in unusable.items():
+        print(f"error: {where} was left out: {reason}", file=sys.stderr)
+    if unusable:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -31,17 +31,19 @@ sequence; ulysses.py has how, and what the ranks send each other. N must divide 
 1b, 8 in small. On the same two cores small takes 2.6 GB on two ranks together. 1b needs no --cp where a card has 80 GB:
 one H200 (PyTorch 2.11) takes 6.0 s for a sequence with 364 frames, 6,200 tokens a second, and 70.6 GB.
 
+DEFAULTS and PRESETS hold these numbers; --cp is ulysses.install and ulysses.shard_batch, in pretrain.train.
+
 What each of eight cards of 80 GB holds of a 7B model (--config 7b --cp 8 --world 8 --dry_run prints it; GB):
 
-    weights              3.6    7.76e9 x 4 bytes / 8
-    gradients            3.4    of all but the token table, which stays as the language model had it
+    weights              3.5    7.76e9 x 4 bytes / 8; 2 bytes of the token table, which stays as it was
+    gradients            3.4    of all but that table
     optimiser            6.8    the two moments of AdamW
     gathered weights     2.4    bf16, of this block and the next, with embedding, head and connector
-    gradients to share   6.7    before they are sharded: bf16, and fp32 to be added up
+    gradients to share   3.7    before they are sharded: bf16, and fp32 to be added up
     activations          3.7    of 4,608 tokens and 46 crops: the inputs of blocks, with --recompute
     loss                 3.1    logits of a chunk, and the head's gradient; 36,864 x 100,278 logits alone were 13.8
     way back             0.8    one block computed again in the backward pass
-    together            30.7
+    together            27.5
 """
 import dataclasses
 

@@ -13,12 +13,24 @@ as in the released checkpoints, so that loading one is a dictionary look-up (lib
 
     python model.py              # parameters of every preset, counted without allocating them
 
+Where to look, in the order in which data passes:
+
+    ViT, VisionBackbone           crops to features of patches to a vector for each <image>; -1 in `pool` is no patch
+    Embedding, Molmo2.embed       the two token tables, of which the second is new; features are added at <image>
+    is_vision, may_attend         who sees whom: branches not each other, vision tokens each other both ways
+    Attention, Block, Decoder     a layer
+    ChunkedNLL                    the loss: weight x (nll + z-loss), in chunks; pretrain.train divides it
+    Molmo2.parts                  which parameters share a learning rate
+    KVCache, Molmo2.generate      keys and values of what was read; images are read once; an answer ends with `stop`
+    Molmo2.from_pretrained        lib/weights.load: `our_name` maps names, `split_embedding` rows, `fill` draws new ones
+
 Seams: what other files replace in a built model, and by which function. Nothing else is patched from outside.
 
     model.mask, block.self_attn.attend     lib/flex.install              blocks of the mask on CUDA, for training
     the same two, vision_backbone.forward  ulysses.install               context parallelism; after lib/flex.install
     block.forward                          lib/distributed.shard_model   activation checkpointing; then compile
     vision_backbone.image_vit.forward      sft.cache_features            a frozen ViT encodes each crop once
+    linear layers of parts                 lib/lora.install              an adapter beside each; before all others
     all attend, block.forward              lib/budget.count_bytes        memory without numbers, on the meta device
 
 Shapes:  B sequences in the batch, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one

@@ -7,6 +7,14 @@ into a copy.
     python sample.py weights/Molmo2-8B kitchen.jpg hall.jpg "Point to the mugs in all images." --device cuda
     python sample.py weights/Molmo2-8B clip.mp4 "What happens?" --chat     # and go on; the video is encoded once
 
+How a question becomes a drawn track:
+
+    Chat.ask                  data.Planner.question plans the media and the conversation so far
+    Chat.encode               the media are encoded once a conversation; `generate` reads their features, then its cache
+    Molmo2.generate           token by token, until the end-of-sequence token or --max_new_tokens
+    lib/text.parse_points     points in the answer, as far as it goes
+    lib/draw.draw             onto the image, or into an MP4 or GIF; `at_time`: between the moments of a track
+
 Many questions in batches, as eval.py and the evaluations in training ask them, are `answers`.
 """
 import argparse
@@ -17,14 +25,21 @@ from typing import NamedTuple
 import torch
 
 from data import Planner, collate, decode, parse_points, to_device
-from lib.draw import draw
-from lib.errors import BadMedia, UserError
-from lib.media import open_image
+from lib.draw import check_out, draw
+from lib.errors import BadMedia, BadRecord, UserError
+from lib.media import container_format, open_image
 from lib.text import Tokenizer
 from lib.weights import read_json
 from model import Molmo2
 
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".ogv")
+
+def at_least(smallest):
+    """An argparse type: a whole number from `smallest`."""
+    def number(text):
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {smallest}")
+        return int(text)
+    return number
 
 
 def load(folder, device="cpu", tiles=None, max_frames=None, usual_tiles=8):
@@ -100,32 +115,60 @@ def batches_by_task(prompts, size):
     return batches
 
 
-def answers(model, planner, prompts, limit, batch=32, world=None):
+def answers(model, planner, prompts, limit, batch=32, world=None, unusable=None):
     """Greedy answers to [Prompt], in order: [text]. limit(task): the most tokens of an answer. The ranks of a `world`
-    share the batches, and each gets all answers. Media that cannot be decoded are an error."""
+    share the batches, and each gets all answers. Media that cannot be read are an error; or, given a dict `unusable`,
+    they go there as {file:line: reason}, and the answer is None."""
     batches = batches_by_task(prompts, batch)
     texts = {}  # index of a prompt -> its answer
     for indices in batches[world.rank::world.size] if world else batches:
-        plans = []
+        plans, asked = [], []
         for i in indices:
             prompt = prompts[i]
-            plan = planner.question(prompt.record, prompt.folder, [dict(role="user", content=prompt.text)])
+            try:
+                plan = planner.question(prompt.record, prompt.folder, [dict(role="user", content=prompt.text)])
+            except (BadMedia, BadRecord, OSError) as e:
+                if unusable is None:
+                    raise
+                unusable[prompt.where] = str(e)
+                continue
             plan.where = prompt.where  # an image that cannot be decoded is reported under this name
             plans.append(plan)
+            asked.append(i)
+        if not plans:
+            continue
         free_tokens = planner.seq_len - max(plan.n_tokens for plan in plans)
         longest = min(limit(prompts[indices[0]].task), free_tokens)
         replies, failed = answer(model, planner, plans, longest)
-        if failed:
-            _, where, _, detail = failed[0]
-            raise BadMedia(f"{where}: {detail}")
-        texts.update(zip(indices, replies))
+        for _, where, _, detail in failed:
+            if unusable is None:
+                raise BadMedia(f"{where}: {detail}")
+            unusable[where] = detail
+        texts.update(zip(asked, replies))
     text_of = {}  # the same, of all ranks
     for texts_of_rank in world.all_gather(texts) if world else [texts]:
         text_of |= texts_of_rank
-    return [text_of[i] for i in range(len(prompts))]
+    bad = unusable or {}
+    return [None if prompt.where in bad else text_of[i] for i, prompt in enumerate(prompts)]
 
 
 # ---- one conversation --------------------------------------------------------------------------------------
+
+def kind_of(paths):
+    """"image", "images" or "video", by the first bytes of the files. An animated GIF is a video."""
+    for path in paths:
+        if not os.path.isfile(path):
+            raise BadMedia(f"{path}: no such file")
+        container = container_format(path)
+        if container not in (None, "gif"):
+            if len(paths) > 1:
+                raise BadMedia(f"{path}: a video is asked about alone")
+            return "video"
+        with open_image(path) as image:
+            if container and len(paths) == 1 and image.is_animated:
+                return "video"
+    return "image" if len(paths) == 1 else "images"
+
 
 class Chat:
     """Questions about the same media, one after the other. kind: "image", "images" or "video"."""
@@ -135,18 +178,8 @@ class Chat:
         self.planner = planner
         self.messages = []
         self.features = None  # of the media, once they are encoded: (M, connector width)
-        self.folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-        names = [os.path.relpath(os.path.abspath(path), self.folder) for path in paths]
-        try:
-            for path in paths:
-                open_image(path).close()
-            self.kind = "image" if len(paths) == 1 else "images"
-        except BadMedia as e:
-            if len(paths) > 1 or os.path.splitext(paths[0])[1].lower() not in VIDEOS:
-                raise BadMedia(f"{e}; a video is known by its ending: {' '.join(VIDEOS)}, "
-                               "and asked about alone") from None
-            self.kind = "video"
-        self.record = {self.kind: names if self.kind == "images" else names[0], "annotations": []}
+        self.kind = kind_of(paths)
+        self.record = {self.kind: list(paths) if self.kind == "images" else paths[0], "annotations": []}
 
     def encode(self, plan):
         """Decode and encode the media, unless the last question did so in as many visual tokens."""
@@ -164,7 +197,7 @@ class Chat:
     def ask(self, question, max_new_tokens=256, temperature=0.0, seed=0):
         """Yields the answer piece by piece. The media are encoded at the first question alone."""
         self.messages.append(dict(role="user", content=question))
-        plan = self.planner.question(self.record, self.folder, self.messages)
+        plan = self.planner.question(self.record, None, self.messages)
         self.encode(plan)
         tok = self.planner.tokenizer
         device = self.features.device
@@ -195,24 +228,22 @@ def parse_flags():
                                      allow_abbrev=False)
     add = parser.add_argument
     add("checkpoint", help="folder with config.json, model.safetensors and tokenizer.json")
-    add("media", nargs="+", help=f"images (PNG, JPEG, WebP, GIF, BMP, TIFF) or one video ({' '.join(VIDEOS)})")
+    add("media", nargs="+", help="images (PNG, JPEG, WebP, GIF, BMP, TIFF) or one video (MP4, MOV, MKV, WebM, AVI, ...)")
     add("question")
     add("--chat", action="store_true", help="then go on asking, a line at a time, about the same media")
     add("--out", help="where the copy with the points goes; of a video .mp4 or .gif [answer.png, answer.mp4]")
-    add("--max_new_tokens", type=int, help="length limit of the answer [256; of a video 2048]")
+    add("--max_new_tokens", type=at_least(1), help="length limit of the answer [256; of a video 2048]")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token [0]")
     add("--seed", type=int, default=0, help="for temperatures above 0 [0]")
-    add("--tiles", type=int, help="high-resolution crops [8; none for small]")
-    add("--max_frames", type=int, help="of a video, at 2 per second [as in training, at most 128]")
+    add("--tiles", type=at_least(0), help="high-resolution crops [8; none for small]")
+    add("--max_frames", type=at_least(1), help="of a video, at 2 per second [as in training, at most 128]")
     add("--device", default="cpu", help="cpu, cuda or mps [cpu]")
     return parser.parse_args()
 
 
 def converse(chat, args):
     """Print the answer to the question of the command line, with --chat to each line typed after it."""
-    of_video = chat.kind == "video"
-    out = args.out or ("answer.mp4" if of_video else "answer.png")
-    longest = args.max_new_tokens or (2048 if of_video else 256)
+    longest = args.max_new_tokens or (2048 if chat.kind == "video" else 256)
     question = args.question
     while question:
         text = ""
@@ -222,7 +253,7 @@ def converse(chat, args):
         print()
         points = parse_points(text, chat.kind)
         if points:
-            files = draw(chat.kind, args.media, points, out)
+            files = draw(chat.kind, args.media, points, args.out)
             print(f"{len(points)} {'point' if len(points) == 1 else 'points'} drawn into {' and '.join(files)}")
         question = input("> ").strip() if args.chat else None
 
@@ -230,6 +261,9 @@ def converse(chat, args):
 def main():
     args = parse_flags()
     try:
+        if not args.question.strip():
+            raise UserError("the question is empty")
+        args.out = check_out(kind_of(args.media), args.out)  # before a large model is loaded and asked
         converse(Chat(*load(args.checkpoint, args.device, args.tiles, args.max_frames), args.media), args)
     except (EOFError, KeyboardInterrupt):
         print()

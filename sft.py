@@ -3,6 +3,7 @@ Stage 2, supervised fine-tuning: the model that describes and points in images l
 
     python sft.py                                    # a laptop: toy clips, from out/small/pretrain/latest; 11 minutes
     python sft.py --data clips/my.jsonl              # your own videos
+    python sft.py --config 4b --init_from weights/Molmo2-4B --lora 64 --epochs 3 --data clips/    # a card of 24 GB
     torchrun --nproc_per_node=8 sft.py --config 8b --init_from weights/Molmo2-8B --data data/
 
 New in this stage are video captions and questions, points at a time of a video, tracks, and questions about several
@@ -15,12 +16,14 @@ The model, the loss and the loop are those of stage 1. These numbers differ (pyt
     steps                    32,000           50,000              2,650
     sequences per step          256              128                  4
     tokens per sequence       4,096            4,096                768       small: 8 seconds of video and a track
-    crops per sequence           48               48                 48       so at most 48 frames: raise both for more
+    crops per sequence           48               48                 48       so at most 48 frames; --seq_len raises both
     peak lr  vit               6e-6             5e-6             frozen       all parts are trained by now, so all move
              connector         2e-4             5e-6             2.5e-3       slowly; small learns most of it here
              decoder           2e-5             1e-5               2e-3
     warm-up, steps   2,000/200/2,000             200                 30
     dropout         0.1 on answers    0.1 everywhere               none
+
+DEFAULTS and PRESETS hold these numbers; `cache_features` is what small does with a frozen ViT.
 
 A sequence costs what it costs in stage 1: memory follows tokens and crops, not what they show.
 """
@@ -41,7 +44,7 @@ DEFAULTS = dataclasses.replace(
     residual_dropout=0.1, response_dropout=0.0, save_every=2000)
 
 PRESETS = dict(pretrain.PRESETS, small=dict(
-    pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48,
+    pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48, max_frames=48,
     freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500,
     eval_clips=100, eval_first=True))
 

@@ -21,6 +21,9 @@ permutation of numbers over ranks, so its gradient is the same exchange the othe
     install(model, group)        # replaces attention, mask and vision of a Molmo2; after lib/flex.install
     loss = model(**shard_batch(batch, model.cfg.image_token, rank, P))  # losses and gradients add up over ranks
 
+Where to look: `shard_batch` cuts tokens and windows; `ulysses_attend` and `all_to_all` exchange heads for tokens;
+`assign_crops` and `shared_features` share out the crops; `AllToAll.backward` is why the gradient is right.
+
 What it costs. Per layer and rank, forward, in elements: q, k, v in one message and the output in another,
 
     B · T/P · (2H + 2G') · hd · (P-1)/P,        G' = max(G, P) key/value heads

@@ -2,6 +2,7 @@
 An estimate of what a run needs, before anything is loaded: parameters, memory of each device, operations of a step.
 
     python longctx.py --config 7b --cp 8 --world 16 --dry_run    # on a laptop: the model is 15 GB of nothing
+    python -m lib.budget                                         # which GPU asking and training need, as a table
 
     --data, planned but not decoded    ─┐
     or one long video that fills T     ─┴─► the micro-batch with most crops ─► a model on the meta device,
@@ -14,17 +15,24 @@ Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K 
 """
 import functools
 import math
+import os
 import random
-import resource
 import sys
 import weakref
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from model import ChunkedNLL, RMSNorm, is_vision
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+from lib import lora
+from model import ChunkedNLL, PRESETS, RMSNorm, empty_model, is_vision
 
 
 # ---- bytes that live at once ---------------------------------------------------------------------------------------
@@ -142,10 +150,15 @@ def count_numbers(parameters):
     return sum(p.numel() for p in parameters)
 
 
+def trained_parameters(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1):
     """Bytes of one rank, {what: n}. model: on the meta device, used up; optimizers: of its parameters; shape:
     dict(rows=B, tokens=T, crops, windows=(M, K), learned) of a micro-batch before it is cut for `cp` ranks."""
     numbers = count_numbers(model.parameters())
+    kept = sum(p.nbytes for p in model.parameters())  # frozen ones are in bf16 already, where products are
     trained = moments = 0
     for optimizer in optimizers:
         copies = 2 if isinstance(optimizer, torch.optim.AdamW) else 1  # Muon keeps momentum alone
@@ -154,16 +167,19 @@ def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1)
             trained += n
             moments += n * copies
     shards = 8 if ranks % 8 == 0 else ranks  # a node's ranks, or all of them (lib/distributed.py)
-    use = {"weights": 4 * numbers // shards, "gradients": 4 * trained // shards, "optimiser": 4 * moments // shards}
+    use = {"weights": kept // shards, "gradients": 4 * trained // shards, "optimiser": 4 * moments // shards}
     if ranks > 1:
         sizes = [count_numbers(block.parameters()) for block in model.blocks()]
         outside = numbers - sum(sizes)  # in no block: embedding, head, connector
+        gradients = [count_numbers(trained_parameters(block)) for block in model.blocks()]
+        outside_gradients = trained - sum(gradients)
         wide = 2 if bf16 else 4
         # FSDP gathers this block and the next one. A gradient is as it was made, then in fp32 to be summed.
         use["gathered weights"] = wide * (outside + 2 * max(sizes))
-        use["gradients to share"] = (wide + 4) * max(outside, max(sizes)) + wide * outside
+        use["gradients to share"] = (wide + 4) * max(outside_gradients, max(gradients)) + wide * outside_gradients
     elif bf16:
-        use["bf16 weights"] = 2 * numbers
+        use["bf16 weights"] = 2 * trained
+    model.float()  # the casts of frozen weights are counted
     if bf16 and ranks > 1:
         model.bfloat16()
     elif bf16:
@@ -227,6 +243,11 @@ def step_flops(batch, cfg, freeze):
     return sum(n * (1 if part == "vit" and part in freeze else 3) for part, n in forward.items())
 
 
+def fits(gigabytes, card):
+    """Whether a card of so many gigabytes has room for them: CUDA and what lies between tensors take some too."""
+    return gigabytes < 0.95 * card
+
+
 # ---- the estimate --------------------------------------------------------------------------------------------------
 
 def long_video(planner):
@@ -252,6 +273,7 @@ def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
     for part, named in model.parts().items():
         sizes.append(f"{part} {count_numbers(dict(named).values()):,}")
     print(f"{model.num_params():,} parameters: " + ", ".join(sizes))
+    print(f"{count_numbers(trained_parameters(model)):,} of them train")
     print(f"a step: {cfg.global_batch} sequences of {cfg.seq_len:,} tokens; {micro_batch} at a time on each of "
           f"{dp} x {cfg.cp} ranks, {turns} times; {work:.3g} operations, {work / ranks:.3g} a rank")
     print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, "
@@ -263,7 +285,7 @@ def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
     for what, n in use.items():
         print(f"  {what:<20}{n / 2 ** 30:8.3f} GB")
     total = sum(use.values()) / 2 ** 30
-    verdict = "fits" if total < 0.95 * cfg.gpu_memory else "does not fit"
+    verdict = "fits" if fits(total, cfg.gpu_memory) else "does not fit"
     print(f"  {'together':<20}{total:8.3f} GB a rank" + (f": {verdict} in {cfg.gpu_memory:g} GB" if cuda else ""))
 
 
@@ -274,7 +296,7 @@ def resident(step):
     step()
     try:
         with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * resource.getpagesize()
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return peak_memory("cpu")
 
@@ -293,5 +315,70 @@ def peak_memory(device):
     """The most memory this process had so far, bytes: of the card, or of the computer."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    if not resource:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- which GPU -----------------------------------------------------------------------------------------------------
+
+CARDS = (12, 24, 48, 80, 141)  # gigabytes
+ASK = {"ask, 1 image": 0, "ask, 384 frames": 384}  # frames; 0 = an image with all its high-resolution crops
+TRAIN = {"`--lora 64`": SimpleNamespace(lora=64, lora_alpha=32.0, lora_parts=("decoder", "connector"), freeze=()),
+         "connector alone": SimpleNamespace(lora=0, freeze=("vit", "decoder", "embedding")),
+         "everything": SimpleNamespace(lora=0, freeze=())}
+
+
+def memory_of_asking(config, frames):
+    """Bytes of a model in bf16 that reads a long prompt and answers, on a card of its own."""
+    cfg = PRESETS[config]
+    side = cfg.crop // cfg.patch  # patches
+    crops = frames or (1 if config == "small" else 9)
+    pooled = 3 if frames else 2  # patches a visual token has on each side
+    windows = crops * math.ceil(side / pooled) ** 2
+    tokens = windows + 8 * frames + 256  # the time of each frame, and a question
+    longest = tokens + 2048  # with the answer
+    caches = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * longest * 2
+    model = empty_model(config).bfloat16()
+    weights = sum(p.nbytes for p in model.parameters())
+    count_bytes(model, recompute=False, sharded=False)
+    with torch.device("meta"), torch.no_grad(), Alive(model.parameters()) as alive:
+        pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
+        features = model.vision_backbone(pixels, torch.empty(windows, pooled ** 2, dtype=torch.long))
+        pos = torch.empty(1, tokens, dtype=torch.long)
+        x = model.transformer.wte.embedding[pos]
+        model.transformer(x, pos, None)
+        del features
+    return weights + caches + alive.peak
+
+
+def memory_of_training(config, cfg, cards):
+    """Bytes of each card in stage 2: one sequence at a time, which a video fills, with activation checkpointing."""
+    sizes = PRESETS[config]
+    tokens = 768 if config == "small" else 4096
+    windows_per_frame = math.ceil(sizes.crop // sizes.patch / 3) ** 2
+    frames = tokens * 7 // 8 // (windows_per_frame + 8)
+    shape = dict(rows=1, tokens=tokens, crops=frames, windows=(frames * windows_per_frame, 9), learned=tokens // 8)
+    model = lora.freeze(lora.install(empty_model(config), cfg), cfg, bf16=True)
+    optimizers = [torch.optim.AdamW(trained_parameters(model))]
+    return sum(memory(model, optimizers, shape, bf16=True, recompute=True, ranks=cards).values())
+
+
+def gpu_table():
+    """A table in Markdown: the smallest card that does, and in brackets the gigabytes it has to hold."""
+    lines = ["| | " + " | ".join([*ASK, *TRAIN]) + " |", "|---" * (1 + len(ASK) + len(TRAIN)) + "|"]
+    for config in PRESETS:
+        asking = [memory_of_asking(config, frames) for frames in ASK.values()]
+        for cards, where in ((1, "1 card"), (8, "each of 8")):
+            cells = []
+            for n in [*asking, *(memory_of_training(config, cfg, cards) for cfg in TRAIN.values())]:
+                gigabytes = n / 2 ** 30
+                card = next((str(card) for card in CARDS if fits(gigabytes, card)), "none")
+                cells.append(f"{card} ({gigabytes:.1f})")
+            lines.append(f"| {config}, {where} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(gpu_table())

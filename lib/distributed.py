@@ -21,7 +21,6 @@ In this file:  ranks        World, start                       checkpoints  Save
 import contextlib
 import copy
 import ctypes
-import fcntl
 import hashlib
 import itertools
 import json
@@ -43,7 +42,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.utils.checkpoint import checkpoint
 
-from lib import budget
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two runs apart
+    fcntl = None
+
+from lib import budget, lora
 from lib.errors import UserError
 from lib.weights import read_json, write_json
 from model import empty_model
@@ -213,18 +217,24 @@ def broadcast_weights(module, world):
             setattr(m, name, new[p])
 
 
+def gather_full(p):
+    """All numbers of a parameter, of which each rank has a shard. All ranks must call it."""
+    return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
 def gather_full_model(model, device=None, keep=True):
-    """A plain model with all weights: `model` itself if it is not sharded and no other `device` is asked for.
-    All ranks must call it, as each sends its shards; those that do not `keep` the result get None."""
+    """A plain fp32 model with all weights, adapters merged: `model` itself if it is not sharded and no other `device`
+    is asked for. All ranks must call it, as each sends its shards; those that do not `keep` the result get None."""
     if not dist.is_initialized() and device is None:
         return model
     state = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        full = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        full = gather_full(p)
         if keep:  # a copy, since training goes on while a thread writes it
-            state[name] = full.to(device or full.device, copy=True)
+            state[name] = full.to(device or full.device, torch.float32, copy=True)
     if not keep:
         return None
+    lora.merge(model, state)
     plain = empty_model(model.cfg)
     plain.load_state_dict(state, assign=True)
     return plain.eval()
@@ -245,6 +255,7 @@ def clip_gradients(model, largest):
 # ---- checkpoints -------------------------------------------------------------------------------------------
 #
 # run/step_0000500/  config.json model.safetensors tokenizer.json ...  weights, for the next stage and others
+#                    adapter/      with --lora: what trains, alone (lib/lora.py); the model above has it merged
 #                    train_state/  the optimiser in pieces, as it was sharded (torch.distributed.checkpoint),
 #                                  and state.json; only --resume of this very run reads it: it has a pickle
 #                    COMPLETE      written last: the sha256 of every file, as `sha256sum -c COMPLETE` reads it
@@ -295,8 +306,9 @@ def sha256(path):
 class Saver:
     """Writes checkpoints while training goes on: `save` copies the state to the CPU, a thread writes the copy."""
 
-    def __init__(self, run, world, step=0):
+    def __init__(self, run, world, step=0, keep=0):
         self.run, self.world = run, world
+        self.keep = keep   # newest checkpoints that are not deleted; 0 = all
         self.step = step   # of the last checkpoint
         self.thread = None
         self.error = None  # of the thread, one line
@@ -314,6 +326,10 @@ class Saver:
         plain = gather_full_model(model, "cpu", keep=self.world.is_main)
         state = optimizer_state(optimizers, names)
         state = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
+        adapter = {}
+        for name, p in model.named_parameters():
+            if lora.is_adapter(name):
+                adapter[name] = gather_full(p).to("cpu", copy=True)
         about = copy.deepcopy(about)
         if self.world.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -329,8 +345,12 @@ class Saver:
                 if self.world.is_main:
                     plain.save_pretrained(unfinished, about["config"]["max_frames"], about["config"]["tiles"])
                     tokenizer.save(unfinished)
+                    if adapter:
+                        about_adapter = dict(model.lora, point_format=plain.cfg.point_format)
+                        lora.save(os.path.join(unfinished, "adapter"), about_adapter, adapter)
                     write_json(os.path.join(unfinished, "train_state", "state.json"), about)
                     publish(unfinished, final)
+                    prune(final, self.keep)
             except BaseException as e:  # DCP's error is not an Exception; the ranks exchange it at the next step
                 free = shutil.disk_usage(self.run).free / 2 ** 30
                 reason = (str(e).strip() or repr(e)).splitlines()[-1]
@@ -383,6 +403,19 @@ def publish(unfinished, final):
     sync(run)
 
 
+def prune(newest, keep):
+    """Delete what is older than the `keep` newest checkpoints of a run, of which `newest`, just written, is one."""
+    run, name = os.path.split(newest)
+    older = [other for other in os.listdir(run) if re.fullmatch(r"step_\d+", other) and other < name]
+    for other in sorted(older, reverse=True)[keep - 1:] if keep else ():
+        unfinished = os.path.join(run, f".{other}.tmp")  # a name of ours never stands for half a checkpoint
+        try:
+            os.rename(os.path.join(run, other), unfinished)
+            shutil.rmtree(unfinished)
+        except OSError as e:  # no reason to stop: the new checkpoint is whole
+            print(f"{os.path.join(run, other)} could not be deleted (--keep {keep}): {e.strerror}", file=sys.stderr)
+
+
 def damage(folder, leave_out=()):
     """What is wrong with a checkpoint, in one line, or None: its files against their sums in COMPLETE.
     leave_out: beginning of the names of files that are not read."""
@@ -432,10 +465,18 @@ def check_same_model(folder, found, config, wanted):
         raise UserError(f"--init_from {folder}: not of --config {config}: {', '.join(differences[:3])}")
 
 
-def check_init_from(folders):
-    """Refuse a damaged checkpoint of ours; others have no COMPLETE, and nothing that tells."""
+def check_init_from(folders, rank=0):
+    """Refuse a damaged checkpoint of ours; others have no COMPLETE, and nothing that tells. rank: of --lora."""
     if len(folders) > 2:
-        raise UserError(f"--init_from {' '.join(folders)}: one checkpoint, or a language model and a SigLIP")
+        raise UserError(f"--init_from {' '.join(folders)}: one checkpoint, a language model and a SigLIP, or, with "
+                        "--lora, a checkpoint and its adapter")
+    is_adapter = len(folders) == 2 and lora.folder_of(folders[1]) is not None
+    if is_adapter and not rank:
+        raise UserError(f"--init_from {folders[1]}: an adapter goes on training with --lora; the merged model beside "
+                        "it stands for both folders")
+    if rank and len(folders) == 2 and not is_adapter:
+        raise UserError(f"--init_from {folders[1]}: no adapter.json is there, and --lora takes a trained checkpoint "
+                        "and perhaps an adapter of it; a language model and a SigLIP need stage 1 first")
     for folder in folders:
         if os.path.exists(os.path.join(folder, "COMPLETE")):
             problem = damage(folder, leave_out="train_state")  # which is not read
@@ -443,10 +484,9 @@ def check_init_from(folders):
                 raise UserError(f"--init_from {folder}: {problem}; an earlier step_* beside it may be whole")
 
 
-
 # fields of the Config that do not change what is learned, so that a resumed run may have other values
 MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
-              "max_bad", "device", "compile", "recompute", "cp", "micro_batch")
+              "max_bad", "keep", "device", "compile", "recompute", "cp", "micro_batch")
 
 
 def check_resume(run, cfg):
@@ -466,6 +506,8 @@ def check_resume(run, cfg):
         now = getattr(cfg, key, None)
         if isinstance(now, tuple):
             now = list(now)  # as JSON has it
+        if key == "steps" and cfg.epochs:  # which follow from the data, and those are compared
+            continue
         if now != before and key not in MAY_CHANGE:
             raise UserError(f"--resume: --{key} is {now} now, but the run was started with {before}")
     print(f"resuming after step {saved['step']}")
@@ -541,6 +583,8 @@ def lock(path, world):
     def hold():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "w")
+        if not fcntl:
+            return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lib.errors import UserError
 from lib.media import load_frames, load_image, video_duration
 
 
@@ -170,6 +171,22 @@ def draw_video(path, points, out, rate=10):
     save = save_gif if out.lower().endswith(".gif") else save_mp4
     save(drawn_frames(), out, rate)
     save_sheet(sheet, out + ".png")
+
+
+# What can be written, by ending; the first one is usual.
+WRITABLE = dict(video=(".mp4", ".gif", ".mov", ".mkv"), image=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif"))
+
+
+def check_out(kind, out):
+    """Where `draw` writes: `out`, or "answer" with the usual ending. UserError for what it cannot write."""
+    endings = WRITABLE["video" if kind == "video" else "image"]
+    if out is None:
+        return "answer" + endings[0]
+    if os.path.splitext(out)[1].lower() not in endings:
+        raise UserError(f"--out {out}: must end in one of {' '.join(endings)}")
+    if not os.path.isdir(os.path.dirname(out) or "."):
+        raise UserError(f"--out {out}: there is no folder {os.path.dirname(out)}")
+    return out
 
 
 def draw(kind, paths, points, out):

@@ -60,7 +60,10 @@ class Layout:
 # ---- planning ----------------------------------------------------------------------------------------------
 
 def inside_folder(folder, name):
-    """The path of media `name` that a data file in `folder` mentions. BadMedia if it leads out of the folder."""
+    """The path of media `name` that a data file in `folder` mentions. BadMedia if it leads out of the folder. folder
+    None: a person named it on the command line, and may name what they like."""
+    if folder is None:
+        return name
     if not isinstance(name, str) or not name or "\0" in name:
         raise BadMedia(f"media path {name!r} is not a file name")
     if os.path.isabs(name) or "://" in name or ".." in name.replace("\\", "/").split("/"):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import ROOT, finish, log_of, start
 
-from lib import budget
+from lib import budget, lora
 import longctx
 import pretrain
-from model import ModelConfig, Molmo2
+from model import ModelConfig, Molmo2, PRESETS, empty_model
 
 
 def told(text):
@@ -17,16 +17,18 @@ def told(text):
     return {what: float(n) for what, n in re.findall(r"^  (\D+?) +([\d.]+) GB", text, re.M)}
 
 
-@pytest.mark.parametrize("config, total", [
-    ("8b", 8_661_703_120),  # of the others: test_model
-    ("1b", 1_484_916_736 + 382_505_936 + 45_208_064)])  # OLMo-2-0425-1B, the ViT, a connector and 128 rows
-def test_parameters_are_those_of_the_published_files(config, total, capsys):
+@pytest.mark.parametrize("config, total, table", [
+    ("8b", 8_661_703_120, 151_936 * 4096),  # of the others: test_model
+    # OLMo-2-0425-1B, the ViT, a connector and 128 rows
+    ("1b", 1_484_916_736 + 382_505_936 + 45_208_064, 100_352 * 2048)])
+def test_parameters_are_those_of_the_published_files(config, total, table, capsys):
+    """The token table is frozen: 2 bytes a number, where the rest has 4."""
     with pytest.raises(SystemExit) as e:
         pretrain.main(longctx.DEFAULTS, longctx.PRESETS,
                       ["--config", config, "--cp", "8", "--world", "16", "--dry_run"])
     text = capsys.readouterr().out
     assert e.value.code == 0 and f"{total:,} parameters: vit 382,505,936" in text
-    assert told(text)["weights"] == pytest.approx(4 * total / 8 / 2 ** 30, abs=1e-3)
+    assert told(text)["weights"] == pytest.approx((4 * total - 2 * table) / 8 / 2 ** 30, abs=1e-3)
 
 
 def test_what_is_written_of_memory_is_what_the_command_says(capsys):
@@ -79,10 +81,72 @@ def test_recomputing_keeps_the_inputs_of_blocks_alone():
     assert blocks < kept[True] < 2 * blocks and kept[False] > 8 * blocks
 
 
+def test_frozen_weights_count_two_bytes_where_products_are_in_bf16():
+    """By hand, of a model of which the decoder is frozen: matrices and the table 2 bytes, norms and all else 4."""
+    cfg = pretrain.Config(freeze=("decoder",))
+    for bf16 in (False, True):
+        model = lora.freeze(empty_model("small"), cfg, bf16)
+        named = dict(model.named_parameters())
+        decoder = {name: p for name, p in named.items() if "vision" not in name and "new_" not in name}
+        halved = sum(p.numel() for p in decoder.values() if p.ndim == 2)
+        everything, trained = sum(p.numel() for p in named.values()), 430_336 + 229_888
+        assert halved > 700_000 and trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        shape = dict(rows=1, tokens=64, crops=1, windows=(16, 4), learned=8)
+        use = budget.memory(model, pretrain.make_optimizers(model, cfg)[0], shape, bf16)
+        assert use["weights"] == 4 * everything - 2 * halved * bf16
+        assert use["gradients"] == 4 * trained and use.get("bf16 weights", 0) == 2 * trained * bf16
+
+
+# ---- which GPU -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config, parameters, caches", [
+    ("8b", 8_661_703_120, 36 * 2 * 8 * 128), ("7b", 7_760_786_896, 32 * 2 * 32 * 128)])
+def test_asking_takes_weights_and_caches_in_bf16(config, parameters, caches):
+    """A question about an image of 9 crops, of 196 visual tokens each, and 256 + 2,048 tokens of text; what one block
+    or the ViT takes on top is less than 1 GB."""
+    weights_and_caches = 2 * parameters + 2 * caches * (9 * 196 + 256 + 2048)
+    told = budget.memory_of_asking(config, 0)
+    assert weights_and_caches < told < weights_and_caches + 2 ** 30
+
+
+def test_the_smallest_card_that_does_is_named(monkeypatch):
+    monkeypatch.setattr(budget, "PRESETS", {"1b": PRESETS["1b"]})
+    monkeypatch.setattr(budget, "memory_of_asking", lambda config, frames: (11.3 + frames) * 2 ** 30)
+    monkeypatch.setattr(budget, "memory_of_training", lambda config, cfg, cards: (22.81 + 8 * cards) * 2 ** 30)
+    first, _, one, eight = budget.gpu_table().splitlines()
+    assert first == "| | ask, 1 image | ask, 384 frames | `--lora 64` | connector alone | everything |"
+    assert one == "| 1b, 1 card | 12 (11.3) | none (395.3) | 48 (30.8) | 48 (30.8) | 48 (30.8) |"
+    assert eight == "| 1b, each of 8 | 12 (11.3) | none (395.3) | 141 (86.8) | 141 (86.8) | 141 (86.8) |"
+
+
+def readme_table():
+    """The lines between README's markers; the test is skipped where there are none."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        block = re.search(r"<!-- gpus -->\n(.*?)\n<!-- /gpus -->", f.read(), re.S)
+    if not block:
+        pytest.skip("README.md has no table between <!-- gpus --> and <!-- /gpus -->")
+    return block[1].strip()
+
+
+def test_readmes_table_of_gpus_begins_as_the_command_prints_it(monkeypatch):
+    table = readme_table()
+    monkeypatch.setattr(budget, "PRESETS", {"small": PRESETS["small"]})
+    assert table.startswith(budget.gpu_table())
+
+
 @pytest.mark.slow
-def test_small_takes_what_it_was_said_to_take(tmp_path):
+def test_readmes_table_of_gpus_is_what_the_command_prints():
+    assert readme_table() == budget.gpu_table()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--lora", "64"], ["--freeze", "vit", "decoder"]])
+def test_small_takes_what_it_was_said_to_take(tmp_path, flags):
     """(must show 6) within 15 % of the process's peak."""
-    text = finish(start(tmp_path, 1, "--config", "small", "--dry_run"))
-    finish(start(tmp_path, 1, "--config", "small", "--steps", "40", "--eval_scenes", "4"))
+    text = finish(start(tmp_path, 1, "--config", "small", "--dry_run", *flags))
+    finish(start(tmp_path, 1, "--config", "small", "--steps", "2", "--eval_scenes", "4", "--out", "base"))
+    finish(start(tmp_path, 1, "--config", "small", "--steps", "40", "--eval_scenes", "4", *flags, "--init_from",
+                 str(tmp_path / "base/small/pretrain/latest")))
     took = max(row.get("memory_gb", 0) for row in log_of(tmp_path))
+    print(flags, told(text)["together"], took)
     assert told(text)["together"] == pytest.approx(took, rel=0.15)

@@ -331,6 +331,26 @@ def test_what_a_killed_run_left_half_written_is_cleared(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["latest", "mine", "step_0000002"]
 
 
+@pytest.mark.parametrize("keep, left", [(0, [2, 4, 6, 8]), (1, [6, 8]), (2, [4, 6, 8]), (3, [2, 4, 6, 8]),
+                                        (9, [2, 4, 6, 8])])
+def test_old_checkpoints_are_deleted_and_nothing_else(tmp_path, keep, left):
+    """Step 6 was just written. Step 8 is of a run before, which went back: it is no older checkpoint."""
+    for step in (2, 4, 8, 6):
+        made(tmp_path, step)
+    for name in ("samples", "step_0000002.old", "step_x"):
+        (tmp_path / name).mkdir()
+    distributed.prune(str(tmp_path / "step_0000006"), keep)
+    names = [f"step_{step:07d}" for step in left] + ["latest", "samples", "step_0000002.old", "step_x"]
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    assert distributed.last_complete(tmp_path) == (str(tmp_path / "step_0000006"), [])
+
+
+def test_a_run_keeps_so_many_checkpoints(tmp_path, world):
+    run(tmp_path, *FLAGS, "--data", world, "--steps", "5", "--save_every", "1", "--keep", "2")
+    assert sorted(name for name in os.listdir(tmp_path / "out/small/pretrain") if "step" in name) == [
+        "step_0000004", "step_0000005"]
+
+
 KILLS = int(os.environ.get("KILLS", 2))
 
 

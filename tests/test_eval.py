@@ -168,6 +168,16 @@ def test_tracks_are_scored_frame_by_frame(tmp_path):
     assert more["accuracy"] == 1 and more["j"] == pytest.approx(0.8) and more["precision"] == pytest.approx(0.8)
 
 
+def test_only_objects_with_masks_are_compared_by_masks(tmp_path):
+    """A point without a mask beside one with: the other's track cannot lower J."""
+    points = [dict(t=t, x=x, y=0.5, id=i) for t in (0, 0.5) for i, x in ((0, 0.5), (1, 0.9))]
+    q = question(tmp_path, "video_tracking", points=points, masks=[dict(t=0, id=0, polygon=SQUARE)])
+    square = q.mask(points[0])
+    said = "<point 0, 0.5, 0.5, 0> <point 0, 0.9, 0.5, 1> <point 0.5, 0.5, 0.5, 0>"
+    once = lambda frames, points: {0: np.stack([square, square & False])}  # seen in the frame that has a mask
+    assert score_track(q, said, once)["j&f"] == 1
+
+
 def test_clips_that_start_later_keep_their_masks(tmp_path):
     """In the file times count from its start; the model answers from the start of the clip."""
     true = [dict(t=t, x=0.5, y=0.5, id=0) for t in (1.0, 1.5)]
@@ -578,7 +588,7 @@ def test_each_question_counts_once_in_the_mean_of_its_task(tmp_path, monkeypatch
     assert records[0] == dict(where="rows.jsonl:1", task="image_qa", prompt="?", answer="red", truth="red",
                               scores=dict(accuracy=1))
     assert records[4]["truth"] == [dict(x=0.5, y=0.5, id=0)] and records[4]["scores"]["f1"] == 0.6667
-    model, planner, said, limit, batch, world = asked[0]
+    model, planner, said, limit, batch, world, _ = asked[0]
     assert (model, planner, batch, world) == ("model", "planner", 5, "world")
     assert said == [(q.task, q.where, q.record, q.folder, q.prompt) for q in questions]
     assert {task: limit(task) for task in TASKS} == dict(
@@ -626,7 +636,7 @@ def command(tmp_path, monkeypatch):
                         lambda folder, *a, **k: seen.append((a, k)) or (model(folder), folder))
     monkeypatch.setattr(evaluation, "answers",
                         lambda model, planner, asked, *_: says.get(planner, ["no"] * len(asked)))
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a: seen.append(a) or evaluate(*a))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: seen.append(a) or evaluate(*a, **k))
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):

@@ -15,6 +15,7 @@ from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, ru
 import pretrain
 import sft
 from data import Dataset, Planner, Stream, collate, decode
+from lib import lora
 from lib.errors import UserError
 from lib.records import parse_record
 from pretrain import Config, PRESETS, make_optimizers, next_samples, parse, schedule
@@ -79,7 +80,7 @@ def test_learning_rates_warm_up_and_then_fall_to_a_tenth():
 def test_every_parameter_has_one_optimizer_group(optimizer):
     model = tiny_model()
     cfg = Config(optimizer=optimizer, lr_vit=1.0, lr_connector=2.0, lr_decoder=3.0, freeze=("embedding",))
-    optimizers, names = make_optimizers(model, cfg)
+    optimizers, names = make_optimizers(lora.freeze(model, cfg), cfg)
     where = {names[p]: g for o in optimizers for g in o.param_groups for p in g["params"]}
     everything = {n for n, _ in model.named_parameters()}
     assert where.keys() == everything - {"transformer.wte.embedding"}

@@ -1,11 +1,16 @@
 """What strangers bring: lines as other programs write them, files of another form, data that fits nowhere."""
 import json
+import os
 import random
+import re
 
 import numpy as np
 import pytest
-from conftest import picture, write_lines
+from PIL import Image
+from conftest import QUICK, picture, run, tiny_model, video, write_lines
 
+import eval as evaluation
+import sample
 from data import (Dataset, POINT_CLIPPED, POINT_OUTSIDE, Planner, Stream, TOO_LONG, find_datasets, left_out_so_far)
 from lib.errors import BadRecord
 from lib.records import build_index, line_index, parse_record
@@ -187,3 +192,97 @@ def test_a_cap_of_crops_below_the_frames_is_told(planner, tmp_path):
 def test_reasons_come_with_the_flag_that_makes_room():
     state = dict(bad=dict(a={"malformed JSON": 2}), skipped=dict(a={TOO_LONG: 3}, b={TOO_LONG: 4}))
     assert left_out_so_far(state) == "7 annotation too long (--seq_len), 2 malformed JSON"
+
+
+# ---- what is named on the command line ---------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("checkpoint"))
+    tiny_model().save_pretrained(folder, 3, 0)
+    Tokenizer(SMALL_TOKENIZER, 1024).save(folder)
+    return folder
+
+
+def command(module, monkeypatch, capsys, *argv):
+    """(exit code, output, errors) of a command."""
+    monkeypatch.setattr("sys.argv", [module.__file__, *map(str, argv)])
+    code = 0
+    try:
+        module.main()
+    except SystemExit as e:
+        code = e.code
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    return code, told.out, told.err
+
+
+def test_files_in_any_folder_and_links_are_asked_about(checkpoint, tmp_path, monkeypatch, capsys):
+    for name in ("a/x.png", "b/y.png", "blobs/abc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 20), "red").save(tmp_path / name, "PNG")
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "photo.png").symlink_to("../blobs/abc")
+    (tmp_path / "rows.jsonl").symlink_to(write_lines(tmp_path / "a" / "rows.jsonl", [dict(image="x.png", annotations=[CAPTION])]))
+    ask = ["What?", "--max_new_tokens", 1, "--out", tmp_path / "o.png"]
+    for media in (["a/x.png", "b/y.png"], ["snapshots/photo.png"]):
+        assert command(sample, monkeypatch, capsys, checkpoint, *[tmp_path / m for m in media], *ask)[0] == 0
+    monkeypatch.chdir("/")
+    assert command(sample, monkeypatch, capsys, checkpoint, str(tmp_path / "a/x.png").lstrip("/"), *ask)[0] == 0
+
+
+@pytest.mark.parametrize("name, kind", [("clip", "video"), ("clip.png", "video"), ("moving.gif", "video"),
+                                        ("still.gif", "image"), ("image.mp4", "image"), ("pair", "images")])
+def test_a_file_is_what_its_first_bytes_say(tmp_path, name, kind):
+    image = Image.new("RGB", (30, 20), "red")
+    path = str(tmp_path / name)
+    if name == "moving.gif":
+        image.save(path, save_all=True, append_images=[Image.new("RGB", (30, 20), "blue")])
+    elif kind == "video":
+        os.rename(video(tmp_path / "made.mp4"), path)
+    else:
+        image.save(path, "GIF" if name.endswith("gif") else "PNG")
+    assert sample.kind_of([path, path] if kind == "images" else [path]) == kind
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--max_new_tokens", "-1"], "--max_new_tokens: -1: must be at least 1"), (["--tiles", "-2"], "at least 0"),
+    (["--max_frames", "0"], "at least 1"), (["--out", "answer"], "--out answer: must end in one of .png"),
+    (["--out", "answer.mp4"], "must end in one of .png"), (["--out", "no/such/answer.png"], "there is no folder no/such")])
+def test_wrong_flags_are_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.setattr(sample, "load", None)
+    code, _, err = command(sample, monkeypatch, capsys, "none", picture(tmp_path / "a.png", "red"), "What?", *argv)
+    assert code == 2 and said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("question, said", [("", "the question is empty"), (" \n", "the question is empty"),
+                                            ("why " * 70000, "question too long: [0-9]+ tokens, and 12 of the media")])
+def test_questions_that_cannot_be_asked(checkpoint, tmp_path, monkeypatch, capsys, question, said):
+    code, _, err = command(sample, monkeypatch, capsys, checkpoint, picture(tmp_path / "a.png", "red"), question)
+    assert code == 2 and re.fullmatch(f"error: {said}.*\n", err)
+
+
+def test_one_bad_image_costs_an_evaluation_its_own_questions(checkpoint, tmp_path, monkeypatch, capsys):
+    for name in "ac":
+        picture(tmp_path / f"{name}.png", "red")
+    whole = open(tmp_path / "a.png", "rb").read()
+    (tmp_path / "b.png").write_bytes(whole[:len(whole) // 2])
+    asked = dict(task="image_qa", prompt="What?", answer="It.")
+    rows = write_lines(tmp_path / "rows.jsonl", [dict(image=f"{name}.png", annotations=[asked, asked]) for name in "abcd"])
+    code, out, err = command(evaluation, monkeypatch, capsys, checkpoint, "--data", rows, "--out", tmp_path / "e.json",
+                             "--max_new_tokens", 2)
+    assert code == 1 and "image_qa accuracy" in out
+    lines = sorted(err.splitlines())
+    assert len(lines) == 2 and all(f"rows.jsonl:{n} was left out: " in line for n, line in zip((2, 4), lines))
+    kept = json.load(open(tmp_path / "e.json"))["predictions"][checkpoint]
+    assert [p["where"].rsplit(":", 1)[1] for p in kept] == ["1", "1", "3", "3"]
+
+
+@pytest.mark.parametrize("lines, said", [
+    ([LONG], "not one of 200 records in a row .* annotation too long .*--seq_len"),
+    ([SHORT], "--eval_data .*long.jsonl: nothing of it fits a sequence; --seq_len 192")])
+def test_a_run_on_what_fits_nowhere_ends_with_a_reason(tmp_path, lines, said):
+    mine, long = write_lines(tmp_path / "mine.jsonl", lines), write_lines(tmp_path / "long.jsonl", [LONG])
+    held_out = ["--eval_data", long] if lines == [SHORT] else []
+    code, text = run(tmp_path, *QUICK, "--steps", "3", "--data", mine, *held_out, check=False)
+    assert code == 2 and re.search(f"error: .*{said}", text) and "Traceback" not in text, text

@@ -115,7 +115,7 @@ class Oracle:
                 self.known[r["image"], a["prompt"]] = a
         self.spoil = spoil
 
-    def answers(self, model, planner, asked, limit, batch, world):
+    def answers(self, model, planner, asked, limit, batch, world, unusable):
         known = [self.known[row["image"], prompt] for _, _, row, _, prompt in asked]
         return [self.spoil(a, format_points(a["points"], "image") if "points" in a else a["answer"]) for a in known]
 

@@ -3,6 +3,8 @@ Show data: is every record usable, and what will the model see of it.
 
     python -m tools.show data/my.jsonl              # plans every record and says what is wrong with which
     python -m tools.show data/my.jsonl --show 8     # and writes data.html, a page with the first eight
+
+It judges as training would: with the tokens, crops and frames of --config and --stage.
 """
 import argparse
 import base64
@@ -16,12 +18,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import longctx
+import pretrain
+import sft
 from data import Packer, Planner, Stream, find_datasets
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.media import load_crops
 from lib.records import count, parse_record
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
+from sample import at_least
 
 
 STYLE = """<meta charset="utf-8"><style>body {font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1250px}
@@ -238,7 +244,18 @@ def check(dataset, planner):
         for reason in left_out:
             count(counts, "left out", reason)
     print(f"{dataset.name}: {len(dataset)} records, {examples} examples, "
-          f"records not used: {counts['bad'] or 'none'}, annotations left out: {counts['left out'] or 'none'}")
+          f"records not used: {counts['bad'] or 'none'}, annotations or points left out or moved: {counts['left out'] or 'none'}")
+
+
+STAGES = dict(pretrain=(pretrain.Config(), pretrain.PRESETS), sft=(sft.DEFAULTS, sft.PRESETS),
+              longctx=(longctx.DEFAULTS, longctx.PRESETS))
+LIMITS = dict(seq_len="tokens per packed sequence", max_crops="crops per packed sequence",
+              max_frames="frames a video may get, at 2 per second", tiles="high-resolution crops an image may get")
+
+
+def has_video(dataset):
+    """Whether one of the first records of a dataset is about a video."""
+    return any(b'"video"' in dataset.line(i)[0] for i in range(min(len(dataset), 20)))
 
 
 def main():
@@ -250,18 +267,23 @@ def main():
     parser.add_argument("--out", default="data.html", help="where the page goes [data.html]")
     parser.add_argument("--config", default="small", choices=list(PRESETS), help="whose crops and patches [small]")
     parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
-    parser.add_argument("--seq_len", type=int, default=4096, help="tokens per packed sequence [4096]")
-    parser.add_argument("--max_crops", type=int, default=128, help="crops per packed sequence [128]")
-    parser.add_argument("--max_frames", type=int, default=128, help="frames a video may get, at 2 per second [128]")
-    parser.add_argument("--tiles", type=int, help="high-resolution crops an image may get [8; none for small]")
+    parser.add_argument("--stage", choices=list(STAGES), help="whose limits [sft of videos, else pretrain]")
+    for name, text in LIMITS.items():
+        parser.add_argument(f"--{name}", type=at_least(0), help=f"{text} [as the stage]")
     args = parser.parse_args()
     cfg = PRESETS[args.config]
-    if args.tiles is None:
-        args.tiles = 0 if args.config == "small" else 8
     try:
-        planner = Planner(Tokenizer(args.tokenizer, cfg.vocab), cfg, args.seq_len, args.tiles,
-                          max_frames=args.max_frames, max_crops=args.max_crops)
         datasets, _ = find_datasets(args.data)
+        stage = args.stage or ("sft" if any(map(has_video, datasets)) else "pretrain")
+        defaults, presets = STAGES[stage]
+        given = []
+        for name in LIMITS:
+            if getattr(args, name) is not None:
+                given += [f"--{name}", str(getattr(args, name))]
+        limits = pretrain.parse(defaults, presets, ["--config", args.config, "--data", *args.data, *given])
+        planner = Planner(Tokenizer(args.tokenizer, cfg.vocab), cfg, limits.seq_len, limits.tiles,
+                          max_frames=limits.max_frames, max_crops=limits.max_crops)
+        print(f"as {stage} of {args.config}: " + ", ".join(f"--{name} {getattr(limits, name)}" for name in LIMITS))
     except (UserError, OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -44,18 +44,19 @@ SEQ_LEN = 160
 
 def say(text):
     """Print a paragraph, which begins with the function at work."""
-    print("\n" + textwrap.fill(text, 110, break_on_hyphens=False))
+    print(textwrap.fill("» " + text, 122, break_on_hyphens=False))
 
 
 def show(text):
     """Print values."""
-    print(textwrap.indent(textwrap.fill(text, 106, break_on_hyphens=False), "    "))
+    print(textwrap.indent(textwrap.fill(text, 118, break_on_hyphens=False), "    "))
 
 
 def token_names(ids, tokenizer):
     """The text of each token: a dot for a space and \\n for a new line, to be seen."""
     special = {i: name for name, i in tokenizer.ids.items()}
-    return [special.get(i) or tokenizer.decode([i]).replace(" ", "·").replace("\n", "\\n") for i in ids]
+    shown = {" ": "·", "\n": "\\n", "\0": "-"}  # a zero is padding
+    return [special.get(i) or "".join(shown.get(c, c) for c in tokenizer.decode([i])) for i in ids]
 
 
 def walk_plans(planner, folder):
@@ -80,15 +81,15 @@ def walk_plans(planner, folder):
     show(texts[0].replace(" ".join(9 * ["<image>"]), "<image>x9"))
     say("lib.media.frame_layout  `pool` has the patches of each <image>, counted over all frames. 8 is no multiple of "
         "3, so windows at the right and at the bottom have fewer: -1 is none.")
-    for row in (0, 1, 2, 9):
+    for row in (0, 2, 9):
         show(f"<image> {row} of {len(layout.pool)}: {layout.pool[row].tolist()}")
-    say("data.Planner.encode_chat  makes a branch of a question and its answer; data.format_points  has written the "
+    say("data.Planner.encode_chat  makes a branch of a question and its answer; lib.text.format_points  has written the "
         "points. Here every digit has a token of its own, as with Qwen's tokenizer; OLMo's takes up to three as one.")
     show(f"1: {texts[1]}")
     show(f"2: {texts[2]}")
 
     say("data.Planner.assemble  shifts targets by one. Both branches go on from the last position of the trunk. "
-        "Weights are by task (lib.records.TASKS), and 0 where nothing is learned.")
+        "Weights are by task (lib.tasks.TASKS), and 0 where nothing is learned.")
     print(f"    {'token':14}{'branch':>7}{'pos':>6}   {'target':12}{'weight':>7}")
     targets = token_names(clip.targets.tolist(), planner.tokenizer)
     first = [(clip.branch == branch).argmax() for branch in (1, 2)]
@@ -152,7 +153,7 @@ def walk_back(model, planner, path):
         "model.Molmo2.generate  adds token by token, until <|im_end|>.")
     show(text)
     points = parse_points(text, "video")
-    say("data.parse_points  reads points. lib.draw.draw_video  draws them, and lib.draw.at_time  what lies between:")
+    say("lib.text.parse_points  reads points. lib.draw.draw_video  draws them, and lib.draw.at_time  what lies between:")
     between = at_time(points, 0.75)[0]
     show(f"{' '.join(map(str, points))};  at 0.75 s x {between['x']:.3f}, y {between['y']:.3f}")
 

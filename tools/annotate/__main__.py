@@ -26,6 +26,7 @@ import collections
 import concurrent.futures
 import datetime
 import functools
+import glob
 import getpass
 import html
 import io
@@ -437,11 +438,12 @@ def sound_of(path):
 
 
 def file_beside(path, endings):
-    """The file of the same name with one of these endings, or None."""
+    """The file of the same name with one of these endings, perhaps after a language as in clip.en.vtt; or None."""
     base = os.path.splitext(path)[0]
     for ending in endings:
-        if os.path.exists(base + ending):
-            return base + ending
+        for name in (base + ending, *sorted(glob.glob(glob.escape(base) + ".*" + ending))):
+            if os.path.exists(name):
+                return name
     return None
 
 
