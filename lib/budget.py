@@ -342,7 +342,7 @@ def memory_of_asking(config, frames):
     caches = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * longest * 2
     model = empty_model(config).bfloat16()
     weights = sum(p.nbytes for p in model.parameters())
-    count_bytes(model, recompute=False, sharded=False)
+    count_bytes(model, recompute=False, sharded=False, cuda=True)
     with torch.device("meta"), torch.no_grad(), Alive(model.parameters()) as alive:
         pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
         features = model.vision_backbone(pixels, torch.empty(windows, pooled ** 2, dtype=torch.long))
