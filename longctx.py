@@ -40,10 +40,10 @@ What each of eight cards of 80 GB holds of a 7B model (--config 7b --cp 8 --worl
     optimiser            6.8    the two moments of AdamW
     gathered weights     2.4    bf16, of this block and the next, with embedding, head and connector
     gradients to share   3.7    before they are sharded: bf16, and fp32 to be added up
-    activations          3.8    of 4,608 tokens and 46 crops: the inputs of blocks, with --recompute
-    loss                 2.4    logits of a chunk, and the head's gradient; 36,864 x 100,278 logits alone were 13.8
-    way back             1.5    one block computed again in the backward pass
-    together            27.6
+    activations          3.7    of 4,608 tokens and 46 crops: the inputs of blocks, with --recompute
+    loss                 3.1    logits of a chunk, and the head's gradient; 36,864 x 100,278 logits alone were 13.8
+    way back             0.8    one block computed again in the backward pass
+    together            27.5
 """
 import dataclasses
 

@@ -131,14 +131,22 @@ def may_attend(q, k, example, branch, vision):
     return same_example & trunk_or_own_branch & ((k <= q) | (vision[q] & vision[k]))
 
 
-def dense_mask(example, branch, vision):
-    """The rule for a batch: (B, T) ids -> (B, 1, T, T) bool, True = may attend. For SDPA."""
+def dense_mask(example, branch, vision, queries=None):
+    """The rule for a batch: (B, T) ids -> (B, 1, T, T) bool, True = may attend. For SDPA. queries: only these rows."""
     t = torch.arange(example.shape[1], device=example.device)
-    masks = [may_attend(t[:, None], t[None], *ids) for ids in zip(example, branch, vision)]
+    queries = t if queries is None else queries
+    masks = [may_attend(queries[:, None], t[None], *ids) for ids in zip(example, branch, vision)]
     return torch.stack(masks)[:, None]
 
 
 # ---- small parts ---------------------------------------------------------------------------------------------------
+
+def outside_autocast(x):
+    """For norms: autocast would give them fp32 copies of bf16 inputs, although their sums are in fp32 anyway."""
+    if x.dtype == torch.float32 or x.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -147,9 +155,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()  # in bf16 the mean of squares would lose most of its digits
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        with outside_autocast(x):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        with outside_autocast(x):
+            return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def rope_frequencies(cfg, yarn, device=None):
@@ -169,20 +182,31 @@ def rope_frequencies(cfg, yarn, device=None):
 
 
 def rope_table(cfg, pos, yarn):
-    """cos and sin for positions (B, T): two (B, 1, T, hd) fp32, whose second half of channels repeats the first."""
+    """cos and sin for positions (B, T): two (B, 1, T, hd/2) fp32. Channel i turns with channel i + hd/2."""
     frequencies, factor = rope_frequencies(cfg, yarn, pos.device)
-    angle = (pos[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)  # (B, 1, T, hd)
+    angle = pos[:, None, :, None].float() * frequencies  # (B, 1, T, hd/2)
     return angle.cos() * factor, angle.sin() * factor
 
 
 def rotate(x, cos, sin):
-    first_half, second_half = x.float().chunk(2, -1)
-    return (x * cos + torch.cat([-second_half, first_half], -1) * sin).to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)  # in fp32 up to here, as cos and sin are
+
+
+QUERIES = 1024  # of a long prompt, for which a mask is made at a time
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S)."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S), or
+    ids (example, branch, vision) of T = S tokens, from which the mask of a part of the queries is made at a time."""
+    if isinstance(mask, tuple):
+        spans = torch.arange(q.shape[2], device=q.device).split(QUERIES)
+        return torch.cat([attend(q[:, :, t], k, v, dense_mask(*mask, t)) for t in spans], 2)
+    fewer = q.shape[1] != k.shape[1]
+    if fewer and mask is not None and q.is_cuda:  # no fused kernel takes both, and the others write out all scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        fewer = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=fewer)
 
 
 def random_drop(x, p):
@@ -228,8 +252,8 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.attention = MHA(cfg.vit_width, cfg.vit_heads, cfg.vit_head_dim)
         self.feed_forward = ViTMLP(cfg)
-        self.attention_norm = nn.LayerNorm(cfg.vit_width, cfg.vit_eps)
-        self.ffn_norm = nn.LayerNorm(cfg.vit_width, cfg.vit_eps)
+        self.attention_norm = LayerNorm(cfg.vit_width, cfg.vit_eps)
+        self.ffn_norm = LayerNorm(cfg.vit_width, cfg.vit_eps)
 
     def forward(self, x):
         x = x + self.attention(self.attention_norm(x))
@@ -251,7 +275,8 @@ class ViT(nn.Module):
         """(N, P, patch·patch·3) uint8 or already in [-1, 1] -> (N, P, features · width)."""
         if crops.dtype == torch.uint8:  # pixels travel as bytes, a quarter of the traffic
             crops = crops.to(self.patch_embedding.weight.dtype) / 255 * 2 - 1
-        x = self.patch_embedding(crops) + self.positional_embedding
+        x = self.patch_embedding(crops)
+        x = x + self.positional_embedding.to(x.dtype)  # or fp32 places would make everything after them fp32
         outputs = []
         for block in self.transformer["resblocks"]:
             x = block(x)
@@ -285,7 +310,8 @@ class VisionBackbone(nn.Module):
         """crops: (N, P, ·); pool: (M, K) indices into the N·P patches, -1 = none -> (M, D)."""
         patches = self.image_vit(crops).flatten(0, 1)  # (N·P, F)
         valid = pool >= 0
-        windows = patches[pool.clamp(min=0)] * valid[..., None]  # (M, K, F)
+        windows = patches.index_select(0, pool.clamp(min=0).flatten()).unflatten(0, pool.shape)  # (M, K, F)
+        windows = windows * valid[..., None]
         # The query is the mean of the valid patches: a window over the edge of a crop has fewer than K.
         query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
         pooled = self.image_pooling_2d(query, windows, valid[:, None, None])  # (M, 1, ·)
@@ -420,19 +446,23 @@ class Decoder(nn.Module):
 # ---- the loss: only where something is trained on, and never T x V numbers at once ---------------------------------
 
 class ChunkedNLL(torch.autograd.Function):
-    """sum_i w_i · (nll_i + z_loss · logsumexp_i²) for n hidden states, `LOGITS` numbers of logits at a time.
+    """sum_i w_i · (nll_i + z_loss · logsumexp_i²) for n hidden states, `most` numbers of logits at a time,
+    or what LOGITS has for the device.
 
     A large vocabulary makes the logits the biggest tensor of the whole step. As the loss is a plain sum, the gradient
     of a chunk is known as soon as its logits are: it is taken in the forward pass, and nothing of size V is kept.
     """
-    LOGITS = 1 << 23  # 32 MB
+    LOGITS = dict(cpu=1 << 23, cuda=1 << 27)  # 32 MB stay near a cache; a GPU wants large products: 512 MB
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, z_loss):
+    def forward(ctx, x, head, targets, weights, z_loss, most=None):
+        ctx.dtype = head.dtype
+        head = head.to(x.dtype)  # once: under autocast each product would cast it again
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
-        size = min(max(ChunkedNLL.LOGITS // len(head), 1), 1024)  # hidden states of a chunk
+        most = most or ChunkedNLL.LOGITS["cuda" if x.is_cuda else "cpu"]
+        size = max(most // len(head), 1)  # hidden states of a chunk
         for begin in range(0, len(x), size):
             chunk = slice(begin, begin + size)
             hidden = x[chunk]
@@ -447,18 +477,19 @@ class ChunkedNLL(torch.autograd.Function):
             grad = grad.scatter_add_(1, target, -weight).to(hidden.dtype)
             if dx is not None:
                 dx[chunk] = grad @ head
-            if dhead is not None:
+            if dhead is not None and dhead.dtype == hidden.dtype:
+                dhead.addmm_(grad.T, hidden)  # without a second tensor as large as the head
+            elif dhead is not None:
                 dhead += grad.T @ hidden
             del logits, grad  # or both would still take memory while the next ones are made
         ctx.save_for_backward(dx, dhead)
-        ctx.dtype = head.dtype
         return total
 
     @staticmethod
     def backward(ctx, g):
         dx, dhead = ctx.saved_tensors
         return (None if dx is None else dx * g.to(dx.dtype),
-                None if dhead is None else (dhead * g).to(ctx.dtype), None, None, None)
+                None if dhead is None else (dhead * g).to(ctx.dtype), None, None, None, None)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -550,15 +581,26 @@ class Molmo2(nn.Module):
             assert crops.shape[1:] == crop, f"crops are {tuple(crops.shape)}, expected (N, {crop[0]}, {crop[1]})"
             assert int(pool.max()) < crops.shape[0] * crops.shape[1], "pool points past the last patch"
 
-    def embed(self, tokens, crops=None, pool=None, features=None):
+    def prepare(self, tokens, crops=None, pool=None, weights=None, **others):
+        """Check a batch, and find what stands where: the arguments of `forward` with image_at and loss_at, the places
+        of <image> tokens and of loss weights among all B·T tokens. On the CPU, since a GPU would be waited for."""
+        self.check(tokens, crops, pool, dict(others, weights=weights))
+        image_at = (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0]
+        loss_at = None if weights is None else (weights.flatten() > 0).nonzero()[:, 0]
+        return dict(others, tokens=tokens, crops=crops, pool=pool, weights=weights, image_at=image_at, loss_at=loss_at)
+
+    def embed(self, tokens, crops=None, pool=None, features=None, image_at=None):
         """(B, T) ids and their images -> (B, T, D): image features are added to the `<image>` embedding.
         features: (M, D) of the <image> tokens in row-major order, if the vision backbone has made them before."""
         x = self.transformer.wte(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # which leaves a look-up in fp32, and so all that is added to it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if crops is not None or features is not None:
             # Crops are encoded even if M is 0: under FSDP and context parallelism all ranks run the same modules.
             features = self.vision_backbone(crops, pool) if features is None else features
-            image_positions = (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0]
-            x = x.flatten(0, 1).index_add(0, image_positions, features.to(x.dtype))  # (B·T, D)
+            if image_at is None:
+                image_at = (tokens.flatten() == self.cfg.image_token).nonzero()[:, 0]
+            x = x.flatten(0, 1).index_add(0, image_at, features.to(x.dtype))  # (B·T, D)
         return x.view(*tokens.shape, -1)
 
     def mask(self, tokens, example, branch):
@@ -566,24 +608,25 @@ class Molmo2(nn.Module):
         return dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))
 
     def forward(self, tokens, crops=None, pool=None, pos=None, example=None, branch=None, targets=None, weights=None,
-                z_loss=0.0):
+                z_loss=0.0, image_at=None, loss_at=None):
         """Logits (B, T, V), or, with targets and weights, the sum of weight · (nll + z_loss · lse²).
         tokens, pos, example, branch, targets: (B, T) int64; weights: (B, T) float; crops: (N, P, patch·patch·3);
-        pool: (M, K). Without pos, example and branch each sequence is one plain causal example."""
-        same_shape = dict(pos=pos, example=example, branch=branch, targets=targets, weights=weights)
-        self.check(tokens, crops, pool, same_shape)
+        pool: (M, K). Without pos, example and branch each sequence is one plain causal example.
+        image_at, loss_at: from `prepare`, which then has checked the batch too."""
+        if image_at is None:
+            ids = dict(pos=pos, example=example, branch=branch, targets=targets)
+            prepared = self.prepare(tokens, crops, pool, weights, **ids)
+            image_at, loss_at = prepared["image_at"], prepared["loss_at"]
         pos, example, branch = self.plain(tokens, pos, example, branch)
         mask = self.mask(tokens, example, branch)
         drop = None
         if self.training and (self.residual_dropout or self.response_dropout):
             drop = self.residual_dropout + self.response_dropout * (weights > 0).float()[..., None]  # (B, T, 1)
-        x = self.transformer(self.embed(tokens, crops, pool), pos, mask, drop)
+        x = self.transformer(self.embed(tokens, crops, pool, None, image_at), pos, mask, drop)
         if targets is None:
             return self.lm_head(x)
-        has_loss = weights > 0  # the head, the largest matrix of all, runs nowhere else
-        autocast = torch.is_autocast_enabled(x.device.type)  # which does not look into an autograd.Function
-        head = self.lm_head.weight.to(x.dtype) if autocast else self.lm_head.weight
-        return ChunkedNLL.apply(x[has_loss], head, targets[has_loss], weights[has_loss], z_loss)
+        take = lambda y: y.flatten(0, 1).index_select(0, loss_at)  # the head, the largest matrix, runs nowhere else
+        return ChunkedNLL.apply(take(x), self.lm_head.weight, take(targets), take(weights), z_loss)
 
     @staticmethod
     def plain(tokens, pos, example, branch):
@@ -603,9 +646,11 @@ class Molmo2(nn.Module):
         self.check(tokens, crops, pool, dict(pos=pos, example=example, branch=branch), features)
         pos, example, branch = self.plain(tokens, pos, example, branch)
         B, T = tokens.shape
-        # 1. Read the prompts. The mask is dense, whatever the seam has: its rows are needed below.
+        # 1. Read the prompts.
         caches = [KVCache(T + max_new_tokens) for _ in self.transformer.blocks]
-        mask = dense_mask(example, branch, is_vision(tokens, self.cfg.vocab))  # (B, 1, T, T)
+        vision = is_vision(tokens, self.cfg.vocab)
+        dense = T <= QUERIES or self.cfg.window
+        mask = dense_mask(example, branch, vision) if dense else (example, branch, vision)
         x = self.transformer(self.embed(tokens, crops, pool, features), pos, mask, caches=caches)
 
         # 2. Go on from each prompt's last token. A new token sees what that one sees, and all new tokens before it.
@@ -614,7 +659,11 @@ class Molmo2(nn.Module):
         x = x[each, last]  # (B, D)
         next_pos = pos[each, last] + 1
         key_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
-        new_mask = torch.cat([mask[each, 0, last], mask.new_ones(B, max_new_tokens)], 1)[:, None, None]
+        keys = torch.arange(T, device=tokens.device)
+        seen = torch.stack([may_attend(last[b], keys, example[b], branch[b], vision[b]) for b in range(B)])  # (B, T)
+        new_mask = torch.cat([seen, seen.new_ones(B, max_new_tokens)], 1)[:, None, None]
+        if bool(seen.all()) and not self.cfg.window:
+            new_mask = None  # the fastest attention takes no mask
 
         # 3. Token by token.
         stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
@@ -631,8 +680,9 @@ class Molmo2(nn.Module):
             yield ids.clone()
             if S == T + max_new_tokens or bool(done.all()):
                 return
+            mask = None if new_mask is None else new_mask[..., :S]
             with without_cudnn(x.device):  # not around the yield: the caller's attention is the caller's
-                x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], new_mask[..., :S], caches=caches,
+                x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], mask, caches=caches,
                                      key_pos=key_pos[:, :S])[:, 0]
             next_pos = next_pos + 1
 

@@ -35,6 +35,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import lib  # noqa: F401: before torch, which reads the environment that it sets
 import numpy as np
 import torch
 
@@ -113,7 +114,7 @@ class Config:
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
-    compile: bool = flag(False, "torch.compile each block (worth it on CUDA)")
+    compile: bool | None = flag(None, "torch.compile each block; None = on CUDA alone")
     dry_run: bool = flag(False, "print parameters, memory and operations of a step, and stop")
     world: int = flag(0, "with --dry_run: number of ranks to assume, eight a node; 0 = as many as run")
     gpu_memory: float = flag(80.0, "with --dry_run: gigabytes of a card")
@@ -157,9 +158,10 @@ def parse(defaults, presets, argv=None):
     """Flags -> Config. A flag overrides the --config preset, which overrides the default of the stage."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+", metavar="X")}
+    switch = dict(action=argparse.BooleanOptionalAction)
+    kinds = {bool: switch, bool | None: switch, tuple: dict(nargs="+", metavar="X")}
     for f in dataclasses.fields(Config):
-        kind = kinds.get(f.type, dict(type=f.type, metavar=f.type.__name__.upper()))
+        kind = kinds.get(f.type) or dict(type=f.type, metavar=f.type.__name__.upper())
         # SUPPRESS: a flag that is not given must not override the preset
         parser.add_argument("--" + f.name, default=argparse.SUPPRESS, **kind,
                             help=f"{f.metadata['help']} [{getattr(defaults, f.name)}]")
@@ -309,8 +311,9 @@ def make_optimizers(model, cfg):
                 groups[optimizer].append(dict(params=params, peak=peak, warmup=getattr(cfg, f"warmup_{part}")))
     optimizers = []
     if groups["adamw"]:
+        fused = all(p.is_cuda for p in names) or None  # None: as PyTorch likes
         optimizers.append(torch.optim.AdamW(groups["adamw"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
-                                            weight_decay=0.0))
+                                            weight_decay=0.0, fused=fused))
     if groups["muon"]:
         optimizers.append(torch.optim.Muon(groups["muon"], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers, names
@@ -339,6 +342,14 @@ def make_batches(sequences, micro_batch, n, cfg, seq_len):
             batch["pool"] = torch.zeros(0, 4, dtype=torch.long)
         batches.append(batch)
     return batches
+
+
+def on_device(model, batch, device):
+    """A batch as `model` takes it, checked before it is copied. From pinned memory a GPU copies while it computes."""
+    batch = model.prepare(**batch)
+    if device == "cuda":
+        batch = {name: x if x is None else x.pin_memory() for name, x in batch.items()}
+    return to_device(batch, device)
 
 
 def held_out_sequences(cfg, planner):
@@ -371,7 +382,7 @@ def held_out_loss(cfg, model, planner, sequences, world):
         batch, = make_batches([decoded], 1, 1, planner.cfg, cfg.seq_len)
         batch = ulysses.shard_batch(batch, planner.cfg.image_token, world.cp_rank, world.cp)
         with torch.no_grad():
-            sums[0] += model(**to_device(batch, world.device))
+            sums[0] += model(**on_device(model, batch, world.device))
         sums[1] += batch["weights"].sum().to(world.device)
     loss, weight = world.all_reduce_sum(sums).tolist()  # ratio of sums, not a mean of ratios
     return loss / max(weight, 1e-9)
@@ -434,9 +445,11 @@ def train(cfg, defaults, stop, cache_features=None):
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if cfg.device == "auto" else cfg.device
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
+    cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile)
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
     world = distributed.start(device, cfg.cp)
     distributed.lock(f"{run}.lock", world)
+    torch.set_num_threads(min(torch.get_num_threads(), distributed.cores()))
     if world.is_main:
         show_config(cfg, defaults)
 
@@ -444,6 +457,7 @@ def train(cfg, defaults, stop, cache_features=None):
     # files; the others find both. Rank 0 loads the weights; the others get theirs in shard_model, block by block.
     mixture, missing = world.on_main(lambda: open_data(cfg), broadcast=lambda opened: None) or open_data(cfg)
     checkpoint, saved = world.on_main(lambda: check_resume(run, cfg))
+    torch.set_num_threads(saved.get("threads", torch.get_num_threads()))  # of them depend the last bits of a sum
     loaded = world.on_main(lambda: load_model(cfg, checkpoint), broadcast=lambda model: model.cfg)
     model = lora.freeze(loaded if world.is_main else lora.install(empty_model(loaded), cfg), cfg, bf16)
     model.residual_dropout, model.response_dropout = cfg.residual_dropout, cfg.response_dropout
@@ -480,7 +494,8 @@ def train(cfg, defaults, stop, cache_features=None):
     micro_batch = min(cfg.micro_batch, most_sequences)
     step, state = saved["step"], saved["stream"]
     rank_stream = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch, round(cfg.cache * 2 ** 30))
-    loader = make_loader(rank_stream, cfg.workers, most_sequences)
+    # A step ahead, but not more than 64 sequences: one of 48 crops is 20 MB.
+    loader = make_loader(rank_stream, cfg.workers, min(most_sequences, 64))
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
     cfg.steps = world.on_main(lambda: count_steps(cfg, stream, mixture, missing))
@@ -490,7 +505,8 @@ def train(cfg, defaults, stop, cache_features=None):
     progress = Progress(cfg.steps, step, world)
     losses = [row["loss"] for row in map(json.loads, log.kept) if "loss" in row]  # of the steps before --resume
     save = lambda: saver.save(step, model, tokenizer, optimizers, names, dict(
-        step=step, stream=state, fingerprint=stream.fingerprint(), failed=bad.failed, config=dataclasses.asdict(cfg)))
+        step=step, stream=state, fingerprint=stream.fingerprint(), failed=bad.failed, threads=torch.get_num_threads(),
+        config=dataclasses.asdict(cfg)))
     skipped, unstable = 0, []  # steps left out; where the records of the last ones in a row are
     before = {}                # scores before the first step
     if cfg.eval_first and step == 0:
@@ -532,13 +548,14 @@ def train(cfg, defaults, stop, cache_features=None):
         loss = torch.zeros((), device=device)
         for batch in batches:
             with autocast():
-                part_of_loss = model(**to_device(batch, device), z_loss=cfg.z_loss) / (W / world.size)
+                part_of_loss = model(**on_device(model, batch, device), z_loss=cfg.z_loss) / (W / world.size)
             part_of_loss.backward()
             loss += part_of_loss.detach()
-        loss = float(world.all_reduce_sum(loss)) / world.size
+        loss = world.all_reduce_sum(loss) / world.size
 
         # 7. Clip each part by itself, then step. All ranks leave out a step whose loss or gradient is not finite.
-        norms = clip_gradients(model, cfg.clip)
+        # To read loss and norms, all at once, is the only time that this process waits for a GPU.
+        loss, *norms = torch.stack([loss, *clip_gradients(model, cfg.clip)]).tolist()
         finite = all(map(math.isfinite, [loss, *norms]))
         for optimizer in optimizers:
             for group in optimizer.param_groups:

@@ -31,6 +31,7 @@ import dataclasses
 import hashlib
 import math
 
+import lib  # noqa: F401: before torch, which reads the environment that it sets
 import torch
 
 import pretrain

@@ -32,7 +32,7 @@ except ImportError:  # Windows
     resource = None
 
 from lib import lora
-from model import ChunkedNLL, PRESETS, empty_model, is_vision
+from model import ChunkedNLL, PRESETS, RMSNorm, empty_model, is_vision
 
 
 # ---- bytes that live at once ---------------------------------------------------------------------------------------
@@ -88,10 +88,27 @@ def autocast(model):
             module.bfloat16().register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
 
 
-def count_bytes(model, recompute, sharded):
-    """Make a model on the meta device take and free memory as in training. Attention is a fused one; with `recompute`
-    blocks run under activation checkpointing; if `sharded`, FSDP frees a gradient as soon as it is made."""
+class Normed(torch.autograd.Function):
+    """The memory of RMSNorm on CUDA, where it is one kernel: it keeps its input and one number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def count_bytes(model, recompute, sharded, cuda):
+    """Make a model on the meta device take and free memory as in training. Attention is a fused one, and on CUDA a
+    norm; with `recompute` blocks run under activation checkpointing; if `sharded`, FSDP frees a gradient as soon as it
+    is made."""
     for module in model.modules():
+        if cuda and isinstance(module, RMSNorm):
+            module.forward = functools.partial(lambda norm, x: Normed.apply(x, norm.weight), module)
         if hasattr(module, "attend"):
             module.attend = attended
     if recompute:
@@ -102,23 +119,24 @@ def count_bytes(model, recompute, sharded):
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
 
-def activations(model, sequences, tokens, crops, windows, has_loss, recompute, sharded):
+def activations(model, sequences, tokens, crops, windows, has_loss, recompute, sharded, cuda=False):
     """Bytes of a forward and a backward pass on the meta device: {"activations": what the blocks keep for the
     backward pass, "loss": head and logits on top, "way back": what the backward pass needs beyond both}.
     windows: (M, K); has_loss: tokens trained on. Gradients that stay are counted elsewhere, and subtracted here."""
     cfg = model.cfg
     parameters = list(model.parameters())
     ids = functools.partial(torch.empty, dtype=torch.long)
-    count_bytes(model, recompute, sharded)
+    most = ChunkedNLL.LOGITS["cuda" if cuda else "cpu"]  # numbers of logits
+    count_bytes(model, recompute, sharded, cuda)
     with torch.device("meta"), Alive(parameters) as alive:
         pos = ids(sequences, tokens)
-        x = model.transformer.wte.embedding[pos].flatten(0, 1)  # (B·T, D)
+        x = model.transformer.wte(pos).flatten(0, 1).to(model.lm_head.weight.dtype)  # (B·T, D)
         pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
         features = model.vision_backbone(pixels, ids(*windows))
         x = x.index_add(0, ids(len(features)), features.to(x.dtype)).view(sequences, tokens, -1)
         x = model.transformer(x, pos, None).flatten(0, 1)[ids(has_loss)]
         after_blocks = alive.now
-        loss = ChunkedNLL.apply(x, model.lm_head.weight, ids(has_loss), torch.empty(has_loss), 1e-4)
+        loss = ChunkedNLL.apply(x, model.lm_head.weight, ids(has_loss), torch.empty(has_loss), 1e-4, most)
         forward_peak = alive.peak
         loss.backward()
         gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
@@ -171,7 +189,7 @@ def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1)
     windows = (math.ceil(m / cp), k)
     has_loss = min(shape["learned"], shape["rows"] * rank_tokens)
     return use | activations(model, shape["rows"], rank_tokens, math.ceil(shape["crops"] / cp), windows, has_loss,
-                             recompute, ranks > 1)
+                             recompute, ranks > 1, bf16)
 
 
 # ---- operations of a step ------------------------------------------------------------------------------------------
@@ -324,7 +342,7 @@ def memory_of_asking(config, frames):
     caches = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * longest * 2
     model = empty_model(config).bfloat16()
     weights = sum(p.nbytes for p in model.parameters())
-    count_bytes(model, recompute=False, sharded=False)
+    count_bytes(model, recompute=False, sharded=False, cuda=True)
     with torch.device("meta"), torch.no_grad(), Alive(model.parameters()) as alive:
         pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
         features = model.vision_backbone(pixels, torch.empty(windows, pooled ** 2, dtype=torch.long))

@@ -241,13 +241,14 @@ def gather_full_model(model, device=None, keep=True):
 
 
 def clip_gradients(model, largest):
-    """Clip the gradient norm of each part of the model by itself. Returns the norms before, one float a part."""
+    """Clip the gradient norm of each part of the model by itself. Returns the norms before, one number a part, on the
+    device: to read one there is to wait for all kernels."""
     norms = []
     for named in model.parts().values():
         trained = [p for _, p in named if p.requires_grad]
         if trained:
             norm = torch.nn.utils.clip_grad_norm_(trained, largest)
-            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     return norms
 
 
@@ -284,7 +285,8 @@ def load_optimizers(folder, optimizers, names, world):
     dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
     for key, t in tensors.items():
         i, what, name = key.split("/", 2)
-        optimizers[int(i)].state[parameters[name]][what] = t
+        fused = optimizers[int(i)].defaults.get("fused")  # its step count is on the device too
+        optimizers[int(i)].state[parameters[name]][what] = t.to(parameters[name].device) if fused else t
 
 
 def sync(path):
@@ -645,15 +647,26 @@ def end_if_a_rank_is_lost(error):
 
 # ---- workers: the processes that decode media for a rank ---------------------------------------------------
 
+def cores(quota="/sys/fs/cgroup/cpu.max"):
+    """How many cores this process may use: fewer than the machine has under taskset, or in a container with a limit
+    (`quota`: "microseconds of each period", or "max"), where more threads would wait for each other."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or no limit
+        with open(quota) as f:
+            microseconds, period = map(int, f.read().split())
+        n = min(n, math.ceil(microseconds / period))
+    return max(n, 1)
+
+
 def identity(x):
     return x
 
 
-def make_loader(samples, workers, prefetch):
-    """An iterator over an IterableDataset of samples, made by `workers` processes, up to `prefetch` ahead in each."""
+def make_loader(samples, workers, ahead):
+    """An iterator over an IterableDataset of samples, made by `workers` processes, `ahead` in all, at least 1 each."""
     # collate_fn: the default would move every array of a sample into a shared file of its own
     return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=identity,
-                                            prefetch_factor=prefetch if workers else None))
+                                            prefetch_factor=math.ceil(ahead / workers) if workers else None))
 
 
 def next_samples(loader, n):

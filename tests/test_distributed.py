@@ -8,13 +8,14 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import V, finish, log_of, losses_of, random_batch, random_tree, run, run_ranks, start, tiny_model
+from conftest import ROOT, V, finish, log_of, losses_of, random_batch, random_tree, run, run_ranks, start, tiny_model
 
 import pretrain
 import ulysses
@@ -488,3 +489,39 @@ def test_flex_attention_in_compiled_blocks():
             want, got = (m(tokens, example=example, branch=branch)[example > 0] for m in (plain, fast))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+# ---- cores -------------------------------------------------------------------------------------------------
+
+ASK = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("PYTORCH_ALLOC_CONF"))
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Watch())
+import %s
+"""
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft"])
+def test_threads_are_told_to_spin_less_before_torch_is_loaded(command):
+    """Set later it would do nothing, and a busy machine would train many times slower."""
+    def seen(**env):
+        clean = {name: value for name, value in os.environ.items() if name not in
+                 ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF")}
+        return subprocess.run([sys.executable, "-c", ASK % command], env=clean | env, cwd=ROOT, text=True,
+                              capture_output=True, check=True).stdout.split()
+    assert seen() == ["3000", "expandable_segments:True"]
+    assert seen(OMP_WAIT_POLICY="ACTIVE")[0] == "None"  # the user's word counts
+
+
+def test_cores_are_those_the_process_may_use(tmp_path):
+    quota = tmp_path / "cpu.max"
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for text, want in (("max 100000\n", allowed), ("100000 100000\n", 1), ("20000 100000\n", 1),
+                       ("150000 100000\n", min(2, allowed)), ("99999999 100000\n", allowed), ("", allowed)):
+        quota.write_text(text)
+        assert distributed.cores(str(quota)) == want
+    assert distributed.cores(str(tmp_path / "none")) == allowed

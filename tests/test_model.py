@@ -1,4 +1,5 @@
 """What the network computes: the mask, packing, branches, generation, the loss, the sizes."""
+import cmath
 import shutil
 
 import pytest
@@ -6,10 +7,11 @@ import torch
 from conftest import SIZES, plan_all, random_tree, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
-from lib import budget, flex
+from lib import budget, distributed, flex
 from data import Dataset, collate, decode
 from lib.budget import allowed_pairs, flops
 from lib.flex import block_mask, example_masks
@@ -122,15 +124,14 @@ def test_generation_stops_and_is_seeded(model, planner, world):
     assert draw() == draw()
 
 
-def test_loss_is_the_weighted_cross_entropy(monkeypatch):
+def test_loss_is_the_weighted_cross_entropy():
     """Chunked, with gradients taken in the forward pass, against the plain formula."""
-    monkeypatch.setattr(ChunkedNLL, "LOGITS", 7 * 50)
     torch.manual_seed(0)
     x, head = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(50,
                                                                                        8, dtype=torch.float64,
                                                                                        requires_grad=True)
     targets, w = torch.randint(50, (23,)), torch.rand(23, dtype=torch.float64)
-    ours = torch.autograd.grad(ChunkedNLL.apply(x.float(), head.float(), targets, w.float(), 0.1) * 3,
+    ours = torch.autograd.grad(ChunkedNLL.apply(x.float(), head.float(), targets, w.float(), 0.1, 7 * 50) * 3,
                                [x, head])
     logits = x @ head.T
     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -332,6 +333,39 @@ def test_decoding_keeps_away_from_cudnn(monkeypatch):
     assert calls == [True, False, False]  # the prompt, and two tokens
 
 
+# ---- what a GPU would wait for, or have no room for ----------------------------------------------------------------
+
+class Watch(TorchDispatchMode):
+    """What a GPU would have to finish all its work for, and the largest bool tensor made."""
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.largest_mask = [], 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        boolean = name in ("index", "index_put") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if boolean or name in self.WAITS or name.startswith("unique"):
+            self.waits.append(name)
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.bool:
+            self.largest_mask = max(self.largest_mask, out.numel())
+        return out
+
+
+def photo_batch(cfg, B=2, T=40):
+    """Each sequence one image of 4 visual tokens and an answer of 8."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, cfg.vocab, (B, T), generator=rng)
+    tokens[:, 1:5] = cfg.image_token
+    weights = torch.zeros(B, T)
+    weights[:, -9:-1] = 1
+    crops = torch.randint(0, 256, (B, cfg.patches, cfg.patch ** 2 * 3), dtype=torch.uint8, generator=rng)
+    return dict(tokens=tokens, crops=crops, pool=torch.arange(B * 4 * 4).view(B * 4, 4),
+                targets=tokens.roll(-1, 1) % cfg.vocab, weights=weights)
+
+
 def test_the_embedding_is_one_table():
     wte = tiny_model().transformer.wte
     tokens = torch.tensor([[0, 7, 1023, 1024, 1024 + M.EXTRA - 1, 1023, 7]])
@@ -347,3 +381,107 @@ def test_the_embedding_is_one_table():
     for outside in (-1, 1024 + M.EXTRA):
         with pytest.raises(IndexError):
             wte(torch.tensor([[outside]]))
+
+
+@pytest.mark.parametrize("style", ["olmo", "qwen"])
+def test_under_autocast_the_residual_streams_are_bf16(style):
+    """An fp32 table of positions or an fp32 norm weight would make all that comes after it twice as large."""
+    model, seen = tiny_model(style).train(), {}
+    batch = photo_batch(model.cfg)
+    want = model(**batch)
+    for name, module in model.named_modules():
+        if "norm" in name or "ln_f" in name or module in model.blocks():
+            note = lambda module, args, out, name=name: seen.update({name: (args[0].dtype, out.dtype)})
+            module.register_forward_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch)
+    assert len(seen) > 8 and set(seen.values()) == {(torch.bfloat16, torch.bfloat16)}, seen
+    assert loss.dtype == torch.float32 and abs(loss.item() / want.item() - 1) < 0.02
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    caches = []
+    plain = M.KVCache.append
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(M.KVCache, "append", lambda self, k, v: caches.append((k.dtype, v.dtype)) or plain(self, k, v))
+        list(model.eval().generate(batch["tokens"][:, :20], batch["crops"], batch["pool"], max_new_tokens=2))
+    assert set(caches) == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_norms_are_the_formulas():
+    rng = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=rng) for shape in ((3, 5, 64), (64,), (64,)))
+    for dtype in (torch.float32, torch.bfloat16):
+        y = x.to(dtype).double()
+        w, b = weight.to(dtype).double(), bias.to(dtype).double()
+        rms, layer = M.RMSNorm(64, 1e-3), M.LayerNorm(64, 1e-3)
+        rms.weight.data, layer.weight.data, layer.bias.data = weight, weight, bias
+        wants = (y / (y.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * w,
+                 (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt() * w + b)
+        for norm, want in zip((rms, layer), wants):
+            for autocast in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+                    got = norm(x.to(dtype))
+                assert got.dtype == dtype
+                bits = 2 ** -8 if dtype == torch.bfloat16 else 1e-6
+                torch.testing.assert_close(got.double(), want, rtol=bits, atol=bits)
+
+
+def test_rotation_turns_pairs_of_channels():
+    cfg = tiny_model("qwen").cfg
+    d = cfg.head_dim
+    pos, x = torch.tensor([[0, 1, 9]]), torch.randn(1, 2, 3, d, generator=torch.Generator().manual_seed(0))
+    got = M.rotate(x, *M.rope_table(cfg, pos, None))
+    for t, p in enumerate([0, 1, 9]):
+        for i in range(d // 2):
+            turn = complex(0, p * cfg.rope_theta ** (-2 * i / d))
+            for h in range(2):
+                want = complex(x[0, h, t, i], x[0, h, t, i + d // 2]) * cmath.exp(turn)
+                assert abs(complex(got[0, h, t, i], got[0, h, t, i + d // 2]) - want) < 1e-5
+    assert M.rotate(x.bfloat16(), *M.rope_table(cfg, pos, None)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("style", ["olmo", "qwen"])
+def test_a_prepared_batch_makes_no_gpu_wait(style):
+    """What would wait is done on the CPU's copy; forward, backward and clipping then read nothing back."""
+    model = tiny_model(style).train()
+    batch = photo_batch(model.cfg)
+    with Watch() as unprepared:
+        want = model(**batch)
+    assert unprepared.waits  # so the watch sees them
+    prepared = model.prepare(**batch)
+    with Watch() as watch:
+        loss = model(**prepared)
+        loss.backward()
+        norms = distributed.clip_gradients(model, 1.0)
+    assert torch.equal(loss, want) and watch.waits == []
+    assert len(norms) == 3 and all(isinstance(norm, torch.Tensor) for norm in norms)
+    with pytest.raises(AssertionError, match="tokens but 7 pooled"):
+        model.prepare(**dict(batch, pool=batch["pool"][:7]))
+
+
+@pytest.mark.parametrize("style", ["olmo", "qwen"])
+def test_a_long_prompt_needs_no_square_mask(style, monkeypatch):
+    """The mask of a part of the queries at a time gives the ids that the whole one gives, also for padded prompts."""
+    model = tiny_model(style).eval()
+    batch = photo_batch(model.cfg, T=60)
+    example = torch.ones(2, 60, dtype=torch.long)
+    example[1, 47:] = 0
+    inputs = dict(tokens=batch["tokens"], crops=batch["crops"], pool=batch["pool"], example=example, max_new_tokens=5)
+    with Watch() as square:
+        want = torch.stack(list(model.generate(**inputs)))
+    monkeypatch.setattr(M, "QUERIES", 16)
+    with Watch() as parts:
+        got = torch.stack(list(model.generate(**inputs)))
+    assert torch.equal(got, want)
+    assert square.largest_mask >= 60 * 60 and parts.largest_mask <= 2 * 60 * 16
+
+
+def test_a_token_waits_for_the_gpu_once():
+    model = tiny_model("qwen").eval()
+    batch = photo_batch(model.cfg, B=1)
+    waits = []
+    for n in (4, 9):
+        with Watch() as watch:
+            list(model.generate(batch["tokens"], batch["crops"], batch["pool"], max_new_tokens=n))
+        waits.append(len(watch.waits))
+    assert waits[1] - waits[0] <= 9 - 4

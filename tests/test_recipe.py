@@ -397,7 +397,8 @@ def test_a_resumed_run_must_have_the_flags_it_began_with(tmp_path):
     distributed.publish(str(aside), str(run / "step_0000001"))
     for field in dataclasses.fields(Config):
         value = getattr(was, field.name)
-        other = not value if field.type is bool else (*value, "x") if field.type is tuple else value + field.type(1)
+        is_switch = field.type in (bool, bool | None)
+        other = not value if is_switch else (*value, "x") if field.type is tuple else value + field.type(1)
         now = dataclasses.replace(was, **{field.name: other} | dict(resume=True))
         if field.name in MAY_DIFFER:
             assert pretrain.check_resume(str(run), now)[1]["step"] == 1
