@@ -191,7 +191,7 @@ class Planner:
         # What a text may spell as a token: points. Whatever else looks like one is letters.
         writable = {"question": ("<point",), "answer": WRITABLE}
         ids, has_loss = [], []
-        for text, kind in chat_pieces(messages):
+        for text, kind in chat_pieces(messages, self.tokenizer.ids):
             if kind == "control" and text in self.tokenizer.ids:
                 piece = [self.tokenizer.ids[text]]
             else:

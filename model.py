@@ -393,11 +393,18 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(cfg.width, cfg.eps)
         self.ff_norm = RMSNorm(cfg.width, cfg.eps)
 
-    def forward(self, x, rope, mask, drop=None, cache=None):
+    def forward(self, x, rope, mask, drop=None, cache=None, wanted=None):
+        """(B, T, D) -> (B, T, D), or (n, D) of the tokens `wanted`, n indices into all B·T: only attention needs the
+        others."""
         if self.norm_after:
             x = x + random_drop(self.attn_norm(self.self_attn(x, rope, mask, cache)), drop)
+        else:
+            x = x + random_drop(self.self_attn(self.attn_norm(x), rope, mask, cache), drop)
+        if wanted is not None:
+            x = x.flatten(0, 1).index_select(0, wanted)
+            drop = None if drop is None else drop.flatten(0, 1).index_select(0, wanted)
+        if self.norm_after:
             return x + random_drop(self.ff_norm(self.mlp(x)), drop)
-        x = x + random_drop(self.self_attn(self.attn_norm(x), rope, mask, cache), drop)
         return x + random_drop(self.mlp(self.ff_norm(x)), drop)
 
 
@@ -427,8 +434,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.ln_f = RMSNorm(cfg.width, cfg.eps)
 
-    def forward(self, x, pos, mask, drop=None, caches=None, key_pos=None):
-        """x: (B, T, D) embedded tokens with the image features added -> (B, T, D) after the last norm.
+    def forward(self, x, pos, mask, drop=None, caches=None, key_pos=None, wanted=None):
+        """x: (B, T, D) embedded tokens with the image features added -> (B, T, D) after the last norm, or (n, D) of the
+        tokens `wanted`, n indices into all B·T: nobody reads what the last MLP makes of the others.
         key_pos: (B, S) positions of all keys, where the cache holds some already."""
         cfg = self.cfg
         plain_rope = rope_table(cfg, pos, None)
@@ -439,7 +447,8 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             rope = yarn_rope if i in cfg.yarn_layers else plain_rope
             layer_mask = window_mask if i in cfg.window_layers else mask
-            x = block(x, rope, layer_mask, drop, caches[i] if caches else None)
+            last = i == cfg.layers - 1
+            x = block(x, rope, layer_mask, drop, caches[i] if caches else None, wanted if last else None)
         return self.ln_f(x)
 
 
@@ -622,11 +631,13 @@ class Molmo2(nn.Module):
         drop = None
         if self.training and (self.residual_dropout or self.response_dropout):
             drop = self.residual_dropout + self.response_dropout * (weights > 0).float()[..., None]  # (B, T, 1)
-        x = self.transformer(self.embed(tokens, crops, pool, None, image_at), pos, mask, drop)
+        x = self.transformer(self.embed(tokens, crops, pool, None, image_at), pos, mask, drop,
+                             wanted=None if targets is None else loss_at)
         if targets is None:
             return self.lm_head(x)
-        take = lambda y: y.flatten(0, 1).index_select(0, loss_at)  # the head, the largest matrix, runs nowhere else
-        return ChunkedNLL.apply(take(x), self.lm_head.weight, take(targets), take(weights), z_loss)
+        # x: (n, D) where there is a loss. The head, the largest matrix of all, runs nowhere else.
+        targets, weights = (y.flatten().index_select(0, loss_at) for y in (targets, weights))
+        return ChunkedNLL.apply(x, self.lm_head.weight, targets, weights, z_loss)
 
     @staticmethod
     def plain(tokens, pos, example, branch):
@@ -651,12 +662,12 @@ class Molmo2(nn.Module):
         vision = is_vision(tokens, self.cfg.vocab)
         dense = T <= QUERIES or self.cfg.window
         mask = dense_mask(example, branch, vision) if dense else (example, branch, vision)
-        x = self.transformer(self.embed(tokens, crops, pool, features), pos, mask, caches=caches)
-
-        # 2. Go on from each prompt's last token. A new token sees what that one sees, and all new tokens before it.
         each = torch.arange(B, device=tokens.device)
         last = (example > 0).sum(1) - 1
-        x = x[each, last]  # (B, D)
+        x = self.transformer(self.embed(tokens, crops, pool, features), pos, mask, caches=caches,
+                             wanted=each * T + last)  # (B, D)
+
+        # 2. Go on from each prompt's last token. A new token sees what that one sees, and all new tokens before it.
         next_pos = pos[each, last] + 1
         key_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
         keys = torch.arange(T, device=tokens.device)

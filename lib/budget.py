@@ -134,7 +134,7 @@ def activations(model, sequences, tokens, crops, windows, has_loss, recompute, s
         pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
         features = model.vision_backbone(pixels, ids(*windows))
         x = x.index_add(0, ids(len(features)), features.to(x.dtype)).view(sequences, tokens, -1)
-        x = model.transformer(x, pos, None).flatten(0, 1)[ids(has_loss)]
+        x = model.transformer(x, pos, None, wanted=ids(has_loss))
         after_blocks = alive.now
         loss = ChunkedNLL.apply(x, model.lm_head.weight, ids(has_loss), torch.empty(has_loss), 1e-4, most)
         forward_peak = alive.peak
@@ -214,7 +214,8 @@ def allowed_pairs(example, branch, vision):
 
 def flops(cfg, crops, windows, tokens, pairs, has_loss):
     """Floating-point operations of one forward pass, {part: n}; a training step takes three times as many.
-    windows: (M, K); pairs: (query, key), as the mask allows; has_loss: tokens trained on, where the head runs."""
+    windows: (M, K); pairs: (query, key), as the mask allows; has_loss: tokens trained on, where the head runs, and the
+    last block's MLP."""
     # A matrix product takes 2 operations a weight and token, attention 4 a pair and channel (q kᵀ, and the sum).
     P = cfg.patches
     width = cfg.vit_width
@@ -229,8 +230,9 @@ def flops(cfg, crops, windows, tokens, pairs, has_loss):
 
     heads = cfg.heads * cfg.head_dim
     kv_heads = cfg.kv_heads * cfg.head_dim
-    weights = cfg.layers * cfg.width * (2 * heads + 2 * kv_heads + 3 * cfg.mlp)
-    return dict(vit=crops * vit, connector=M * (pooling + projector), decoder=2 * tokens * weights,
+    mlp = 3 * cfg.width * cfg.mlp
+    others = cfg.layers * (cfg.width * (2 * heads + 2 * kv_heads) + mlp) - mlp
+    return dict(vit=crops * vit, connector=M * (pooling + projector), decoder=2 * (tokens * others + has_loss * mlp),
                 attention=cfg.layers * 4 * heads * pairs, head=2 * cfg.width * cfg.vocab * has_loss)
 
 

@@ -21,8 +21,8 @@ from model import READ_ONLY
 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The project's small tokenizer: 1,020 byte-level BPE ids, learned from the toy world's conversations and some English
-# prose, and four special ones. Its split pattern keeps every digit apart from the next: a coordinate is written from
+# The project's small tokenizer: 1,018 byte-level BPE ids, learned from the toy world's conversations and some English
+# prose, and six special ones. Its split pattern keeps every digit apart from the next: a coordinate is written from
 # its coarsest digit to its finest, and a wrong last digit is a small mistake, not an unrelated token. What always
 # stands beside a digit goes with it (", 0."): most of the toy world's answers are points, and a track gets a third
 # shorter.
@@ -31,6 +31,9 @@ SMALL_TOKENIZER = os.path.join(HERE, "tokenizer.json")
 # nothing else uses: its own in the small tokenizer, <|extra_id_k|> in OLMo's, those after the last token in Qwen's.
 WRITABLE = ("<point", "<timestamp>")
 CHAT = ("<|im_start|>", "<|im_end|>")
+# What stands before a question and before its answer. Each is one token of the small tokenizer, for its questions are
+# a few words long: the six tokens that other tokenizers need would be a third of all that is read.
+TURNS = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 # A little of each kind of character, which has to come back from its ids.
 PROBE = "A7 it's\r\n\t_e\u0301\u6f22\u00a0\u200b!?\U0001f642  \u00b2\0"
 NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -271,13 +274,15 @@ def splitter(names):
 
 # ---- chat --------------------------------------------------------------------------------------------------
 
-def chat_pieces(messages):
+def chat_pieces(messages, tokens=()):
     """Alternating user and assistant messages -> [(text, "control" | "question" | "answer")], the way Molmo2 writes a
-    chat. A control piece is the name of a token; what somebody wrote is never part of one.
+    chat. A control piece is the name of a token; what somebody wrote is never part of one. tokens: names of those that
+    the tokenizer has.
 
     Every answer is followed by the end-of-sequence token, which the caller adds, and which is trained on with it.
     """
     start, end = CHAT
+    ask, reply = TURNS
     pieces = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -285,6 +290,9 @@ def chat_pieces(messages):
             continue
         if i:  # after an answer
             pieces += [(end, "control"), ("\n", "question")]
+        if ask in tokens and reply in tokens:
+            pieces += [(ask, "control"), (message["content"], "question"), (reply, "control")]
+            continue
         pieces += [(start, "control"), (f"user\n{message['content']}", "question"), (end, "control"),
                    ("\n", "question"), (start, "control"), ("assistant\n", "question")]
     return pieces

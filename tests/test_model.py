@@ -180,7 +180,7 @@ def test_response_dropout_hits_answers_only(planner, world):
     model = tiny_model().train()
     batch = collate([decode(plans_of(world, planner)[:1], model.cfg, 192)])
     seen = []
-    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model.transformer.blocks[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     model.response_dropout = 0.5
     for _ in range(2):
         model(**batch)
