@@ -744,9 +744,9 @@ def throughput(cfg, reports, world, seconds, bf16):
     crops = sum(report.crops for report in data_reports)
     flops = sum(report.flops for report in data_reports)
     padded = cfg.global_batch * cfg.seq_len
-    rates = dict(tokens_per_s=round(tokens / seconds, 1), padded_tokens_per_s=round(padded / seconds, 1),
-                 crops_per_s=round(crops / seconds, 1), fill=round(tokens / padded, 4),
-                 wait=round(max(report.wait for report in reports) / seconds, 4))
+    rates = dict(seconds=round(seconds, 4), tokens_per_s=round(tokens / seconds, 1),
+                 padded_tokens_per_s=round(padded / seconds, 1), crops_per_s=round(crops / seconds, 1),
+                 fill=round(tokens / padded, 4), wait=round(max(report.wait for report in reports) / seconds, 4))
     if flops:
         rates["tflops_per_s"] = round(flops / seconds / 1e12, 1)
     peak = budget.peak_flops(world.device, bf16)
