@@ -37,7 +37,7 @@ COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), 
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
 FOLDER = os.path.join("data", "toy")  # where every stage expects it
-VERSION = 34  # part of the done-file: a toy world drawn by older code is drawn again
+VERSION = 35  # part of the done-file: a toy world drawn by older code is drawn again
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -201,19 +201,16 @@ def pointing(rng, scene, colour, shape):
 
 
 def pointing_tree(rng, scene):
-    """Branches: up to two kinds of object, all objects, a colour alone, a shape alone, and one absent kind."""
+    """Branches: up to two kinds of object, all objects, a colour alone, a shape alone, and two absent kinds."""
     kinds = sorted({(o["colour"], o["shape"]) for o in scene["objects"]})
     colour = rng.choice(scene["objects"])["colour"]
     shape = rng.choice(scene["objects"])["shape"]
     queries = rng.sample(kinds, min(len(kinds), 2)) + [(None, None), (colour, None), (None, shape)]
     colour, shape = rng.choice(kinds)
-    if rng.random() < 0.5:
-        similar = itertools.product([colour], SHAPES)
-    else:
-        similar = itertools.product(COLOURS, [shape])
-    absent = [query for query in similar if not select(scene, *query)]  # not there, but half of it is
-    if absent:
-        queries.append(rng.choice(absent))
+    for similar in (itertools.product([colour], SHAPES), itertools.product(COLOURS, [shape])):
+        absent = [query for query in similar if not select(scene, *query)]  # not there, but half of each is
+        if absent:
+            queries.append(rng.choice(absent))
     return [pointing(rng, scene, *query) for query in queries]
 
 
