@@ -103,7 +103,7 @@ QWEN3 = dict(norm_after=False, qk_norm="head", vocab=151936, layers=36, heads=32
 PRESETS = {
     "small": ModelConfig(layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=256, vocab=1024, rope_theta=1e4,
                          norm_after=False, qk_norm="head", max_positions=6912, crop=64, patch=8, vit_width=128,
-                         vit_heads=4, vit_head_dim=32, vit_mlp=256, vit_features=(2, 1)),
+                         vit_heads=4, vit_head_dim=32, vit_mlp=256, vit_features=(1, 0)),
     "1b": ModelConfig(),
     "4b": ModelConfig(**QWEN3, width=2560, mlp=9728, rope_theta=5e6),
     "7b": ModelConfig(layers=32, width=4096, heads=32, kv_heads=32, mlp=11008, vocab=100278, yarn=OLMO3_YARN,
