@@ -45,7 +45,7 @@ DEFAULTS = dataclasses.replace(
 
 PRESETS = dict(pretrain.PRESETS, small=dict(
     pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48, max_frames=48,
-    freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500,
+    freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500, eval_every=10**6,
     eval_clips=100, eval_first=True))
 
 
