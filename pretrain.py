@@ -517,7 +517,7 @@ def train(cfg, defaults, stop, cache_features=None):
     save = lambda: saver.save(step, model, tokenizer, optimizers, names, dict(
         step=step, stream=state, fingerprint=stream.fingerprint(), failed=bad.failed, threads=torch.get_num_threads(),
         config=dataclasses.asdict(cfg)))
-    report = lambda: report_on(run, {cfg.stage: defaults}) if cfg.report and world.is_main else None
+    write_page = lambda: report_on(run, {cfg.stage: defaults}) if cfg.report and world.is_main else None
     skipped, unstable = 0, []  # steps left out; where the records of the last ones in a row are
     before = {}                # scores before the first step
     if cfg.eval_first and step == 0:
@@ -525,7 +525,7 @@ def train(cfg, defaults, stop, cache_features=None):
             before = evaluate(cfg, model, planner, held_out, 0, run, losses, world)
         if before:
             log.write(step=0, eval=before)
-            report()
+            write_page()
     model.train()
 
     while step < cfg.steps:
@@ -599,7 +599,7 @@ def train(cfg, defaults, stop, cache_features=None):
                 scores = evaluate(cfg, model, planner, held_out, step, run, losses, world)
                 log.write(step=step, eval=scores)
                 progress.scores(step, before, scores)
-                report()
+                write_page()
         if last or step % cfg.save_every == 0:
             save()
         # All ranks stop in the same step, or one would wait for the others in the next.
@@ -610,7 +610,7 @@ def train(cfg, defaults, stop, cache_features=None):
     if step > saver.step:
         save()
     saver.finish()
-    report()
+    write_page()
     world.close()
     progress.end(run, step, state, bad)
     return run if world.is_main and step == cfg.steps else None
