@@ -27,6 +27,7 @@ Where to look, in the order in which data passes:
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -216,12 +217,9 @@ def check_config(cfg):
     if not cfg.data and not cfg.dry_run:
         raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
                         "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
-    if cfg.log_to == "tensorboard":
-        try:
-            import torch.utils.tensorboard  # noqa: F401: it needs a package that is not ours
-        except ImportError:
-            raise UserError("--log_to tensorboard: that package is not installed; install it, or leave --log_to away "
-                            "and open report.html in the run's folder") from None
+    if cfg.log_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--log_to tensorboard: that package is not installed; install it, or leave --log_to away and "
+                        "open report.html in the folder of the run")
     if cfg.device == "cuda" and not cfg.dry_run and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
 

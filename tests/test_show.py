@@ -11,14 +11,14 @@ import types
 
 import numpy as np
 import pytest
-from conftest import QUICK, log_of, picture, run, video, write_lines
+from conftest import QUICK, log_of, picture, run, video, words, write_lines
 from PIL import Image
 
 from lib.distributed import Log
 from lib.errors import UserError
 from pretrain import Config, PRESETS, parse
 from tools import show
-from tools.show.run import read_run, report_on, smooth, write_report
+from tools.show.run import report_on, smooth, write_report
 
 RNG = np.random.default_rng(0)
 
@@ -83,7 +83,8 @@ def test_values_read_off_the_curves_are_those_of_the_log(tmp_path):
     rates = values_of(figure(page, "Learning rate"), "")  # linear, and equally far apart
     assert [value for _, value in rates] == pytest.approx([1e-4 * step for step in range(1, 251)], abs=5e-6)
     mean = values_of(loss, "")
-    assert [value for _, value in mean] == pytest.approx([np.mean(losses[max(k - 5, 0):k]) for k in range(1, 251)], rel=2e-3)
+    means = [np.mean(losses[max(k - 5, 0):k]) for k in range(1, 251)]
+    assert [value for _, value in mean] == pytest.approx(means, rel=2e-3)
 
 
 def test_a_hundred_thousand_steps_are_thinned_and_every_peak_stays(tmp_path):
@@ -104,8 +105,9 @@ def test_a_hundred_thousand_steps_are_thinned_and_every_peak_stays(tmp_path):
 
 
 STATE = dict(
-    step=40, failed={"points": {"failed to decode": 2}}, fingerprint={
-        "seed": 0, "dataset captions": "400 rows at 60.000000%, contents ab", "dataset points": "50 rows at 40.000000%, contents c"},
+    step=40, failed={"points": {"failed to decode": 2}},
+    fingerprint={"seed": 0, "dataset captions": "400 rows at 60.000000%, contents ab",
+                 "dataset points": "50 rows at 40.000000%, contents c"},
     stream=dict(taken=dict(captions=70, points=30), bad={"points": {"malformed <JSON>": 3}}, skipped={}),
     config=dict(stage="pretrain", steps=50, data=["a.jsonl"], seed=0, freeze=[]))
 
@@ -120,7 +122,8 @@ def test_mixture_configuration_and_what_was_left_out(tmp_path):
     folder = write_run(tmp_path / "a <b> run", [3.0, 2.0, 1.0], STATE)
     page = page_of(folder, out=tmp_path / "page.html")
     rows = rows_of(page)
-    assert ["captions", "60.00%", "70.00%", "70", "0.17"] in rows and ["points", "40.00%", "30.00%", "30", "0.60"] in rows
+    assert ["captions", "60.00%", "70.00%", "70", "0.17"] in rows
+    assert ["points", "40.00%", "30.00%", "30", "0.60"] in rows
     assert ["points", "malformed <JSON>", "3"] in rows and ["points", "failed to decode", "2"] in rows
     assert ["steps", "50", "32000"] in rows and ["data", "a.jsonl", "none"] in rows
     assert ["seed", "0", ""] in rows and ["freeze", "none", ""] in rows  # as by default
@@ -162,11 +165,15 @@ def test_many_pictures_are_spread_over_the_run_and_fit(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium (Debian package chromium)")
 def test_in_a_browser_one_picture_is_seen_and_no_script_fails(tmp_path):
-    page_of(write_run(tmp_path / "run", [2.0, 1.0], STATE, samples=3), out=tmp_path / "page.html")
+    page = page_of(write_run(tmp_path / "run", [2.0, 1.0], STATE, samples=3), out=tmp_path / "page.html")
+    look = "[...document.querySelectorAll('.samples figure')].map(figure => figure.offsetHeight > 99)"
+    (tmp_path / "page.html").write_text(f"{page}<script>document.body.dataset.before = {look}\n"
+                                        "const slider = document.querySelector('.samples input'); slider.value = 0\n"
+                                        f"slider.oninput(); document.body.dataset.after = {look}</script>")
     seen = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
          f"--user-data-dir={tmp_path}", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
-    assert re.findall(r"<figure( hidden=\"\")?><img", seen.stdout) == [' hidden=""', ' hidden=""', ""]
+    assert 'data-before="false,false,true"' in seen.stdout and 'data-after="true,false,false"' in seen.stdout
     assert "CONSOLE" not in seen.stderr
 
 
@@ -230,7 +237,7 @@ def test_tensorboard_gets_the_numbers_or_is_asked_for(tmp_path, monkeypatch):
     log.write(step=1, loss=2.0, bad={})
     log.write(step=1, eval=dict(hit=0.5))
     assert written == [(str(tmp_path / "tensorboard"), 1), ("step", 1, 1), ("loss", 2.0, 1), ("hit", 0.5, 1)]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     with pytest.raises(UserError, match="--log_to tensorboard: that package is not installed"):
         parse(Config(), PRESETS, ["--log_to", "tensorboard"])
 
@@ -240,16 +247,18 @@ def test_tensorboard_gets_the_numbers_or_is_asked_for(tmp_path, monkeypatch):
 def test_refused_records_come_first_and_videos_are_strips(tmp_path, monkeypatch, capsys):
     picture(tmp_path / "a.png", "red")
     video(tmp_path / "v.mp4")
-    good = dict(image="a.png", annotations=[dict(task="image_pointing", label="dot", points=[dict(x=0.5, y=0.5, id=0)])])
+    dot = dict(task="image_pointing", label="dot", points=[dict(x=0.5, y=0.5, id=0)])
+    good = dict(image="a.png", annotations=[dot])
     film = dict(video="v.mp4", annotations=[dict(task="video_caption", answer="It moves.")])
-    write_lines(tmp_path / "my.jsonl", [good, good, film, "{", dict(good, image="no <b>.png"), good])
-    command(monkeypatch, tmp_path / "my.jsonl", "--show", "5", "--out", tmp_path / "data.html")
+    write_lines(tmp_path / "my.jsonl", [good, good, film, "{", dict(good, image="no <b>.png"), good,
+                                        dict(annotations=[dict(task="text", prompt="?", answer=words(3000))])])
+    command(monkeypatch, tmp_path / "my.jsonl", "--show", "3", "--out", tmp_path / "data.html")
     page = (tmp_path / "data.html").read_text()
-    links = re.findall(r'<li( class=bad)?><a href="#([^"]*)">', page)
-    assert [(bool(bad), int(where.rpartition(":")[2])) for bad, where in links] == [
-        (True, 4), (True, 5), (False, 1), (False, 2), (False, 3)]
-    assert [f'id="{where}"' in page for _, where in links] == [True] * 5
-    assert page.count('<div class="strip">') == 1 and "<b>" not in page and "6 records, 2 of them refused" in page
+    links = re.findall(r'<li><a href="#([^"]*)">[^<]*</a>: (<span class=bad>)?', page)
+    assert [(int(where.rpartition(":")[2]), bool(bad)) for where, bad in links] == [
+        (4, True), (5, True), (7, True), (1, False), (2, False), (3, False)]
+    assert all(f'id="{where}"' in page for where, _ in links)
+    assert page.count('<div class="strip">') == 1 and "<b>" not in page and "4 records to train on, 3 others" in page and "left out" in page
     rows = rows_of(page)
     assert ["image", "3"] in rows and ["video", "1"] in rows and ["image_pointing", "3"] in rows
     assert ["points", "0", "1", "1", ""] in rows

@@ -12,9 +12,11 @@ STYLE = """<!doctype html><html lang="en"><meta charset="utf-8">
   :root {--line: #555; --bad: #ff8080; --c0: #78abff; --c1: #ffa25c; --c2: #58cf92; --c3: #c79bff}}
 .c0 {color: var(--c0)} .c1 {color: var(--c1)} .c2 {color: var(--c2)} .c3 {color: var(--c3)} .bad {color: var(--bad)}
 body {font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1250px; padding: 0 1em; overflow-wrap: anywhere}
-table {border-collapse: collapse; margin: 1em 0} tr {border-bottom: 1px solid var(--line)}
-th, td {padding: 2px 1em 2px 0; text-align: left; vertical-align: top} li {margin-left: 1em}
+table {display: block; overflow-x: auto; border-collapse: collapse; margin: 1em 0; overflow-wrap: break-word}
+tr {border-bottom: 1px solid var(--line)} th, td {padding: 2px 1em 2px 0; text-align: left; vertical-align: top}
+@media (max-width: 600px) {th, td {font-size: 12px; padding-right: .6em}}
 figure {display: inline-block; margin: 2px; font-size: 11px; text-align: center} img, input {max-width: 100%}
+[hidden] {display: none !important}
 .strip {overflow-x: auto; white-space: nowrap}
 .tokens {font: 13px/1.9 monospace; padding: 4px 8px; white-space: pre-wrap; margin: 2px 0; color: #111}
 .plots {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 1em}

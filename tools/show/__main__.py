@@ -2,7 +2,7 @@
 Show data: is every record usable, and what will the model see of it. Show runs: their curves, samples and data.
 
     python -m tools.show data/my.jsonl              # plans every record and says what is wrong with which
-    python -m tools.show data/my.jsonl --show 8     # and writes data.html, an index and eight records, bad ones first
+    python -m tools.show data/my.jsonl --show 8     # and writes data.html: what is in it, bad records, eight good ones
     python -m tools.show out/small/sft              # writes report.html into the folder of that run
     python -m tools.show out/small/pretrain out/small/sft     # several over each other: runs.html
 
@@ -202,30 +202,34 @@ def index_html(dataset, sizes, limits):
     boxes = []
     counts, edges = np.histogram(tokens, 10)
     for n, low, high in zip(counts, edges, edges[1:]):
-        boxes.append((f"{low:.0f} to {high:.0f}", "\u2588" * round(20 * n / max(counts)), n))
+        boxes.append((f"{low:.0f} to {high:.0f}", "\u2588" * round(12 * n / max(counts)), n))
     return (table(("media, tasks", "records, annotations"), found.items())
-            + table(("of a record", "least", "middle", "most", "middle as a share of the limit"), rows)
+            + table(("of a record", "least", "middle", "most", "middle of limit"), rows)
             + table(("tokens", "", "records"), boxes))
 
 
 def write_page(checked, planner, n, out):
-    """An index of each dataset, n records of it as the model will see them, refused ones first, then how these pack.
-    checked: [(dataset, what `check` returned)]."""
+    """An index of each dataset, and n records of it as the model will see them, after as many that cannot be used;
+    then how they pack. checked: [(dataset, what `check` returned)]."""
     page = [STYLE, f"<h1>{html.escape(', '.join(dataset.name for dataset, _, _ in checked))}</h1>"]
     page.append("<p>Grey: the trunk, which every branch sees. A colour per branch. Underlined in red: trained on, "
                 "the thicker the heavier. Lines over an image: what is pooled into one token.</p>")
     packed = []
     for dataset, sizes, refused in checked:
-        page.append(f"<h2>{html.escape(dataset.name)}: {len(dataset):,} records, {len(refused):,} of them refused</h2>")
-        if sizes:
+        usable = [i for i in range(len(dataset)) if dataset.line(i)[2] in sizes]
+        others = sorted(set(range(len(dataset))) - set(usable))
+        page.append(f"<h2>{html.escape(dataset.name)}: {len(usable):,} records to train on, {len(others):,} others</h2>")
+        if usable:
             page.append(index_html(dataset, sizes, (planner.seq_len, planner.max_crops)))
-        chosen = sorted(range(len(dataset)), key=lambda i: dataset.line(i)[2] in sizes)[:n]
+        page.append("<ul>")
         sections = []
-        for i in chosen:
+        for i in others[:n] + usable[:n]:
             line, folder, where = dataset.line(i)
             name = html.escape(where)
-            told = "{} tokens, {} crops".format(*sizes[where]) if where in sizes else refused.get(where, "all left out")
-            page.append(f'<li{"" if where in sizes else " class=bad"}><a href="#{name}">{name}</a>: {html.escape(told)}')
+            told = f"<span class=bad>{html.escape(refused.get(where, 'all of it is left out'))}</span>"
+            if where in sizes:
+                told = "{} tokens, {} crops".format(*sizes[where])
+            page.append(f'<li><a href="#{name}">{name}</a>: {told}')
             sections.append(f'<h2 id="{name}">{name}</h2>')
             try:
                 record = parse_record(line)
@@ -242,7 +246,7 @@ def write_page(checked, planner, n, out):
                 sections.append(f"<p>{plan.n_tokens} tokens, {plan.n_crops} crops, {trained} trained on</p>")
                 sections.append(tokens_html(plan, planner.tokenizer))
             packed += plans
-        page += sections
+        page += ["</ul>", *sections]
     page.append(packed_html(packed, planner))
     with open(out, "w", encoding="utf-8") as f:
         f.write("\n".join(page))
@@ -293,7 +297,7 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument("data", nargs="+", help="JSONL files, or folders of them; or the folders of runs")
     parser.add_argument("--show", type=int, default=0, metavar="N",
-                        help="write a page with N records of each file, those that cannot be used first")
+                        help="write a page with N records of each file, and N that cannot be used before them")
     parser.add_argument("--out", help="where the page goes [data.html; report.html in the run, runs.html of several]")
     parser.add_argument("--config", default="small", choices=list(PRESETS), help="whose crops and patches [small]")
     parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
@@ -330,7 +334,7 @@ def main():
     if args.show:
         out = args.out or "data.html"
         write_page(checked, planner, args.show, out)
-        print(f"{out} shows {args.show} records of each")
+        print(f"{out} shows the first {args.show} records of each, and before them those that cannot be used")
 
 
 if __name__ == "__main__":

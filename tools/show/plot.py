@@ -69,7 +69,8 @@ def curves(title, unit, lines, log=False):
         x = across(np.array(line.x, float))
         y = up(np.array(line.y, float))
         points = [f"{x[i]:.2f},{y[i]:.2f}" for i in thin(x, y)]
-        out.append(f'<path class="{line.style}" d="M{" L".join(points)}"><title>{html.escape(line.name)}</title></path>')
+        name = html.escape(line.name)
+        out.append(f'<path class="{line.style}" d="M{" L".join(points)}"><title>{name}</title></path>')
         if len(points) < 30:
             out.append(f'<path class="{line.style} dots" d="{"".join(f"M{point}h0" for point in points)}"/>')
     return "".join([*out, "</svg></figure>"])

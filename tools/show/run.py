@@ -69,7 +69,7 @@ def read_run(folder):
                     steps.append(step)
                     values.append(value)
     if any(name.startswith("lr_") for name in series):
-        del series["lr"]  # one of them
+        series.pop("lr", None)  # is one of them
     path = os.path.join(folder, "latest", "train_state", "state.json")
     return Run(folder, series, read_json(path) if os.path.exists(path) else {})
 
@@ -83,7 +83,6 @@ def smooth(values):
 
 
 # ---- the parts of the page ---------------------------------------------------------------------------------
-
 
 def numbers_html(runs):
     """What the log ends with, a column for each run: the means of what is noisy; of evaluations the first value too."""
@@ -102,16 +101,17 @@ def numbers_html(runs):
 
 def curves_html(runs):
     """The curves of the log and of the evaluations: a colour for each run."""
-    evaluations = [name for run in runs for name in run.series if name.startswith("eval ")]
+    names = dict.fromkeys(name for run in runs for name in run.series if name.startswith("eval "))
     out = []
-    for title, unit, log, fields in PANELS + [(name, "score", False, {name: ""}) for name in dict.fromkeys(evaluations)]:
+    for title, unit, log, fields in PANELS + [(name, "score", False, {name: ""}) for name in names]:
         lines = []
         for k, run in enumerate(runs):
-            for field in fields.keys() & run.series.keys():
-                line = Line(f"{run.folder} {field}", f"c{k % 4} {fields[field]}", *run.series[field])
-                lines.append(line)
-                if fields[field] == "raw":
-                    lines.append(line._replace(name=f"{line.name}, mean", style=f"c{k % 4}", y=smooth(line.y)))
+            for field, style in fields.items():
+                if field in run.series:
+                    line = Line(f"{run.folder} {field}", f"c{k % 4} {style}", *run.series[field])
+                    lines.append(line)
+                    if style == "raw":
+                        lines.append(line._replace(name=f"{line.name}, mean", style=f"c{k % 4}", y=smooth(line.y)))
         if any(len(line.x) > 1 for line in lines):
             out.append(curves(title, unit, lines, log))
     return f'<div class="plots">{"".join(out)}</div>'
@@ -125,8 +125,9 @@ def samples_html(run, room):
         return ""
     n = min(len(paths), max(room // len(show(paths[-1])), 1))
     chosen = sorted(np.linspace(len(paths) - 1, 0, n).astype(int))  # the last is always one
+    hidden = " hidden" if n == 1 else ""
     return (f'<h3>Answers about held-out images: {n} of {len(paths)} evaluations</h3><div class="samples">'
-            f'<input type="range" aria-label="evaluation" max="{n - 1}" value="{n - 1}"><br>'
+            f'<input type="range" aria-label="evaluation" max="{n - 1}" value="{n - 1}"{hidden}><br>'
             f'{"".join(show(paths[k]) for k in chosen)}</div>')
 
 
