@@ -218,7 +218,8 @@ def write_page(checked, planner, n, out):
     for dataset, sizes, refused in checked:
         usable = [i for i in range(len(dataset)) if dataset.line(i)[2] in sizes]
         others = sorted(set(range(len(dataset))) - set(usable))
-        page.append(f"<h2>{html.escape(dataset.name)}: {len(usable):,} records to train on, {len(others):,} others</h2>")
+        name = html.escape(dataset.name)
+        page.append(f"<h2>{name}: {len(usable):,} records to train on, {len(others):,} others</h2>")
         if usable:
             page.append(index_html(dataset, sizes, (planner.seq_len, planner.max_crops)))
         page.append("<ul>")
