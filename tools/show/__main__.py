@@ -294,8 +294,8 @@ def has_video(dataset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m tools.show", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", help="JSONL files, or folders of them; or the folders of runs")
     parser.add_argument("--show", type=int, default=0, metavar="N",
                         help="write a page with N records of each file, and N that cannot be used before them")
