@@ -54,7 +54,7 @@ def values_of(figure, style):
     """The points of a line, read off as a person would: by the ticks of the axes. [(step, value)]"""
     number = lambda text: float(text.replace(",", ""))
     ticks = re.findall(r'd="M([\d.]+),20V190"/><text[^>]*>([^<]*)<', figure)
-    levels = re.findall(r'd="M56,([\d.]+)H380"/><text[^>]*>([^<]*)<', figure)
+    levels = re.findall(r'd="M62,([\d.]+)H380"/><text[^>]*>([^<]*)<', figure)
     x0, x1 = (float(ticks[k][0]) for k in (0, -1))
     y0, y1 = (float(levels[k][0]) for k in (0, -1))
     step0, step1 = (number(ticks[k][1]) for k in (0, -1))
@@ -217,6 +217,7 @@ def test_training_writes_the_page(tmp_path, world):
         assert [row[f"lr_{part}"] for row in log] == pytest.approx(rates)
     content = (tmp_path / page).read_text()
     assert figure(content, "Learning rates") and ["step", "3"] in rows_of(content) and "train_loss" in content
+    assert "Mixture, after 3 steps" in content  # of the last checkpoint: the page is written once more after it
     _, text = run(tmp_path, *flags, "--no-report", "--out", "none")
     assert "report.html" not in text and not os.path.exists(tmp_path / "none/small/pretrain/report.html")
 

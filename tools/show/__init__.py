@@ -21,9 +21,10 @@ figure {display: inline-block; margin: 2px; font-size: 11px; text-align: center}
 .tokens {font: 13px/1.9 monospace; padding: 4px 8px; white-space: pre-wrap; margin: 2px 0; color: #111}
 .plots {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 1em}
 .plots figure {margin: 0; font-size: 13px; text-align: left; break-inside: avoid}
-svg {width: 100%; font: 11px sans-serif; fill: currentColor} path {fill: none; stroke: currentColor; stroke-width: 1.6}
-.grid {color: var(--line); stroke-width: 1} .raw {stroke-width: 1; opacity: .35} .line1 {stroke-dasharray: 7 4}
-.line2 {stroke-dasharray: 2 3} .dots {stroke-width: 5; stroke-linecap: round}</style>"""
+svg {width: 100%; overflow: visible; font: 11px sans-serif; fill: currentColor}
+path {fill: none; stroke: currentColor; stroke-width: 1.6} .dots {stroke-width: 5; stroke-linecap: round}
+.grid {color: var(--line); stroke-width: 1} .raw {stroke-width: 1; opacity: .35}
+.line1 {stroke-dasharray: 7 4} .line2 {stroke-dasharray: 2 3}</style>"""
 
 
 def table(head, rows):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEFT, RIGHT, TOP, BOTTOM = 56, 380, 20, 190  # ends of the axes, in pixels of a figure of 400 x 230
+LEFT, RIGHT, TOP, BOTTOM = 62, 380, 20, 190  # ends of the axes, in pixels of a figure of 400 x 230
 
 
 class Line(NamedTuple):
