@@ -27,6 +27,7 @@ Where to look, in the order in which data passes:
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -51,6 +52,7 @@ from lib.errors import BadRecord, UserError
 from lib.records import BadRecords
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import Molmo2, PRESETS as MODELS, empty_model
+from tools.show.run import report_on
 
 
 # ---- configuration: one flat dataclass, from which the flags are made ----------------------------------------------
@@ -104,6 +106,8 @@ class Config:
     lora_parts: tuple = flag(("decoder", "connector"), "parts whose linear layers get adapters: decoder connector vit")
     save_every: int = flag(500, "steps between checkpoints; the last step is always saved")
     keep: int = flag(3, "newest checkpoints to keep; earlier ones are deleted. 0 = keep all")
+    report: bool = flag(True, "at each evaluation write report.html, a page with curves and samples (tools.show RUN)")
+    log_to: str = flag("none", "tensorboard: write what log.jsonl gets there too, if that package is installed")
     eval_every: int = flag(1000, "steps between evaluations; the last step is always evaluated")
     eval_scenes: int = flag(320, "held-out toy scenes to ask about at the end; a quarter of them in between")
     eval_clips: int = flag(0, "records of the toy world's held-out clips, tracks and pairs to ask about, likewise")
@@ -150,7 +154,7 @@ def lora_recipe(config):
 
 CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released"),
                point_format=("auto", "spec", "released"), optimizer=("adamw", "muon"),
-               device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "fp32", "bf16"),
+               device=("auto", "cpu", "cuda", "mps"), dtype=("auto", "fp32", "bf16"), log_to=("none", "tensorboard"),
                freeze=("vit", "connector", "decoder", "embedding", "none"), lora_parts=("vit", "connector", "decoder"))
 
 
@@ -213,6 +217,9 @@ def check_config(cfg):
     if not cfg.data and not cfg.dry_run:
         raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
                         "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
+    if cfg.log_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--log_to tensorboard: that package is not installed; install it, or leave --log_to away and "
+                        "open report.html in the folder of the run")
     if cfg.device == "cuda" and not cfg.dry_run and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
 
@@ -308,7 +315,8 @@ def make_optimizers(model, cfg):
             share = 1.0 if optimizer == cfg.optimizer else cfg.adam_share  # AdamW beside Muon takes smaller steps
             peak = getattr(cfg, f"lr_{part}") * share
             if params:
-                groups[optimizer].append(dict(params=params, peak=peak, warmup=getattr(cfg, f"warmup_{part}")))
+                groups[optimizer].append(dict(params=params, part=part, peak=peak,
+                                              warmup=getattr(cfg, f"warmup_{part}")))
     optimizers = []
     if groups["adamw"]:
         fused = all(p.is_cuda for p in names) or None  # None: as PyTorch likes
@@ -499,7 +507,7 @@ def train(cfg, defaults, stop, cache_features=None):
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
     cfg.steps = world.on_main(lambda: count_steps(cfg, stream, mixture, missing))
-    log = Log(os.path.join(run, "log.jsonl"), step, world.is_main)
+    log = Log(os.path.join(run, "log.jsonl"), step, world.is_main, cfg.log_to)
     bad = BadRecords(Log(os.path.join(run, "bad_rows.jsonl"), step, world.is_main), saved["failed"])
     saver = distributed.Saver(run, world, step, cfg.keep)
     progress = Progress(cfg.steps, step, world)
@@ -507,6 +515,7 @@ def train(cfg, defaults, stop, cache_features=None):
     save = lambda: saver.save(step, model, tokenizer, optimizers, names, dict(
         step=step, stream=state, fingerprint=stream.fingerprint(), failed=bad.failed, threads=torch.get_num_threads(),
         config=dataclasses.asdict(cfg)))
+    write_page = lambda: report_on(run, {cfg.stage: defaults}) if cfg.report and world.is_main else None
     skipped, unstable = 0, []  # steps left out; where the records of the last ones in a row are
     before = {}                # scores before the first step
     if cfg.eval_first and step == 0:
@@ -514,6 +523,7 @@ def train(cfg, defaults, stop, cache_features=None):
             before = evaluate(cfg, model, planner, held_out, 0, run, losses, world)
         if before:
             log.write(step=0, eval=before)
+            write_page()
     model.train()
 
     while step < cfg.steps:
@@ -557,9 +567,11 @@ def train(cfg, defaults, stop, cache_features=None):
         # To read loss and norms, all at once, is the only time that this process waits for a GPU.
         loss, *norms = torch.stack([loss, *clip_gradients(model, cfg.clip)]).tolist()
         finite = all(map(math.isfinite, [loss, *norms]))
+        learning_rates = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, cfg.steps, group["warmup"], cfg.lr_end)
+                learning_rates[f"lr_{group['part']}"] = group["lr"]  # Muon's, where a part has both
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -574,7 +586,7 @@ def train(cfg, defaults, stop, cache_features=None):
         seconds = time.time() - tick
         rates = throughput(cfg, reports, world, seconds, bf16)
         log.write(step=step, loss=loss, lr=optimizers[0].param_groups[-1]["lr"], grad_norm=math.hypot(*norms),
-                  **rates, skipped=skipped, bad=bad.counts(state))
+                  **learning_rates, **rates, skipped=skipped, bad=bad.counts(state))
         progress.show(step, loss, rates["tokens_per_s"], seconds)
         world.heartbeat.step = step
 
@@ -585,6 +597,7 @@ def train(cfg, defaults, stop, cache_features=None):
                 scores = evaluate(cfg, model, planner, held_out, step, run, losses, world)
                 log.write(step=step, eval=scores)
                 progress.scores(step, before, scores)
+                write_page()
         if last or step % cfg.save_every == 0:
             save()
         # All ranks stop in the same step, or one would wait for the others in the next.
@@ -595,6 +608,7 @@ def train(cfg, defaults, stop, cache_features=None):
     if step > saver.step:
         save()
     saver.finish()
+    write_page()
     world.close()
     progress.end(run, step, state, bad)
     return run if world.is_main and step == cfg.steps else None

@@ -486,7 +486,7 @@ def check_init_from(folders, rank=0):
 
 # fields of the Config that do not change what is learned, so that a resumed run may have other values
 MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
-              "max_bad", "keep", "device", "compile", "recompute", "cp", "micro_batch")
+              "max_bad", "keep", "report", "log_to", "device", "compile", "recompute", "cp", "micro_batch")
 
 
 def check_resume(run, cfg):
@@ -771,10 +771,11 @@ def show_config(cfg, defaults):
 
 class Log:
     """A file of one JSON object a line. A resumed run drops what came after its checkpoint, so no step appears
-    twice. Ranks other than 0 write into the void."""
+    twice. Ranks other than 0 write into the void. to: "tensorboard" gets the numbers too."""
 
-    def __init__(self, path, last_step, is_main=True):
+    def __init__(self, path, last_step, is_main=True, to="none"):
         self.path = path
+        self.board = None
         self.kept = []  # lines up to `last_step`
         if not is_main:
             self.file = open(os.devnull, "w")
@@ -789,10 +790,18 @@ class Log:
             f.writelines(self.kept)
         os.replace(path + ".tmp", path)
         self.file = open(path, "a")
+        if to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(os.path.join(os.path.dirname(path), to), purge_step=last_step + 1)
 
     def write(self, **fields):
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
+        if self.board:
+            for name, value in fields.get("eval", fields).items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, fields["step"])
+            self.board.flush()
 
 
 class Progress:
@@ -835,6 +844,8 @@ class Progress:
             self.world.print(f"not used, by dataset: {bad.counts(state)}, {bad.log.path} lists them; "
                              f"left out: {state['skipped']}")
         minutes = (time.time() - self.began) / 60
-        self.world.print(f"{minutes:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}")
+        page = os.path.join(run, "report.html")
+        curves = f"; curves and samples in {page}" if os.path.exists(page) else ""
+        self.world.print(f"{minutes:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}{curves}")
         if step < self.steps:
             self.world.print(f"stopped by a signal after step {step}; --resume goes on")

@@ -1,18 +1,19 @@
 """
-Show data: is every record usable, and what will the model see of it.
+Show data: is every record usable, and what will the model see of it. Show runs: their curves, samples and data.
 
     python -m tools.show data/my.jsonl              # plans every record and says what is wrong with which
-    python -m tools.show data/my.jsonl --show 8     # and writes data.html, a page with the first eight
+    python -m tools.show data/my.jsonl --show 8     # and writes data.html: what is in it, bad records, eight good ones
+    python -m tools.show out/small/sft              # writes report.html into the folder of that run
+    python -m tools.show out/small/pretrain out/small/sft     # several over each other: runs.html
 
-It judges as training would: with the tokens, crops and frames of --config and --stage.
+It judges data as training would: with the tokens, crops and frames of --config and --stage.
 """
 import argparse
-import base64
 import html
-import io
 import os
 import random
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -24,16 +25,12 @@ import sft
 from data import Packer, Planner, Stream, find_datasets
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.media import load_crops
-from lib.records import AT_FRAME, count, parse_record
+from lib.records import AT_FRAME, count, media_kind, parse_record
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
 from sample import bounded
-
-
-STYLE = """<meta charset="utf-8"><style>body {font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 1250px}
-figure {display: inline-block; margin: 2px; font-size: 11px; text-align: center}
-.tokens {font: 13px/1.9 monospace; padding: 4px 8px; white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0}
-.bad {color: #c00} td {padding: 0 1em 0 0}</style>"""
+from tools.show import STYLE, image_tag, table
+from tools.show.run import run_folder, write_report
 
 
 def colour_of(k, saturation, lightness):
@@ -42,17 +39,6 @@ def colour_of(k, saturation, lightness):
 
 
 # ---- images ------------------------------------------------------------------------------------------------
-
-def image_tag(image, title=""):
-    """An <img> that carries its data, so that the page is one file. image: PIL."""
-    scale = max(1, 192 // max(image.size))
-    kind = "png" if image.mode == "L" else "jpeg"
-    file = io.BytesIO()
-    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(file, kind)
-    data = base64.b64encode(file.getvalue()).decode()
-    return (f'<figure><img src="data:image/{kind};base64,{data}"><figcaption>{html.escape(title)}</figcaption>'
-            "</figure>")
-
 
 def draw_crop(patches, n, patch, window, points=()):
     """A crop as the model gets it, a grid around what is pooled into one token, and points: [(annotation, point)].
@@ -119,7 +105,7 @@ def media_html(plan, record, cfg):
         name = html.escape(os.path.basename(path))
         out.append(f"<p>{name}: {len(crops)} crops, {len(layout.pool)} visual tokens</p>")
         if layout.times:
-            out += frames_html(layout, crops, n, cfg.patch, points)
+            out += ['<div class="strip">', *frames_html(layout, crops, n, cfg.patch, points), "</div>"]
         else:
             image_points = [(a, p) for a, p in points if p.get("image", 0) == k]
             out += crops_html(layout, crops, n, cfg.patch, image_points)
@@ -197,39 +183,81 @@ def packed_html(plans, planner):
             "another (across):</p>" + image_tag(mask_image(fullest, planner.cfg.vocab)))
 
 
-def write_page(datasets, planner, n, out):
-    """The first n records of each dataset as the model will see them, then how they pack."""
-    page = [STYLE, f"<h1>{html.escape(', '.join(dataset.name for dataset in datasets))}</h1>"]
+def index_html(dataset, sizes, limits):
+    """What is in a file. sizes: {file:line: (tokens, crops)} of the records that can be used; limits: of a sequence."""
+    found = Counter()  # media and tasks
+    points = []        # of each record
+    for i in range(len(dataset)):
+        line, _, where = dataset.line(i)
+        if where in sizes:
+            record = parse_record(line)
+            tasks = [annotation["task"] for annotation in record["annotations"]]
+            found.update([media_kind(record) or "no media", *tasks])
+            points.append(sum(len(annotation.get("points", ())) for annotation in record["annotations"]))
+    tokens, crops = zip(*sizes.values())
+    rows = []
+    for name, values, limit in (("tokens", tokens, limits[0]), ("crops", crops, limits[1]), ("points", points, None)):
+        middle = int(np.median(values))
+        rows.append((name, min(values), middle, max(values), f"{middle / limit:.0%} of {limit}" if limit else ""))
+    boxes = []
+    counts, edges = np.histogram(tokens, 10)
+    for n, low, high in zip(counts, edges, edges[1:]):
+        boxes.append((f"{low:.0f} to {high:.0f}", "\u2588" * round(12 * n / max(counts)), n))
+    return (table(("media, tasks", "records, annotations"), found.items())
+            + table(("of a record", "least", "middle", "most", "middle of limit"), rows)
+            + table(("tokens", "", "records"), boxes))
+
+
+def write_page(checked, planner, n, out):
+    """An index of each dataset, and n records of it as the model will see them, after as many that cannot be used;
+    then how they pack. checked: [(dataset, what `check` returned)]."""
+    page = [STYLE, f"<h1>{html.escape(', '.join(dataset.name for dataset, _, _ in checked))}</h1>"]
     page.append("<p>Grey: the trunk, which every branch sees. A colour per branch. Underlined in red: trained on, "
                 "the thicker the heavier. Lines over an image: what is pooled into one token.</p>")
-    shown = []
-    for dataset in datasets:
-        for i in range(min(n, len(dataset))):
+    packed = []
+    for dataset, sizes, refused in checked:
+        usable = [i for i in range(len(dataset)) if dataset.line(i)[2] in sizes]
+        others = sorted(set(range(len(dataset))) - set(usable))
+        name = html.escape(dataset.name)
+        page.append(f"<h2>{name}: {len(usable):,} records to train on, {len(others):,} others</h2>")
+        if usable:
+            page.append(index_html(dataset, sizes, (planner.seq_len, planner.max_crops)))
+        page.append("<ul>")
+        sections = []
+        for i in others[:n] + usable[:n]:
             line, folder, where = dataset.line(i)
-            page.append(f"<h2>{html.escape(where)}</h2>")
+            name = html.escape(where)
+            told = f"<span class=bad>{html.escape(refused.get(where, 'all of it is left out'))}</span>"
+            if where in sizes:
+                told = "{} tokens, {} crops".format(*sizes[where])
+            page.append(f'<li><a href="#{name}">{name}</a>: {told}')
+            sections.append(f'<h2 id="{name}">{name}</h2>')
             try:
                 record = parse_record(line)
                 plans, left_out = planner.plan(record, folder, random.Random(i))
                 if plans:
-                    page.append(media_html(plans[0], record, planner.cfg))
+                    sections.append(media_html(plans[0], record, planner.cfg))
             except (BadRecord, BadMedia) as e:
-                page.append(f'<p class="bad">{html.escape(str(e))}</p>')
+                sections.append(f'<p class="bad">{html.escape(str(e))}</p>')
                 continue
             for reason in left_out:
-                page.append(f'<p class="bad">left out: {html.escape(reason)}</p>')
+                sections.append(f'<p class="bad">left out: {html.escape(reason)}</p>')
             for plan in plans:
                 trained = int((plan.weights > 0).sum())
-                page.append(f"<p>{plan.n_tokens} tokens, {plan.n_crops} crops, {trained} trained on</p>")
-                page.append(tokens_html(plan, planner.tokenizer))
-            shown += plans
-    page.append(packed_html(shown, planner))
+                sections.append(f"<p>{plan.n_tokens} tokens, {plan.n_crops} crops, {trained} trained on</p>")
+                sections.append(tokens_html(plan, planner.tokenizer))
+            packed += plans
+        page += ["</ul>", *sections]
+    page.append(packed_html(packed, planner))
     with open(out, "w", encoding="utf-8") as f:
         f.write("\n".join(page))
 
 
 def check(dataset, planner):
-    """Plan every record of a dataset; print the first five of each kind that cannot be used, and the counts."""
+    """Plan every record of a dataset; print the first five of each kind that cannot be used, and the counts. Returns
+    {file:line: (tokens, crops)} of those that can be used, {file:line: what is wrong} of the others."""
     stream = Stream([(dataset, 1.0)], planner, 0)
+    sizes, refused = {}, {}
     examples = 0
     counts = {"bad": {}, "left out": {}}  # {reason: n}
     for k in range(len(dataset)):
@@ -239,13 +267,19 @@ def check(dataset, planner):
             count(counts, "bad", e.reason)
             if counts["bad"][e.reason] <= 5:
                 print(e)
+            where, _, detail = e.detail.partition(": ")
+            refused[where] = f"{e.reason}: {detail}"
             continue
         examples += len(plans)
         for reason in left_out:
             count(counts, "left out", reason)
+        for plan in plans:
+            tokens, crops = sizes.get(plan.where, (0, 0))
+            sizes[plan.where] = tokens + plan.n_tokens, crops + plan.n_crops
     print(f"{dataset.name}: {len(dataset)} records, {examples} examples, "
           f"records not used: {counts['bad'] or 'none'}, annotations or points left out or moved: "
           f"{counts['left out'] or 'none'}")
+    return sizes, refused
 
 
 STAGES = dict(pretrain=(pretrain.Config(), pretrain.PRESETS), sft=(sft.DEFAULTS, sft.PRESETS),
@@ -260,12 +294,12 @@ def has_video(dataset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("data", nargs="+", help="JSONL files, or folders of them")
+    parser = argparse.ArgumentParser("python -m tools.show", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="JSONL files, or folders of them; or the folders of runs")
     parser.add_argument("--show", type=int, default=0, metavar="N",
-                        help="write a page with the first N records of each file")
-    parser.add_argument("--out", default="data.html", help="where the page goes [data.html]")
+                        help="write a page with N records of each file, and N that cannot be used before them")
+    parser.add_argument("--out", help="where the page goes [data.html; report.html in the run, runs.html of several]")
     parser.add_argument("--config", default="small", choices=list(PRESETS), help="whose crops and patches [small]")
     parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
     parser.add_argument("--stage", choices=list(STAGES), help="whose limits [sft of videos, else pretrain]")
@@ -273,7 +307,16 @@ def main():
         parser.add_argument(f"--{name}", type=bounded(int, 0), help=f"{text} [as the stage]")
     args = parser.parse_args()
     cfg = PRESETS[args.config]
+    runs = list(map(run_folder, args.data))
     try:
+        if any(runs):
+            if not all(runs):
+                raise UserError(f"{args.data[runs.index(None)]}: not a run (there is no log.jsonl); runs and data have "
+                                "pages of their own")
+            out = args.out or (os.path.join(runs[0], "report.html") if len(runs) == 1 else "runs.html")
+            write_report(runs, {stage: defaults for stage, (defaults, _) in STAGES.items()}, out)
+            print(f"{out} shows {', '.join(runs)}")
+            return
         datasets, _ = find_datasets(args.data)
         stage = args.stage or ("sft" if any(map(has_video, datasets)) else "pretrain")
         defaults, presets = STAGES[stage]
@@ -288,11 +331,11 @@ def main():
     except (UserError, OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    for dataset in datasets:
-        check(dataset, planner)
+    checked = [(dataset, *check(dataset, planner)) for dataset in datasets]
     if args.show:
-        write_page(datasets, planner, args.show, args.out)
-        print(f"{args.out} shows the first {args.show} records of each")
+        out = args.out or "data.html"
+        write_page(checked, planner, args.show, out)
+        print(f"{out} shows the first {args.show} records of each, and before them those that cannot be used")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""Curves as inline SVG: steps, values ─► thin: two points a column ─► axis: where they lie, in pixels ─► <path>."""
+import html
+from math import ceil, floor, log10
+from typing import NamedTuple
+
+import numpy as np
+
+LEFT, RIGHT, TOP, BOTTOM = 62, 380, 20, 190  # ends of the axes, in pixels of a figure of 400 x 230
+
+
+class Line(NamedTuple):
+    name: str
+    style: str  # classes of STYLE: a colour, and how it is drawn
+    x: list     # steps, in order
+    y: list     # finite values
+
+
+def axis(values, begin, end, log=False):
+    """(a function from values to pixels, round values for the ticks). A linear axis goes from 0 to a tick."""
+    low, high = min(values), max(values)
+    scale = np.log10 if log else np.asarray
+    if log:
+        exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
+        digits = (1, 2, 5) if len(exponents) < 4 else (1,)
+        ticks = [digit * 10.0 ** k for k in exponents for digit in digits if low <= digit * 10.0 ** k <= high]
+    else:
+        low = min(low, 0)
+        least = (high - low or 1) / 6  # between two ticks
+        unit = 10.0 ** floor(log10(least))
+        step = next(digit * unit for digit in (1, 2, 5, 10) if digit * unit >= least)
+        ticks = [k * step for k in range(floor(low / step), ceil(high / step) + 1)]
+        low, high = ticks[0], ticks[-1]
+
+    def place(values):
+        return begin + (scale(values) - scale(low)) / (scale(high) - scale(low)) * (end - begin)
+
+    return place, ticks
+
+
+def thin(x, y):
+    """Which points to draw: the lowest and the highest of each half pixel, in their order, and the two ends."""
+    columns = (2 * x).astype(int)
+    order = np.lexsort((y, columns))
+    begins = np.flatnonzero(np.diff(columns[order], prepend=-1))
+    lasts = np.append(begins[1:], len(order)) - 1
+    return np.unique(np.concatenate([[0], order[begins], order[lasts], [len(order) - 1]]))
+
+
+def curves(title, unit, lines, log=False):
+    """A <figure> of some Lines. log: on a logarithmic axis, if they reach over more than a factor of 30."""
+    lows = [min(line.y) for line in lines]
+    highs = [max(line.y) for line in lines]
+    log = log and 0 < 30 * min(lows) < max(highs)
+    across, steps = axis([line.x[-1] for line in lines], LEFT, RIGHT)
+    up, levels = axis([min(lows), max(highs)], BOTTOM, TOP, log)
+    told = [f"{line.name} from {line.y[0]:.4g} at step {line.x[0]:,} to {line.y[-1]:.4g} at step {line.x[-1]:,}, "
+            f"between {low:.4g} and {high:.4g}" for line, low, high in zip(lines, lows, highs)]
+    out = [f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 400 230" role="img">'
+           f"<title>{html.escape(title)}: {html.escape('; '.join(told))}</title>"]
+    for step in steps:
+        out.append(f'<path class="grid" d="M{across(step):.2f},{TOP}V{BOTTOM}"/>'
+                   f'<text x="{across(step):.2f}" y="{BOTTOM + 15}" text-anchor="middle">{step:,.7g}</text>')
+    for level in levels:
+        out.append(f'<path class="grid" d="M{LEFT},{up(level):.2f}H{RIGHT}"/>'
+                   f'<text x="{LEFT - 5}" y="{up(level) + 4:.1f}" text-anchor="end">{level:,.7g}</text>')
+    out.append(f'<text x="{LEFT}" y="{TOP - 8}">{html.escape(unit)}{", log scale" if log else ""}</text>'
+               f'<text x="{RIGHT}" y="{BOTTOM + 32}" text-anchor="end">optimiser steps</text>')
+    for line in lines:
+        x = across(np.array(line.x, float))
+        y = up(np.array(line.y, float))
+        points = [f"{x[i]:.2f},{y[i]:.2f}" for i in thin(x, y)]
+        name = html.escape(line.name)
+        out.append(f'<path class="{line.style}" d="M{" L".join(points)}"><title>{name}</title></path>')
+        if len(points) < 30:
+            out.append(f'<path class="{line.style} dots" d="{"".join(f"M{point}h0" for point in points)}"/>')
+    return "".join([*out, "</svg></figure>"])
