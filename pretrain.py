@@ -50,9 +50,9 @@ from lib.distributed import (Log, Progress, Report, check_init_from, check_resum
                              start_over, throughput)
 from lib.errors import BadRecord, UserError
 from lib.records import BadRecords
+from lib.report import report_on
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import Molmo2, PRESETS as MODELS, empty_model
-from tools.show.run import report_on
 
 
 # ---- configuration: one flat dataclass, from which the flags are made ----------------------------------------------

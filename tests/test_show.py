@@ -18,7 +18,7 @@ from lib.distributed import Log
 from lib.errors import UserError
 from pretrain import Config, PRESETS, parse
 from tools import show
-from tools.show.run import report_on, smooth, write_report
+from lib.report import report_on, smooth, write_report
 
 RNG = np.random.default_rng(0)
 

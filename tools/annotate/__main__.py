@@ -59,7 +59,7 @@ from lib.tasks import MEDIA, TASKS
 from sample import Chat, bounded, load
 from tools.annotate.review import Reviewer, Work, digest, jpeg, read_records, settled, write_whole
 from tools.prepare.fetch import NetError, is_loopback, patiently
-from tools.show import STYLE
+from lib.page import STYLE
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

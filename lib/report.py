@@ -1,7 +1,7 @@
 """
 The page of a run, or of several over each other. Training writes it at each evaluation.
 
-    log.jsonl ─► curves (plot.py), a table    samples/*.png ─► pictures in the page, under a slider
+    log.jsonl ─► curves, a table    samples/*.png ─► pictures in the page, under a slider
     state.json of the last checkpoint ─► the mixture, what was left out, the configuration
 """
 import glob
@@ -17,9 +17,8 @@ import numpy as np
 from PIL import Image
 
 from lib.media import load_image
+from lib.page import STYLE, Line, curves, image_tag, table
 from lib.weights import read_json
-from tools.show import STYLE, image_tag, table
-from tools.show.plot import Line, curves
 
 PICTURES = 1_200_000  # characters that the sample pictures of a page may take
 

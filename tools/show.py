@@ -25,12 +25,12 @@ import sft
 from data import Packer, Planner, Stream, find_datasets
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.media import load_crops
+from lib.page import STYLE, image_tag, table
 from lib.records import AT_FRAME, count, media_kind, parse_record
+from lib.report import run_folder, write_report
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
 from sample import bounded
-from tools.show import STYLE, image_tag, table
-from tools.show.run import run_folder, write_report
 
 
 def colour_of(k, saturation, lightness):
