@@ -64,7 +64,7 @@ def block_mask(example, branch, vision, block=128):
     reachable = (key(min_branch) == 0) | (key(max_branch) == query(b[..., 0]))  # in the trunk or the query's branch
     some = key_first & (key(last_example) == query(first_example)) & reachable
     some |= key_first.T & (query(last_vision) == key(first_vision))  # the only way to see a later block
-    some |= torch.diag_embed(last_example > 0)  # a token sees itself
+    some |= torch.eye(n, dtype=torch.bool, device=e.device)  # a token sees itself, padding too
     one_branch = (query(min_branch) == key(max_branch)) & (query(max_branch) == key(max_branch))
     trunk_or_that = (key(max_branch) == 0) | one_branch & (key(min_own_branch) == key(max_branch))
     full = key_first & trunk_or_that | query(all_vision) & key(all_vision)

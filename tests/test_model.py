@@ -21,7 +21,7 @@ from model import ChunkedNLL, Molmo2, attend, dense_mask, is_vision
 
 # Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two
 # image tokens, two of text. Rows are queries. Written by hand from the rule; the published code agrees but
-# for the padding query, which there may see everything and here nothing.
+# for the padding query, which there may see everything and here itself.
 MASK = """
 1............
 111..........
@@ -35,7 +35,7 @@ MASK = """
 .......111...
 .......1111..
 .......11111.
-.............
+............1
 """
 
 
@@ -226,7 +226,7 @@ def test_block_mask_is_the_rule():
             return out
         assert torch.equal(listed(got.full_kv_num_blocks, got.full_kv_indices), full), seed
         assert torch.equal(listed(got.kv_num_blocks, got.kv_indices), some & ~full), seed
-        assert allowed_pairs(*rows) == int(dense.sum())
+        assert allowed_pairs(*rows) == int(dense.sum() - (rows[0] == 0).sum())  # padding sees itself
         t = torch.arange(T)
         assert torch.equal(got.mask_mod(1, 0, t[:, None], t[None]), dense[1])
 
@@ -256,6 +256,62 @@ def test_block_mask_of_a_long_row_is_the_rule_in_little_memory():
         b = slow(*row)
         for some in ("kv_num_blocks kv_indices", "full_kv_num_blocks full_kv_indices"):
             assert torch.equal(*(listed(*(getattr(m, name) for name in some.split())) for m in (a, b))), turn
+
+
+def padded_rows(T):
+    """Ids of three sequences: nothing but padding; an example, then padding over whole blocks; no padding."""
+    example, branch = torch.zeros(2, 3, T, dtype=torch.long)
+    vision = torch.zeros(3, T, dtype=torch.bool)
+    example[1, :9] = 1
+    example[2] = 1
+    branch[1:, 5:9] = 1
+    vision[1:, 1:4] = True
+    return example, branch, vision
+
+
+@pytest.mark.parametrize("T", [16, 48, 75])
+def test_no_token_sees_nothing(T):
+    """Padding sees itself and no more, also in rows and blocks that hold nothing else."""
+    example, branch, vision = rows = padded_rows(T)
+    seen = dense_mask(*rows)[:, 0]
+    assert torch.equal(seen[0], torch.eye(T, dtype=torch.bool))
+    assert torch.equal(seen[1, 9:], torch.eye(T, dtype=torch.bool)[9:]) and not seen[1, :9, 9:].any()
+    blocks = block_mask(*rows, 16)
+    assert (blocks.kv_num_blocks + blocks.full_kv_num_blocks >= 1).all()
+    assert blocks.kv_num_blocks[0, 0].tolist() == [1] * -(-T // 16)
+    assert blocks.kv_indices[0, 0, :, 0].tolist() == list(range(-(-T // 16)))
+
+
+def strict(q, k, v, mask):
+    """Attention of a kernel that has no rule of its own for a query that sees nothing: it gives NaN."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("style", ["olmo", "qwen"])
+def test_padding_makes_no_nan_and_is_seen_by_nobody(style):
+    """A NaN in padding would pass through the zero weights of the loss into every gradient. And what real tokens get
+    is the same, bit for bit, whatever padding holds and whether it sees itself."""
+    model = tiny_model(style).train()
+    example, branch, vision = padded_rows(48)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.where(vision, 1024, torch.randint(0, 1024, (3, 48), generator=rng))  # 1024: <image_start>
+    inputs = dict(example=example, branch=branch)
+    real = example > 0
+    loss_of = dict(targets=tokens % 1024, weights=real.float())
+    for block in model.transformer.blocks:
+        block.self_attn.attend = strict
+    loss = model(tokens, **inputs, **loss_of)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+    for block in model.transformer.blocks:
+        block.self_attn.attend = attend
+    with torch.no_grad():
+        want = model(tokens, **inputs)[real]
+        assert torch.equal(model(torch.where(real, tokens, 7), **inputs)[real], want)
+        model.mask = lambda *ids: dense_mask(example, branch, vision) & real[:, None, :, None]  # padding sees nothing
+        assert torch.equal(model(tokens, **inputs)[real], want)
 
 
 def test_flops_are_those_of_the_matrix_products():
