@@ -44,9 +44,9 @@ import ulysses
 from data import (Batches, MIXTURES, Packer, Planner, Stream, collate, decode, find_datasets, mix, show_mixture,
                   to_device)
 from lib import budget, distributed, flex, lora, toy, weights
-from lib.distributed import (Log, Progress, Report, check_init_from, check_resume, check_same_data, check_same_model,
-                             clip_gradients, gather_full_model, make_loader, next_samples, show_config,
-                             start_over, throughput)
+from lib.distributed import (Ahead, Log, Progress, Report, check_init_from, check_resume, check_same_data,
+                             check_same_model, clip_gradients, gather_full_model, make_loader, next_samples,
+                             show_config, start_over, throughput)
 from lib.errors import BadRecord, UserError
 from lib.records import BadRecords
 from lib.text import SMALL_TOKENIZER, Tokenizer
@@ -344,12 +344,24 @@ def make_batches(sequences, micro_batch, n, cfg, seq_len):
     return batches
 
 
-def on_device(model, batch, device):
-    """A batch as `model` takes it, checked before it is copied. From pinned memory a GPU copies while it computes."""
+def prepared(model, batch, device):
+    """A batch as `model` takes it, checked while it is on the CPU. A GPU copies from pinned memory while it computes."""
     batch = model.prepare(**batch)
     if device == "cuda":
         batch = {name: x if x is None else x.pin_memory() for name, x in batch.items()}
-    return to_device(batch, device)
+    return batch
+
+
+def prepare_step(cfg, model, samples, micro_batch, n, world):
+    """All that a step needs before the first kernel runs: ([this rank's part of each micro-batch], its Report).
+    n: sequences of a step, of the rank that has most."""
+    batches = make_batches([sample.decoded for sample in samples], micro_batch, n, model.cfg, cfg.seq_len)
+    flops = 0
+    if world.device != "cpu":
+        flops = sum(budget.step_flops(batch, model.cfg, cfg.freeze) for batch in batches)
+    batches = [ulysses.shard_batch(batch, model.cfg.image_token, world.cp_rank, world.cp) for batch in batches]
+    report = Report(flops).add(samples, batches)
+    return [prepared(model, batch, world.device) for batch in batches], report
 
 
 def held_out_sequences(cfg, planner):
@@ -382,7 +394,7 @@ def held_out_loss(cfg, model, planner, sequences, world):
         batch, = make_batches([decoded], 1, 1, planner.cfg, cfg.seq_len)
         batch = ulysses.shard_batch(batch, planner.cfg.image_token, world.cp_rank, world.cp)
         with torch.no_grad():
-            sums[0] += model(**on_device(model, batch, world.device))
+            sums[0] += model(**to_device(prepared(model, batch, world.device), world.device))
         sums[1] += batch["weights"].sum().to(world.device)
     loss, weight = world.all_reduce_sum(sums).tolist()  # ratio of sums, not a mean of ratios
     return loss / max(weight, 1e-9)
@@ -499,6 +511,8 @@ def train(cfg, defaults, stop, cache_features=None):
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
     cfg.steps = world.on_main(lambda: count_steps(cfg, stream, mixture, missing))
+    ahead = Ahead(lambda: prepare_step(cfg, model, next_samples(loader, rank_sequences), micro_batch, most_sequences,
+                                       world), cfg.steps - step)
     log = Log(os.path.join(run, "log.jsonl"), step, world.is_main)
     bad = BadRecords(Log(os.path.join(run, "bad_rows.jsonl"), step, world.is_main), saved["failed"])
     saver = distributed.Saver(run, world, step, cfg.keep)
@@ -521,19 +535,16 @@ def train(cfg, defaults, stop, cache_features=None):
         # dropout depends on the step and the rank alone, so a resumed run repeats it
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
 
-        # 5. The sequences of this step. The ranks exchange what all must know: W, the loss weight of all sequences,
-        # by which the sum of all losses is divided; where the stream is; who could not use a record or has to stop.
-        samples = None
+        # 5. The sequences of this step, prepared during the one before. The ranks exchange what all must know: W, the
+        # loss weight of all sequences, by which the sum of all losses is divided; where the stream is; who could not
+        # use a record or has to stop.
+        report = None
         with distributed.interruptible(stop, world):
-            samples = next_samples(loader, rank_sequences)
-        if samples is None:
+            batches, report = ahead.get()
+        if report is None:
             break
-        decoded = [sample.decoded for sample in samples]
-        batches = make_batches(decoded, micro_batch, most_sequences, model.cfg, cfg.seq_len)
         wait = time.time() - tick
-        flops = sum(budget.step_flops(b, model.cfg, cfg.freeze) for b in batches) if device != "cpu" else 0
-        batches = [ulysses.shard_batch(b, model.cfg.image_token, world.cp_rank, world.cp) for b in batches]
-        reports = world.all_gather(Report(flops, wait, bool(stop), saver.error).add(samples, batches))
+        reports = world.all_gather(dataclasses.replace(report, wait=wait, stop=bool(stop), error=saver.error))
         data_reports = reports[::world.cp]  # the ranks of a cp group hold parts of the same sequences
         state = data_reports[last_reader].state  # --resume would go on after this step's last sequence
         W = max(sum(report.weight for report in reports), 1e-9)  # where nothing is trained on, the loss is 0
@@ -548,7 +559,7 @@ def train(cfg, defaults, stop, cache_features=None):
         loss = torch.zeros((), device=device)
         for batch in batches:
             with autocast():
-                part_of_loss = model(**on_device(model, batch, device), z_loss=cfg.z_loss) / (W / world.size)
+                part_of_loss = model(**to_device(batch, device), z_loss=cfg.z_loss) / (W / world.size)
             part_of_loss.backward()
             loss += part_of_loss.detach()
         loss = world.all_reduce_sum(loss) / world.size
@@ -592,6 +603,7 @@ def train(cfg, defaults, stop, cache_features=None):
             break
 
     # 10. After a signal save here. Wait for the last checkpoint; print what was left out and what to do next.
+    ahead.close()
     if step > saver.step:
         save()
     saver.finish()
@@ -638,7 +650,7 @@ def main(defaults, presets, argv=None, cache_features=None, example=""):
         if cfg.dry_run:
             dry_run(cfg)
             sys.exit(0)
-        with distributed.stop_signals() as stop:
+        with distributed.stop_signals() as stop, distributed.worker_errors():
             run = train(cfg, defaults, stop, cache_features)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -33,6 +33,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -670,16 +671,63 @@ def make_loader(samples, workers, ahead):
 
 
 def next_samples(loader, n):
-    """[the next n samples]. What goes wrong in a worker becomes one line."""
+    """[the next n samples]. What a worker raises becomes one line."""
     try:
         return [next(loader) for _ in range(n)]
     except ValueError as e:  # raised in a worker, it carries the worker's traceback
         raise UserError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+@contextlib.contextmanager
+def worker_errors():
+    """Make one line of the error about a dead worker. PyTorch raises it in whatever the process is doing then."""
+    try:
+        yield
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
         raise UserError(f"{e}: a process that decodes images died, perhaps for want of memory; --resume "
                         "goes on, --workers 0 decodes in the training process") from None
+
+
+class Ahead:
+    """Results of make(), `n` in all, each made in a thread while the one before is used."""
+
+    def __init__(self, make, n):
+        self.make = make
+        self.left = n       # to be made
+        self.next = None    # Future of the next result
+        self.thread = None  # that makes it
+        self.begin()
+
+    def begin(self):
+        """Begin to make the next result, if there is one."""
+        self.next = Future()
+        if self.left:
+            self.left -= 1
+            # Not a pool's: Python would wait at its end for a thread that waits for data.
+            self.thread = threading.Thread(target=self.run, args=(self.next,), name="ahead", daemon=True)
+            self.thread.start()
+
+    def run(self, future):
+        try:
+            future.set_result(self.make())
+        except BaseException as e:  # for the thread that asks
+            future.set_exception(e)
+
+    def get(self):
+        """The next result; the one after it is begun. What make() raised is raised here."""
+        while not self.next.done():
+            wait([self.next], timeout=0.5)  # a signal that another thread got is noticed between two waits
+        result = self.next.result()
+        self.begin()
+        return result
+
+    def close(self, seconds=2):
+        """Leave the thread some time to finish, after a signal: it may be in the middle of things."""
+        self.left = 0
+        if self.thread:
+            self.thread.join(seconds)
 
 
 def die_with_parent():

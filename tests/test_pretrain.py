@@ -1,11 +1,13 @@
 """The loop: flags, learning, logging, resuming, and the ways in which a run can go wrong."""
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,7 +17,7 @@ from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, ru
 import pretrain
 import sft
 from data import Dataset, Planner, Stream, collate, decode
-from lib import lora
+from lib import distributed, lora
 from lib.errors import UserError
 from lib.records import parse_record
 from pretrain import Config, PRESETS, make_optimizers, next_samples, parse, schedule
@@ -284,11 +286,49 @@ def test_a_worker_that_dies_is_one_line():
     def dies(error):
         raise error
         yield
-    with pytest.raises(UserError, match="--resume goes on"):
+    with pytest.raises(UserError, match="--resume goes on"), distributed.worker_errors():
         next_samples(dies(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), 2)
     with pytest.raises(UserError, match="^none of the first 200 records can be used$"):
         next_samples(dies(ValueError("Caught ValueError in worker 0.\nTraceback\n"
                                   "ValueError: none of the first 200 records can be used")), 2)
+
+
+def test_a_worker_that_dies_during_a_step_is_one_line(tmp_path, world, monkeypatch):
+    """PyTorch says so in whatever the main thread is doing, which is not waiting for data."""
+    write = pretrain.Log.write
+
+    def kill(log, **row):
+        write(log, **row)
+        if row["step"] == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(60)  # until then
+    monkeypatch.setattr(pretrain.Log, "write", kill)
+    code, text = run(tmp_path, *QUICK, "--data", world, "--steps", "9", "--workers", "1", check=False)
+    assert code == 2 and re.search("error: DataLoader worker .*--resume goes on", text), text
+
+
+def test_the_next_step_is_prepared_during_this_one(tmp_path, world, monkeypatch):
+    """A GPU would stand still while images are put side by side, counted and checked. And not more than one is."""
+    steps = 4
+    begun, ready = [], [threading.Event() for _ in range(steps)]
+    prepare, write = pretrain.prepare_step, pretrain.Log.write
+
+    def note(*args):
+        begun.append(1)
+        step = prepare(*args)
+        ready[len(begun) - 1].set()
+        return step
+
+    def wait_for_the_next(log, **row):
+        if "loss" in row:
+            following = min(row["step"] + 1, steps)
+            assert ready[following - 1].wait(60) and len(begun) == following
+        write(log, **row)
+    monkeypatch.setattr(pretrain, "prepare_step", note)
+    monkeypatch.setattr(pretrain.Log, "write", wait_for_the_next)
+    run(tmp_path, *QUICK, "--data", world, "--steps", str(steps))
+    assert len(begun) == steps and list(losses_of(tmp_path)) == [1, 2, 3, 4]
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
 
 
 def test_the_readmes_examples_are_good_rows():
