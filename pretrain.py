@@ -7,6 +7,9 @@ Stage 1, and the one training loop: a vision encoder and a language model learn 
         --init_from weights/OLMo-2-0425-1B weights/siglip2-so400m-patch14-384
     python pretrain.py --resume                                # go on where the last checkpoint was written
 
+On a CPU --resume repeats the losses of a run that was never stopped bit for bit. On CUDA some kernels add up in an
+order that varies, as attention does in its backward pass: there losses repeat to rounding, unless --deterministic.
+
 A stage is data: a `Config`. The loop below has no notion of stages; sft.py and longctx.py hand it other numbers.
 
     stream ─► samples of this rank ─► micro-batches ─► forward, backward ─► clip ─► optimisers ─► log, evaluate, save
@@ -115,6 +118,7 @@ class Config:
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
     compile: bool | None = flag(None, "torch.compile each block; None = on CUDA alone")
+    deterministic: bool = flag(False, "on CUDA take kernels that repeat their sums bit for bit, which are slower")
     dry_run: bool = flag(False, "print parameters, memory and operations of a step, and stop")
     world: int = flag(0, "with --dry_run: number of ranks to assume, eight a node; 0 = as many as run")
     gpu_memory: float = flag(80.0, "with --dry_run: gigabytes of a card")
@@ -460,6 +464,7 @@ def train(cfg, defaults, stop, cache_features=None):
     cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile)
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
     world = distributed.start(device, cfg.cp)
+    distributed.set_deterministic(cfg.deterministic)
     distributed.lock(f"{run}.lock", world)
     torch.set_num_threads(min(torch.get_num_threads(), distributed.cores()))
     if world.is_main:

@@ -161,6 +161,14 @@ def start(device, cp=1):
     return world
 
 
+def set_deterministic(on):
+    """Kernels whose sums repeat bit for bit, or PyTorch's own choice. It warns where it has none that do."""
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else all new memory would be, to show mistakes
+    if on:
+        torch._inductor.config.deterministic = True  # no kernel chosen by its time, which varies
+
+
 # ---- sharding ----------------------------------------------------------------------------------------------
 
 def shard_model(model, world, compile_blocks, recompute, bf16):
@@ -487,7 +495,7 @@ def check_init_from(folders, rank=0):
 
 # fields of the Config that do not change what is learned, so that a resumed run may have other values
 MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
-              "max_bad", "keep", "device", "compile", "recompute", "cp", "micro_batch")
+              "max_bad", "keep", "device", "compile", "deterministic", "recompute", "cp", "micro_batch")
 
 
 def check_resume(run, cfg):

@@ -164,6 +164,20 @@ def test_killed_with_kill_9_it_goes_on_and_repeats_every_loss_bit_for_bit(tmp_pa
     assert code == 2 and "dataset rows is 9 rows" in text
 
 
+def test_deterministic_kernels_are_asked_for_and_change_nothing_on_a_cpu(tmp_path, world, monkeypatch):
+    asked, write = [], pretrain.Log.write
+    monkeypatch.setattr(pretrain.Log, "write", lambda log, **row: asked.append(
+        torch.are_deterministic_algorithms_enabled()) or write(log, **row))
+    for out, flags in (("on", ["--deterministic"]), ("off", [])):
+        run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--out", out, *flags)
+    assert asked == [True] * 4 + [False] * 4  # three steps and what is written at the end
+    assert losses_of(tmp_path, "on") == losses_of(tmp_path, "off")
+    weights = [tmp_path / out / "small/pretrain/latest/model.safetensors" for out in ("on", "off")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--out", "off", "--deterministic", "--resume")
+    torch.use_deterministic_algorithms(False)
+
+
 def test_a_new_run_keeps_the_old_one(tmp_path, world):
     for _ in range(2):
         text = run(tmp_path, *QUICK, "--data", world, "--steps", "1")[1]
