@@ -22,6 +22,7 @@ Where to look, in the order in which data passes:
     load_model, open_data         the weights to start from (lib/weights.load); the mixture (data.mix)
     make_optimizers, schedule     groups of parameters (model.parts), peaks; warm-up, then a cosine
     train, 3                      lib/distributed.shard_model: what is recomputed (--recompute), compiled, sharded
+    prepare_step                  batches of the next step, in a thread (lib/distributed.Ahead) while this one computes
     train, 5 and 6                W; the loss is a sum over all sequences of all ranks, divided by W; the z-loss
     lib/records.BadRecords        what could not be used, counted; too much of it ends the run (--max_bad)
     train, 9                      what is saved: lib/distributed.Saver.save, and `about` with the stream's state

@@ -17,6 +17,7 @@ one process with all sequences. FSDP2 takes the mean over ranks; hence the loss 
 In this file:  ranks        World, start                       checkpoints  Saver, damage, last_complete
                sharding     shard_model, gather_full_model     resuming     check_resume, start_over
                signals      stop_signals, lock, Heartbeat      output       Log, Progress
+               data         make_loader, Ahead
 """
 import contextlib
 import copy
@@ -191,9 +192,10 @@ def shard_model(model, world, compile_blocks, recompute, bf16):
             fully_shard(module, mesh=world.mesh, mp_policy=policy)
 
     if compile_blocks:
-        # A version each for ViT and decoder, training and evaluation, one crop and many; beyond that an error,
-        # for PyTorch would quietly go on without compiling.
-        torch._dynamo.config.recompile_limit = 16
+        # With --recompute all blocks share one limit. A version each for ViT and decoder, training and evaluation, one
+        # crop and many (the compiler takes their number as variable when it has seen two), each size of micro-batch:
+        # a dozen. Beyond the limit is an error, for PyTorch would quietly go on without compiling.
+        torch._dynamo.config.recompile_limit = 32
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in model.blocks():
         if recompute:

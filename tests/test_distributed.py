@@ -457,17 +457,29 @@ def test_compiled_blocks_compute_what_plain_ones_do(recompute):
     plain, fast = tiny_model("qwen").train(), tiny_model("qwen").train()
     distributed.shard_model(fast, World("cpu"), True, recompute, False)
     rng, graphs = torch.Generator().manual_seed(0), []
-    for crops in (2, 3, 4, 5, 6, 7):
-        batch = random_batch(rng, 1, 24)
+
+    def batch_of(B, crops):
+        batch = random_batch(rng, B, 24)
         image = batch["tokens"] == V + IMAGE
-        batch |= dict(crops=torch.randint(0, 256, (crops, 25, 48), generator=rng).byte(),
-                      pool=torch.randint(0, 25 * crops, (int(image.sum()), 4), generator=rng))
+        return batch | dict(crops=torch.randint(0, 256, (crops, 25, 48), generator=rng).byte(),
+                            pool=torch.randint(0, 25 * crops, (int(image.sum()), 4), generator=rng))
+    for crops in (2, 3, 4, 5, 6, 7):
+        batch = batch_of(1, crops)
         want, got = grown(plain, batch), grown(fast, batch)
         largest = max(float(x.abs().max()) for x in want[1:])
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest)
         graphs.append(counters["stats"]["unique_graphs"])
     assert 2 <= graphs[1] <= 3 and graphs[1] == graphs[-1] and not counters["graph_break"], graphs
+    # What else a run has: a single crop, the last micro-batch of a step, evaluation.
+    for turn in range(2):
+        for B, crops in ((1, 1), (3, 5), (2, 1)):
+            grown(fast, batch_of(B, crops))
+        with torch.no_grad():
+            fast.eval()(**batch_of(1, 4))
+        fast.train()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[-2] <= torch._dynamo.config.recompile_limit // 2, graphs
 
 
 @pytest.mark.slow

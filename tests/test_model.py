@@ -1,16 +1,18 @@
 """What the network computes: the mask, packing, branches, generation, the loss, the sizes."""
 import cmath
 import shutil
+import threading
 
 import pytest
 import torch
-from conftest import SIZES, plan_all, random_tree, tiny_model
+from conftest import QUICK, SIZES, plan_all, random_tree, run, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
+import pretrain
 from lib import budget, distributed, flex
 from data import Dataset, collate, decode
 from lib.budget import allowed_pairs, flops
@@ -343,9 +345,24 @@ def test_attention_example_by_example_is_attention():
 
 def test_short_sequences_get_a_dense_mask():
     """FlexAttention on CUDA does not compile below 128 tokens. A CPU cannot show that, so the rule is tested."""
+    make = lambda T, cuda, head_dim=64: flex.mask_for((2, T), head_dim, cuda, set())
     for T in (1, 16, 127, 128, 256):
-        assert flex.mask_for(T, cuda=True) is flex.mask_for(T, cuda=False) is dense_mask
-    assert flex.mask_for(257, cuda=True) is block_mask and flex.mask_for(257, cuda=False) is example_masks
+        assert make(T, cuda=True) is make(T, cuda=False) is dense_mask
+    assert make(257, cuda=True) is block_mask and make(257, cuda=False) is example_masks
+    assert make(4096, True, head_dim=16) is block_mask and make(4096, True, head_dim=8) is dense_mask
+
+
+def test_sequences_of_any_length_do_not_exhaust_the_compiler():
+    """FlexAttention compiles each shape anew, with gradients and without, and fails at the ninth. The shapes that came
+    first, a training run's, keep their blocks."""
+    compiled = set()
+    make = lambda B, T: flex.mask_for((B, T), 64, True, compiled)
+    training = [(4, 4096), (2, 4096), (1, 4096)]
+    assert [make(*shape) for shape in training] == [block_mask] * 3
+    blocks = sum(make(1 + T % 3, T) is block_mask for T in range(257, 3000))
+    assert 2 * (3 + blocks) <= 8
+    assert [make(*shape) for shape in training] == [block_mask] * 3
+    assert make(1, 100) is dense_mask and len(compiled) == 3 + blocks
 
 
 @pytest.mark.parametrize("T, form", [(40, torch.Tensor), (300, list)])
@@ -397,9 +414,12 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.largest_mask = [], 0
+        self.waits = []
+        self.calls = 0
+        self.largest_mask = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls += 1
         name = op.overloadpacket.__name__
         boolean = name in ("index", "index_put") and any(x is not None and x.dtype == torch.bool for x in args[1])
         if boolean or name in self.WAITS or name.startswith("unique"):
@@ -513,6 +533,39 @@ def test_a_prepared_batch_makes_no_gpu_wait(style):
     assert len(norms) == 3 and all(isinstance(norm, torch.Tensor) for norm in norms)
     with pytest.raises(AssertionError, match="tokens but 7 pooled"):
         model.prepare(**dict(batch, pool=batch["pool"][:7]))
+
+
+def test_a_step_of_training_waits_for_the_gpu_once(tmp_path, world, monkeypatch):
+    """pretrain.train, from the arrival of the batches to the clipped gradients, reads nothing back; then it reads the
+    loss and the three norms, all at once. What a thread does meanwhile with batches on the CPU does not count."""
+    watch, in_step, reads = Watch(), [], []
+    get, clip, write, tolist = distributed.Ahead.get, pretrain.clip_gradients, pretrain.Log.write, torch.Tensor.tolist
+
+    def arrived(ahead):
+        step = get(ahead)
+        in_step.append(True)
+        watch.__enter__()
+        return step
+
+    def clipped(*args):
+        norms = clip(*args)
+        watch.__exit__(None, None, None)
+        return norms
+
+    def logged(log, **row):
+        in_step.clear()
+        write(log, **row)
+
+    def read(x):
+        if in_step and threading.current_thread() is threading.main_thread():
+            reads.append(x.numel())
+        return tolist(x)
+    monkeypatch.setattr(distributed.Ahead, "get", arrived)
+    monkeypatch.setattr(pretrain, "clip_gradients", clipped)
+    monkeypatch.setattr(pretrain.Log, "write", logged)
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--workers", "0")
+    assert watch.calls > 1000 and watch.waits == [] and reads == [4] * 3
 
 
 @pytest.mark.parametrize("style", ["olmo", "qwen"])
