@@ -131,7 +131,7 @@ def attend_examples(q, k, v, masks):
 
 # ---- which of them, and where they go ------------------------------------------------------------------------------
 
-SHAPES = 4  # (B, T) for which FlexAttention is compiled. Training has three: micro-batch, the rest of a step, evaluation
+SHAPES = 4  # (B, T) for which FlexAttention is compiled. Training has three: micro-batch, rest of a step, evaluation
 
 
 def mask_for(shape, head_dim, cuda, compiled):
