@@ -1,5 +1,7 @@
 """Any number of ranks computes what one does, and a checkpoint outlives whatever happens to them."""
+import ast
 import contextlib
+import glob
 import math
 import multiprocessing
 import os
@@ -567,6 +569,62 @@ def test_threads_are_told_to_spin_less_before_torch_is_loaded(command):
                               capture_output=True, check=True).stdout.split()
     assert seen() == ["3000", "expandable_segments:True", ":4096:8"]
     assert seen(OMP_WAIT_POLICY="ACTIVE")[0] == "None"  # the user's word counts
+
+
+def loaded(path, names):
+    """Add the names of modules to `names` in the order in which the file at `path` loads them. Imports of the project's
+    own modules are followed; those within functions come later, and are not."""
+    with open(path, encoding="utf-8") as f:
+        statements = ast.parse(f.read()).body
+    for statement in statements:
+        for node in statement.body if isinstance(statement, ast.Try) else [statement]:
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for module in modules:
+                load(module, names)
+
+
+def load(module, names):
+    """A module and, before it, the packages that it is in."""
+    parts = module.split(".")
+    for n in range(1, len(parts) + 1):
+        name = ".".join(parts[:n])
+        place = os.path.join(ROOT, *parts[:n])
+        if name not in names:
+            names.append(name)
+            for path in (f"{place}.py", os.path.join(place, "__init__.py")):
+                if os.path.isfile(path):
+                    loaded(path, names)
+
+
+def commands():
+    """Modules with a __main__ block that load torch. model.py needs torch alone, and only counts parameters."""
+    found = []
+    for pattern in ("*.py", "lib/*.py", "tools/*.py", "tools/*/*.py"):
+        for path in sorted(glob.glob(os.path.join(ROOT, pattern))):
+            with open(path, encoding="utf-8") as f:
+                is_command = 'if __name__ == "__main__"' in f.read()
+            module = os.path.relpath(path, ROOT).removesuffix(".py").replace(os.sep, ".")
+            names = []
+            load(module, names)
+            if is_command and "torch" in names and module != "model":
+                found.append(module)
+    return found
+
+
+def test_the_commands_that_load_torch_are_found():
+    assert {"pretrain", "sft", "longctx", "sample", "eval", "lib.budget", "tools.bench"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_loads_lib_before_torch(command):
+    """What lib/__init__.py sets is read when torch is loaded, and never again."""
+    names = []
+    load(command, names)
+    assert "lib" in names and names.index("lib") < names.index("torch"), f"{command}: import lib before torch"
 
 
 def test_cores_are_those_the_process_may_use(tmp_path):
