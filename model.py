@@ -124,11 +124,12 @@ def may_attend(q, k, example, branch, vision):
     """The rule. q, k: positions in one sequence (any shapes that broadcast); example, branch, vision: its ids (T,).
 
     A query sees a key of its own example, in the trunk or in its own branch, if the key is not in the future.
-    Vision tokens of one example see each other in both directions, across all its images and frames.
+    Vision tokens of one example see each other in both directions, across all its images and frames. A token of padding
+    (example 0) sees itself alone: a softmax over nothing is NaN in some kernels, and NaN times a weight of 0 is NaN.
     """
     same_example = (example[q] == example[k]) & (example[q] > 0)
     trunk_or_own_branch = (branch[k] == 0) | (branch[k] == branch[q])
-    return same_example & trunk_or_own_branch & ((k <= q) | (vision[q] & vision[k]))
+    return same_example & trunk_or_own_branch & ((k <= q) | (vision[q] & vision[k])) | (q == k)
 
 
 def dense_mask(example, branch, vision, queries=None):

@@ -7,6 +7,9 @@ Stage 1, and the one training loop: a vision encoder and a language model learn 
         --init_from weights/OLMo-2-0425-1B weights/siglip2-so400m-patch14-384
     python pretrain.py --resume                                # go on where the last checkpoint was written
 
+On a CPU --resume repeats the losses of a run that was never stopped bit for bit. On CUDA some kernels add up in an
+order that varies, as attention does in its backward pass: there losses repeat to rounding, unless --deterministic.
+
 A stage is data: a `Config`. The loop below has no notion of stages; sft.py and longctx.py hand it other numbers.
 
     stream ─► samples of this rank ─► micro-batches ─► forward, backward ─► clip ─► optimisers ─► log, evaluate, save
@@ -19,6 +22,7 @@ Where to look, in the order in which data passes:
     load_model, open_data         the weights to start from (lib/weights.load); the mixture (data.mix)
     make_optimizers, schedule     groups of parameters (model.parts), peaks; warm-up, then a cosine
     train, 3                      lib/distributed.shard_model: what is recomputed (--recompute), compiled, sharded
+    prepare_step                  batches of the next step, in a thread (lib/distributed.Ahead) while this one computes
     train, 5 and 6                W; the loss is a sum over all sequences of all ranks, divided by W; the z-loss
     lib/records.BadRecords        what could not be used, counted; too much of it ends the run (--max_bad)
     train, 9                      what is saved: lib/distributed.Saver.save, and `about` with the stream's state
@@ -45,9 +49,9 @@ import ulysses
 from data import (Batches, MIXTURES, Packer, Planner, Stream, collate, decode, find_datasets, mix, show_mixture,
                   to_device)
 from lib import budget, distributed, flex, lora, toy, weights
-from lib.distributed import (Log, Progress, Report, check_init_from, check_resume, check_same_data, check_same_model,
-                             clip_gradients, gather_full_model, make_loader, next_samples, show_config,
-                             start_over, throughput)
+from lib.distributed import (Ahead, Log, Progress, Report, check_init_from, check_resume, check_same_data,
+                             check_same_model, clip_gradients, gather_full_model, make_loader, next_samples,
+                             show_config, start_over, throughput)
 from lib.errors import BadRecord, UserError
 from lib.records import BadRecords
 from lib.report import report_on
@@ -119,6 +123,7 @@ class Config:
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
     compile: bool | None = flag(None, "torch.compile each block; None = on CUDA alone")
+    deterministic: bool = flag(False, "on CUDA take kernels that repeat their sums bit for bit, which are slower")
     dry_run: bool = flag(False, "print parameters, memory and operations of a step, and stop")
     world: int = flag(0, "with --dry_run: number of ranks to assume, eight a node; 0 = as many as run")
     gpu_memory: float = flag(80.0, "with --dry_run: gigabytes of a card")
@@ -352,12 +357,24 @@ def make_batches(sequences, micro_batch, n, cfg, seq_len):
     return batches
 
 
-def on_device(model, batch, device):
-    """A batch as `model` takes it, checked before it is copied. From pinned memory a GPU copies while it computes."""
+def prepared(model, batch, device):
+    """A batch as `model` takes it, checked while it is on the CPU. A GPU copies from pinned memory while it computes."""
     batch = model.prepare(**batch)
     if device == "cuda":
         batch = {name: x if x is None else x.pin_memory() for name, x in batch.items()}
-    return to_device(batch, device)
+    return batch
+
+
+def prepare_step(cfg, model, samples, micro_batch, n, world):
+    """All that a step needs before the first kernel runs: ([this rank's part of each micro-batch], its Report).
+    n: sequences of a step, of the rank that has most."""
+    batches = make_batches([sample.decoded for sample in samples], micro_batch, n, model.cfg, cfg.seq_len)
+    flops = 0
+    if world.device != "cpu":
+        flops = sum(budget.step_flops(batch, model.cfg, cfg.freeze) for batch in batches)
+    batches = [ulysses.shard_batch(batch, model.cfg.image_token, world.cp_rank, world.cp) for batch in batches]
+    report = Report(flops).add(samples, batches)
+    return [prepared(model, batch, world.device) for batch in batches], report
 
 
 def held_out_sequences(cfg, planner):
@@ -390,7 +407,7 @@ def held_out_loss(cfg, model, planner, sequences, world):
         batch, = make_batches([decoded], 1, 1, planner.cfg, cfg.seq_len)
         batch = ulysses.shard_batch(batch, planner.cfg.image_token, world.cp_rank, world.cp)
         with torch.no_grad():
-            sums[0] += model(**on_device(model, batch, world.device))
+            sums[0] += model(**to_device(prepared(model, batch, world.device), world.device))
         sums[1] += batch["weights"].sum().to(world.device)
     loss, weight = world.all_reduce_sum(sums).tolist()  # ratio of sums, not a mean of ratios
     return loss / max(weight, 1e-9)
@@ -456,6 +473,7 @@ def train(cfg, defaults, stop, cache_features=None):
     cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile)
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
     world = distributed.start(device, cfg.cp)
+    distributed.set_deterministic(cfg.deterministic)
     distributed.lock(f"{run}.lock", world)
     torch.set_num_threads(min(torch.get_num_threads(), distributed.cores()))
     if world.is_main:
@@ -507,6 +525,8 @@ def train(cfg, defaults, stop, cache_features=None):
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
     cfg.steps = world.on_main(lambda: count_steps(cfg, stream, mixture, missing))
+    ahead = Ahead(lambda: prepare_step(cfg, model, next_samples(loader, rank_sequences), micro_batch, most_sequences,
+                                       world), cfg.steps - step)
     log = Log(os.path.join(run, "log.jsonl"), step, world.is_main, cfg.log_to)
     bad = BadRecords(Log(os.path.join(run, "bad_rows.jsonl"), step, world.is_main), saved["failed"])
     saver = distributed.Saver(run, world, step, cfg.keep)
@@ -531,19 +551,16 @@ def train(cfg, defaults, stop, cache_features=None):
         # dropout depends on the step and the rank alone, so a resumed run repeats it
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
 
-        # 5. The sequences of this step. The ranks exchange what all must know: W, the loss weight of all sequences,
-        # by which the sum of all losses is divided; where the stream is; who could not use a record or has to stop.
-        samples = None
+        # 5. The sequences of this step, prepared during the one before. The ranks exchange what all must know: W, the
+        # loss weight of all sequences, by which the sum of all losses is divided; where the stream is; who could not
+        # use a record or has to stop.
+        report = None
         with distributed.interruptible(stop, world):
-            samples = next_samples(loader, rank_sequences)
-        if samples is None:
+            batches, report = ahead.get()
+        if report is None:
             break
-        decoded = [sample.decoded for sample in samples]
-        batches = make_batches(decoded, micro_batch, most_sequences, model.cfg, cfg.seq_len)
         wait = time.time() - tick
-        flops = sum(budget.step_flops(b, model.cfg, cfg.freeze) for b in batches) if device != "cpu" else 0
-        batches = [ulysses.shard_batch(b, model.cfg.image_token, world.cp_rank, world.cp) for b in batches]
-        reports = world.all_gather(Report(flops, wait, bool(stop), saver.error).add(samples, batches))
+        reports = world.all_gather(dataclasses.replace(report, wait=wait, stop=bool(stop), error=saver.error))
         data_reports = reports[::world.cp]  # the ranks of a cp group hold parts of the same sequences
         state = data_reports[last_reader].state  # --resume would go on after this step's last sequence
         W = max(sum(report.weight for report in reports), 1e-9)  # where nothing is trained on, the loss is 0
@@ -558,7 +575,7 @@ def train(cfg, defaults, stop, cache_features=None):
         loss = torch.zeros((), device=device)
         for batch in batches:
             with autocast():
-                part_of_loss = model(**on_device(model, batch, device), z_loss=cfg.z_loss) / (W / world.size)
+                part_of_loss = model(**to_device(batch, device), z_loss=cfg.z_loss) / (W / world.size)
             part_of_loss.backward()
             loss += part_of_loss.detach()
         loss = world.all_reduce_sum(loss) / world.size
@@ -605,6 +622,7 @@ def train(cfg, defaults, stop, cache_features=None):
             break
 
     # 10. After a signal save here. Wait for the last checkpoint; print what was left out and what to do next.
+    ahead.close()
     if step > saver.step:
         save()
     saver.finish()
@@ -652,7 +670,7 @@ def main(defaults, presets, argv=None, cache_features=None, example=""):
         if cfg.dry_run:
             dry_run(cfg)
             sys.exit(0)
-        with distributed.stop_signals() as stop:
+        with distributed.stop_signals() as stop, distributed.worker_errors():
             run = train(cfg, defaults, stop, cache_features)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

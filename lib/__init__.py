@@ -8,3 +8,5 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # Packed batches differ in crops: blocks of memory that can grow leave fewer gaps on a card.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# The products of cuBLAS repeat bit for bit only with a workspace of a fixed size (pretrain.py --deterministic).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

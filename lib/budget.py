@@ -195,7 +195,8 @@ def memory(model, optimizers, shape, bf16=False, recompute=False, ranks=1, cp=1)
 # ---- operations of a step ------------------------------------------------------------------------------------------
 
 def allowed_pairs(example, branch, vision):
-    """How many (query, key) pairs the rule allows in (B, T) ids, counted from the lengths of trunks and branches."""
+    """How many (query, key) pairs the rule allows in (B, T) ids, without padding: from the lengths of trunks and
+    branches."""
     real = example > 0
     sequence = torch.arange(len(example), device=example.device)[:, None].expand_as(example)
     ids = torch.stack([sequence[real], example[real], branch[real]], 1)

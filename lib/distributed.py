@@ -17,6 +17,7 @@ one process with all sequences. FSDP2 takes the mean over ranks; hence the loss 
 In this file:  ranks        World, start                       checkpoints  Saver, damage, last_complete
                sharding     shard_model, gather_full_model     resuming     check_resume, start_over
                signals      stop_signals, lock, Heartbeat      output       Log, Progress
+               data         make_loader, Ahead
 """
 import contextlib
 import copy
@@ -33,6 +34,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -160,6 +162,14 @@ def start(device, cp=1):
     return world
 
 
+def set_deterministic(on):
+    """Kernels whose sums repeat bit for bit, or PyTorch's own choice. It warns where it has none that do."""
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else all new memory would be, to show mistakes
+    if on:
+        torch._inductor.config.deterministic = True  # no kernel chosen by its time, which varies
+
+
 # ---- sharding ----------------------------------------------------------------------------------------------
 
 def shard_model(model, world, compile_blocks, recompute, bf16):
@@ -182,9 +192,10 @@ def shard_model(model, world, compile_blocks, recompute, bf16):
             fully_shard(module, mesh=world.mesh, mp_policy=policy)
 
     if compile_blocks:
-        # A version each for ViT and decoder, training and evaluation, one crop and many; beyond that an error,
-        # for PyTorch would quietly go on without compiling.
-        torch._dynamo.config.recompile_limit = 16
+        # With --recompute all blocks share one limit. A version each for ViT and decoder, training and evaluation, one
+        # crop and many (the compiler takes their number as variable when it has seen two), each size of micro-batch:
+        # a dozen. Beyond the limit is an error, for PyTorch would quietly go on without compiling.
+        torch._dynamo.config.recompile_limit = 32
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in model.blocks():
         if recompute:
@@ -486,7 +497,8 @@ def check_init_from(folders, rank=0):
 
 # fields of the Config that do not change what is learned, so that a resumed run may have other values
 MAY_CHANGE = ("resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
-              "max_bad", "keep", "report", "log_to", "device", "compile", "recompute", "cp", "micro_batch")
+              "max_bad", "keep", "report", "log_to", "device", "compile", "deterministic", "recompute", "cp",
+              "micro_batch")
 
 
 def check_resume(run, cfg):
@@ -670,16 +682,63 @@ def make_loader(samples, workers, ahead):
 
 
 def next_samples(loader, n):
-    """[the next n samples]. What goes wrong in a worker becomes one line."""
+    """[the next n samples]. What a worker raises becomes one line."""
     try:
         return [next(loader) for _ in range(n)]
     except ValueError as e:  # raised in a worker, it carries the worker's traceback
         raise UserError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+@contextlib.contextmanager
+def worker_errors():
+    """Make one line of the error about a dead worker. PyTorch raises it in whatever the process is doing then."""
+    try:
+        yield
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
         raise UserError(f"{e}: a process that decodes images died, perhaps for want of memory; --resume "
                         "goes on, --workers 0 decodes in the training process") from None
+
+
+class Ahead:
+    """Results of make(), `n` in all, each made in a thread while the one before is used."""
+
+    def __init__(self, make, n):
+        self.make = make
+        self.left = n       # to be made
+        self.next = None    # Future of the next result
+        self.thread = None  # that makes it
+        self.begin()
+
+    def begin(self):
+        """Begin to make the next result, if there is one."""
+        self.next = Future()
+        if self.left:
+            self.left -= 1
+            # Not a pool's: Python would wait at its end for a thread that waits for data.
+            self.thread = threading.Thread(target=self.run, args=(self.next,), name="ahead", daemon=True)
+            self.thread.start()
+
+    def run(self, future):
+        try:
+            future.set_result(self.make())
+        except BaseException as e:  # for the thread that asks
+            future.set_exception(e)
+
+    def get(self):
+        """The next result; the one after it is begun. What make() raised is raised here."""
+        while not self.next.done():
+            wait([self.next], timeout=0.5)  # a signal that another thread got is noticed between two waits
+        result = self.next.result()
+        self.begin()
+        return result
+
+    def close(self, seconds=2):
+        """Leave the thread some time to finish, after a signal: it may be in the middle of things."""
+        self.left = 0
+        if self.thread:
+            self.thread.join(seconds)
 
 
 def die_with_parent():

@@ -64,7 +64,7 @@ def block_mask(example, branch, vision, block=128):
     reachable = (key(min_branch) == 0) | (key(max_branch) == query(b[..., 0]))  # in the trunk or the query's branch
     some = key_first & (key(last_example) == query(first_example)) & reachable
     some |= key_first.T & (query(last_vision) == key(first_vision))  # the only way to see a later block
-    some |= torch.diag_embed(last_example > 0)  # a token sees itself
+    some |= torch.eye(n, dtype=torch.bool, device=e.device)  # a token sees itself, padding too
     one_branch = (query(min_branch) == key(max_branch)) & (query(max_branch) == key(max_branch))
     trunk_or_that = (key(max_branch) == 0) | one_branch & (key(min_own_branch) == key(max_branch))
     full = key_first & trunk_or_that | query(all_vision) & key(all_vision)
@@ -79,8 +79,8 @@ def block_mask(example, branch, vision, block=128):
 
 @functools.cache
 def compiled_flex():
-    """FlexAttention, compiled once for all layers and masks. Not compiled it would quietly make T x T scores, so more
-    lengths of sequences than the compiler keeps are an error."""
+    """FlexAttention, compiled once for all layers and masks of one shape. Not compiled it would quietly make T x T
+    scores, so more shapes than the compiler keeps are an error; `mask_for` asks for fewer."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=False)
 
@@ -131,13 +131,24 @@ def attend_examples(q, k, v, masks):
 
 # ---- which of them, and where they go ------------------------------------------------------------------------------
 
-def mask_for(T, cuda):
-    """The function that makes the mask of sequences of T tokens: dense_mask, block_mask or example_masks."""
+SHAPES = 4  # (B, T) for which FlexAttention is compiled. Training has three: micro-batch, rest of a step, evaluation
+
+
+def mask_for(shape, head_dim, cuda, compiled):
+    """The function that makes the mask of (B, T) tokens: dense_mask, block_mask or example_masks. compiled: the shapes
+    that have had a block_mask; this one is added if it gets one."""
     # FlexAttention on CUDA does not compile for fewer than 128 queries: it takes its decoding kernel, which has no
     # valid choice of blocks there. And on a CPU many small calls cost more in short sequences than they save.
-    if T <= 256:
+    if shape[1] <= 256:
         return dense_mask
-    return block_mask if cuda else example_masks
+    if not cuda:
+        return example_masks
+    if head_dim < 16:  # FlexAttention refuses narrower heads
+        return dense_mask
+    # It compiles for each shape anew, up to a limit. Whoever calls the model with sequences of any length stays below.
+    if len(compiled) < SHAPES:
+        compiled.add(shape)
+    return block_mask if shape in compiled else dense_mask
 
 
 def attend(q, k, v, mask=None):
@@ -154,8 +165,10 @@ def install(model):
     if model.cfg.window:  # a window is combined with a dense mask
         return
 
+    compiled = set()
+
     def mask(tokens, example, branch):
-        make_mask = mask_for(tokens.shape[1], tokens.is_cuda)
+        make_mask = mask_for(tuple(tokens.shape), model.cfg.head_dim, tokens.is_cuda, compiled)
         return make_mask(example, branch, is_vision(tokens, model.cfg.vocab))
     model.mask = mask
     for block in model.transformer.blocks:

@@ -1,5 +1,7 @@
 """Any number of ranks computes what one does, and a checkpoint outlives whatever happens to them."""
+import ast
 import contextlib
+import glob
 import math
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ import pretrain
 import ulysses
 from lib import distributed, flex
 from lib.distributed import World
+from lib.errors import UserError
 from lib.flex import block_mask
 from model import IMAGE, Molmo2, dense_mask, is_vision
 
@@ -455,17 +459,29 @@ def test_compiled_blocks_compute_what_plain_ones_do(recompute):
     plain, fast = tiny_model("qwen").train(), tiny_model("qwen").train()
     distributed.shard_model(fast, World("cpu"), True, recompute, False)
     rng, graphs = torch.Generator().manual_seed(0), []
-    for crops in (2, 3, 4, 5, 6, 7):
-        batch = random_batch(rng, 1, 24)
+
+    def batch_of(B, crops):
+        batch = random_batch(rng, B, 24)
         image = batch["tokens"] == V + IMAGE
-        batch |= dict(crops=torch.randint(0, 256, (crops, 25, 48), generator=rng).byte(),
-                      pool=torch.randint(0, 25 * crops, (int(image.sum()), 4), generator=rng))
+        return batch | dict(crops=torch.randint(0, 256, (crops, 25, 48), generator=rng).byte(),
+                            pool=torch.randint(0, 25 * crops, (int(image.sum()), 4), generator=rng))
+    for crops in (2, 3, 4, 5, 6, 7):
+        batch = batch_of(1, crops)
         want, got = grown(plain, batch), grown(fast, batch)
         largest = max(float(x.abs().max()) for x in want[1:])
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest)
         graphs.append(counters["stats"]["unique_graphs"])
     assert 2 <= graphs[1] <= 3 and graphs[1] == graphs[-1] and not counters["graph_break"], graphs
+    # What else a run has: a single crop, the last micro-batch of a step, evaluation.
+    for turn in range(2):
+        for B, crops in ((1, 1), (3, 5), (2, 1)):
+            grown(fast, batch_of(B, crops))
+        with torch.no_grad():
+            fast.eval()(**batch_of(1, 4))
+        fast.train()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[-2] <= torch._dynamo.config.recompile_limit // 2, graphs
 
 
 @pytest.mark.slow
@@ -491,6 +507,44 @@ def test_flex_attention_in_compiled_blocks():
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+# ---- one step ahead ----------------------------------------------------------------------------------------
+
+def test_what_fails_in_the_thread_is_raised_in_its_turn():
+    """After the results before it, in the thread that asks; and then nothing more is made."""
+    made = []
+
+    def make():
+        made.append(len(made))
+        if len(made) == 3:
+            raise UserError("the third")
+        return made[-1]
+    ahead = distributed.Ahead(make, 5)
+    assert [ahead.get(), ahead.get()] == [0, 1]
+    ahead.thread.join(60)
+    with pytest.raises(UserError, match="the third"):
+        ahead.get()
+    ahead.close()
+    assert made == [0, 1, 2]
+    nothing = distributed.Ahead(make, 0)  # --resume of a run that has all its steps
+    nothing.close()
+    assert made == [0, 1, 2]
+
+
+def test_a_signal_ends_the_wait_for_a_result_that_never_comes():
+    never = threading.Event()
+    ahead = distributed.Ahead(lambda: never.wait(60), 2)
+    result = None
+    with distributed.stop_signals() as stop:
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
+        with distributed.interruptible(stop, World("cpu")):
+            result = ahead.get()
+        assert result is None and len(stop) == 1
+    ahead.close(seconds=0.01)
+    assert ahead.thread.is_alive()  # and is left alone: as a daemon it does not keep the process
+    assert ahead.thread.daemon
+    never.set()
+
+
 # ---- cores -------------------------------------------------------------------------------------------------
 
 ASK = """
@@ -498,7 +552,7 @@ import os, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("PYTORCH_ALLOC_CONF"))
+            print(*map(os.environ.get, ("GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")))
             sys.meta_path.remove(self)
 sys.meta_path.insert(0, Watch())
 import %s
@@ -510,11 +564,67 @@ def test_threads_are_told_to_spin_less_before_torch_is_loaded(command):
     """Set later it would do nothing, and a busy machine would train many times slower."""
     def seen(**env):
         clean = {name: value for name, value in os.environ.items() if name not in
-                 ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF")}
+                 ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")}
         return subprocess.run([sys.executable, "-c", ASK % command], env=clean | env, cwd=ROOT, text=True,
                               capture_output=True, check=True).stdout.split()
-    assert seen() == ["3000", "expandable_segments:True"]
+    assert seen() == ["3000", "expandable_segments:True", ":4096:8"]
     assert seen(OMP_WAIT_POLICY="ACTIVE")[0] == "None"  # the user's word counts
+
+
+def loaded(path, names):
+    """Add the names of modules to `names` in the order in which the file at `path` loads them. Imports of the project's
+    own modules are followed; those within functions come later, and are not."""
+    with open(path, encoding="utf-8") as f:
+        statements = ast.parse(f.read()).body
+    for statement in statements:
+        for node in statement.body if isinstance(statement, ast.Try) else [statement]:
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for module in modules:
+                load(module, names)
+
+
+def load(module, names):
+    """A module and, before it, the packages that it is in."""
+    parts = module.split(".")
+    for n in range(1, len(parts) + 1):
+        name = ".".join(parts[:n])
+        place = os.path.join(ROOT, *parts[:n])
+        if name not in names:
+            names.append(name)
+            for path in (f"{place}.py", os.path.join(place, "__init__.py")):
+                if os.path.isfile(path):
+                    loaded(path, names)
+
+
+def commands():
+    """Modules with a __main__ block that load torch. model.py needs torch alone, and only counts parameters."""
+    found = []
+    for pattern in ("*.py", "lib/*.py", "tools/*.py", "tools/*/*.py"):
+        for path in sorted(glob.glob(os.path.join(ROOT, pattern))):
+            with open(path, encoding="utf-8") as f:
+                is_command = 'if __name__ == "__main__"' in f.read()
+            module = os.path.relpath(path, ROOT).removesuffix(".py").replace(os.sep, ".")
+            names = []
+            load(module, names)
+            if is_command and "torch" in names and module != "model":
+                found.append(module)
+    return found
+
+
+def test_the_commands_that_load_torch_are_found():
+    assert {"pretrain", "sft", "longctx", "sample", "eval", "lib.budget", "tools.bench"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_loads_lib_before_torch(command):
+    """What lib/__init__.py sets is read when torch is loaded, and never again."""
+    names = []
+    load(command, names)
+    assert "lib" in names and names.index("lib") < names.index("torch"), f"{command}: import lib before torch"
 
 
 def test_cores_are_those_the_process_may_use(tmp_path):

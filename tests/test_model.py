@@ -1,16 +1,18 @@
 """What the network computes: the mask, packing, branches, generation, the loss, the sizes."""
 import cmath
 import shutil
+import threading
 
 import pytest
 import torch
-from conftest import SIZES, plan_all, random_tree, tiny_model
+from conftest import QUICK, SIZES, plan_all, random_tree, run, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
+import pretrain
 from lib import budget, distributed, flex
 from data import Dataset, collate, decode
 from lib.budget import allowed_pairs, flops
@@ -21,7 +23,7 @@ from model import ChunkedNLL, Molmo2, attend, dense_mask, is_vision
 
 # Two packed examples and one padding token. A: BOS, two image tokens, branches a0 a1 and b0 b1; B: BOS, two
 # image tokens, two of text. Rows are queries. Written by hand from the rule; the published code agrees but
-# for the padding query, which there may see everything and here nothing.
+# for the padding query, which there may see everything and here itself.
 MASK = """
 1............
 111..........
@@ -35,7 +37,7 @@ MASK = """
 .......111...
 .......1111..
 .......11111.
-.............
+............1
 """
 
 
@@ -226,7 +228,7 @@ def test_block_mask_is_the_rule():
             return out
         assert torch.equal(listed(got.full_kv_num_blocks, got.full_kv_indices), full), seed
         assert torch.equal(listed(got.kv_num_blocks, got.kv_indices), some & ~full), seed
-        assert allowed_pairs(*rows) == int(dense.sum())
+        assert allowed_pairs(*rows) == int(dense.sum() - (rows[0] == 0).sum())  # padding sees itself
         t = torch.arange(T)
         assert torch.equal(got.mask_mod(1, 0, t[:, None], t[None]), dense[1])
 
@@ -258,6 +260,62 @@ def test_block_mask_of_a_long_row_is_the_rule_in_little_memory():
             assert torch.equal(*(listed(*(getattr(m, name) for name in some.split())) for m in (a, b))), turn
 
 
+def padded_rows(T):
+    """Ids of three sequences: nothing but padding; an example, then padding over whole blocks; no padding."""
+    example, branch = torch.zeros(2, 3, T, dtype=torch.long)
+    vision = torch.zeros(3, T, dtype=torch.bool)
+    example[1, :9] = 1
+    example[2] = 1
+    branch[1:, 5:9] = 1
+    vision[1:, 1:4] = True
+    return example, branch, vision
+
+
+@pytest.mark.parametrize("T", [16, 48, 75])
+def test_no_token_sees_nothing(T):
+    """Padding sees itself and no more, also in rows and blocks that hold nothing else."""
+    example, branch, vision = rows = padded_rows(T)
+    seen = dense_mask(*rows)[:, 0]
+    assert torch.equal(seen[0], torch.eye(T, dtype=torch.bool))
+    assert torch.equal(seen[1, 9:], torch.eye(T, dtype=torch.bool)[9:]) and not seen[1, :9, 9:].any()
+    blocks = block_mask(*rows, 16)
+    assert (blocks.kv_num_blocks + blocks.full_kv_num_blocks >= 1).all()
+    assert blocks.kv_num_blocks[0, 0].tolist() == [1] * -(-T // 16)
+    assert blocks.kv_indices[0, 0, :, 0].tolist() == list(range(-(-T // 16)))
+
+
+def strict(q, k, v, mask):
+    """Attention of a kernel that has no rule of its own for a query that sees nothing: it gives NaN."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("style", ["olmo", "qwen"])
+def test_padding_makes_no_nan_and_is_seen_by_nobody(style):
+    """A NaN in padding would pass through the zero weights of the loss into every gradient. And what real tokens get
+    is the same, bit for bit, whatever padding holds and whether it sees itself."""
+    model = tiny_model(style).train()
+    example, branch, vision = padded_rows(48)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.where(vision, 1024, torch.randint(0, 1024, (3, 48), generator=rng))  # 1024: <image_start>
+    inputs = dict(example=example, branch=branch)
+    real = example > 0
+    loss_of = dict(targets=tokens % 1024, weights=real.float())
+    for block in model.transformer.blocks:
+        block.self_attn.attend = strict
+    loss = model(tokens, **inputs, **loss_of)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+    for block in model.transformer.blocks:
+        block.self_attn.attend = attend
+    with torch.no_grad():
+        want = model(tokens, **inputs)[real]
+        assert torch.equal(model(torch.where(real, tokens, 7), **inputs)[real], want)
+        model.mask = lambda *ids: dense_mask(example, branch, vision) & real[:, None, :, None]  # padding sees nothing
+        assert torch.equal(model(tokens, **inputs)[real], want)
+
+
 def test_flops_are_those_of_the_matrix_products():
     """Counted by PyTorch while the model runs; attention as if all pairs were allowed, which is what it counts."""
     model = tiny_model("qwen")
@@ -287,9 +345,24 @@ def test_attention_example_by_example_is_attention():
 
 def test_short_sequences_get_a_dense_mask():
     """FlexAttention on CUDA does not compile below 128 tokens. A CPU cannot show that, so the rule is tested."""
+    make = lambda T, cuda, head_dim=64: flex.mask_for((2, T), head_dim, cuda, set())
     for T in (1, 16, 127, 128, 256):
-        assert flex.mask_for(T, cuda=True) is flex.mask_for(T, cuda=False) is dense_mask
-    assert flex.mask_for(257, cuda=True) is block_mask and flex.mask_for(257, cuda=False) is example_masks
+        assert make(T, cuda=True) is make(T, cuda=False) is dense_mask
+    assert make(257, cuda=True) is block_mask and make(257, cuda=False) is example_masks
+    assert make(4096, True, head_dim=16) is block_mask and make(4096, True, head_dim=8) is dense_mask
+
+
+def test_sequences_of_any_length_do_not_exhaust_the_compiler():
+    """FlexAttention compiles each shape anew, with gradients and without, and fails at the ninth. The shapes that came
+    first, a training run's, keep their blocks."""
+    compiled = set()
+    make = lambda B, T: flex.mask_for((B, T), 64, True, compiled)
+    training = [(4, 4096), (2, 4096), (1, 4096)]
+    assert [make(*shape) for shape in training] == [block_mask] * 3
+    blocks = sum(make(1 + T % 3, T) is block_mask for T in range(257, 3000))
+    assert 2 * (3 + blocks) <= 8
+    assert [make(*shape) for shape in training] == [block_mask] * 3
+    assert make(1, 100) is dense_mask and len(compiled) == 3 + blocks
 
 
 @pytest.mark.parametrize("T, form", [(40, torch.Tensor), (300, list)])
@@ -341,9 +414,12 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.largest_mask = [], 0
+        self.waits = []
+        self.calls = 0
+        self.largest_mask = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls += 1
         name = op.overloadpacket.__name__
         boolean = name in ("index", "index_put") and any(x is not None and x.dtype == torch.bool for x in args[1])
         if boolean or name in self.WAITS or name.startswith("unique"):
@@ -457,6 +533,39 @@ def test_a_prepared_batch_makes_no_gpu_wait(style):
     assert len(norms) == 3 and all(isinstance(norm, torch.Tensor) for norm in norms)
     with pytest.raises(AssertionError, match="tokens but 7 pooled"):
         model.prepare(**dict(batch, pool=batch["pool"][:7]))
+
+
+def test_a_step_of_training_waits_for_the_gpu_once(tmp_path, world, monkeypatch):
+    """pretrain.train, from the arrival of the batches to the clipped gradients, reads nothing back; then it reads the
+    loss and the three norms, all at once. What a thread does meanwhile with batches on the CPU does not count."""
+    watch, in_step, reads = Watch(), [], []
+    get, clip, write, tolist = distributed.Ahead.get, pretrain.clip_gradients, pretrain.Log.write, torch.Tensor.tolist
+
+    def arrived(ahead):
+        step = get(ahead)
+        in_step.append(True)
+        watch.__enter__()
+        return step
+
+    def clipped(*args):
+        norms = clip(*args)
+        watch.__exit__(None, None, None)
+        return norms
+
+    def logged(log, **row):
+        in_step.clear()
+        write(log, **row)
+
+    def read(x):
+        if in_step and threading.current_thread() is threading.main_thread():
+            reads.append(x.numel())
+        return tolist(x)
+    monkeypatch.setattr(distributed.Ahead, "get", arrived)
+    monkeypatch.setattr(pretrain, "clip_gradients", clipped)
+    monkeypatch.setattr(pretrain.Log, "write", logged)
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--workers", "0")
+    assert watch.calls > 1000 and watch.waits == [] and reads == [4] * 3
 
 
 @pytest.mark.parametrize("style", ["olmo", "qwen"])

@@ -1,11 +1,13 @@
 """The loop: flags, learning, logging, resuming, and the ways in which a run can go wrong."""
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,7 +17,7 @@ from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, ru
 import pretrain
 import sft
 from data import Dataset, Planner, Stream, collate, decode
-from lib import lora
+from lib import distributed, lora
 from lib.errors import UserError
 from lib.records import parse_record
 from pretrain import Config, PRESETS, make_optimizers, next_samples, parse, schedule
@@ -162,6 +164,20 @@ def test_killed_with_kill_9_it_goes_on_and_repeats_every_loss_bit_for_bit(tmp_pa
     assert code == 2 and "dataset rows is 9 rows" in text
 
 
+def test_deterministic_kernels_are_asked_for_and_change_nothing_on_a_cpu(tmp_path, world, monkeypatch):
+    asked, write = [], pretrain.Log.write
+    monkeypatch.setattr(pretrain.Log, "write", lambda log, **row: asked.append(
+        torch.are_deterministic_algorithms_enabled()) or write(log, **row))
+    for out, flags in (("on", ["--deterministic"]), ("off", [])):
+        run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--out", out, *flags)
+    assert asked == [True] * 4 + [False] * 4  # three steps and what is written at the end
+    assert losses_of(tmp_path, "on") == losses_of(tmp_path, "off")
+    weights = [tmp_path / out / "small/pretrain/latest/model.safetensors" for out in ("on", "off")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--out", "off", "--deterministic", "--resume")
+    torch.use_deterministic_algorithms(False)
+
+
 def test_a_new_run_keeps_the_old_one(tmp_path, world):
     for _ in range(2):
         text = run(tmp_path, *QUICK, "--data", world, "--steps", "1")[1]
@@ -284,11 +300,49 @@ def test_a_worker_that_dies_is_one_line():
     def dies(error):
         raise error
         yield
-    with pytest.raises(UserError, match="--resume goes on"):
+    with pytest.raises(UserError, match="--resume goes on"), distributed.worker_errors():
         next_samples(dies(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), 2)
     with pytest.raises(UserError, match="^none of the first 200 records can be used$"):
         next_samples(dies(ValueError("Caught ValueError in worker 0.\nTraceback\n"
                                   "ValueError: none of the first 200 records can be used")), 2)
+
+
+def test_a_worker_that_dies_during_a_step_is_one_line(tmp_path, world, monkeypatch):
+    """PyTorch says so in whatever the main thread is doing, which is not waiting for data."""
+    write = pretrain.Log.write
+
+    def kill(log, **row):
+        write(log, **row)
+        if row["step"] == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(60)  # until then
+    monkeypatch.setattr(pretrain.Log, "write", kill)
+    code, text = run(tmp_path, *QUICK, "--data", world, "--steps", "9", "--workers", "1", check=False)
+    assert code == 2 and re.search("error: DataLoader worker .*--resume goes on", text), text
+
+
+def test_the_next_step_is_prepared_during_this_one(tmp_path, world, monkeypatch):
+    """A GPU would stand still while images are put side by side, counted and checked. And not more than one is."""
+    steps = 4
+    begun, ready = [], [threading.Event() for _ in range(steps)]
+    prepare, write = pretrain.prepare_step, pretrain.Log.write
+
+    def note(*args):
+        begun.append(1)
+        step = prepare(*args)
+        ready[len(begun) - 1].set()
+        return step
+
+    def wait_for_the_next(log, **row):
+        if "loss" in row:
+            following = min(row["step"] + 1, steps)
+            assert ready[following - 1].wait(60) and len(begun) == following
+        write(log, **row)
+    monkeypatch.setattr(pretrain, "prepare_step", note)
+    monkeypatch.setattr(pretrain.Log, "write", wait_for_the_next)
+    run(tmp_path, *QUICK, "--data", world, "--steps", str(steps))
+    assert len(begun) == steps and list(losses_of(tmp_path)) == [1, 2, 3, 4]
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
 
 
 def test_the_readmes_examples_are_good_rows():

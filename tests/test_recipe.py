@@ -396,7 +396,8 @@ def test_a_resumed_run_repeats_an_unstopped_one_bit_for_bit(odd, tmp_path, capsy
 
 
 MAY_DIFFER = {"resume", "out", "workers", "save_every", "eval_every", "eval_scenes", "eval_clips", "eval_first",
-              "max_bad", "keep", "report", "log_to", "device", "compile", "recompute", "cp", "micro_batch"}
+              "max_bad", "keep", "report", "log_to", "device", "compile", "deterministic", "recompute", "cp",
+              "micro_batch"}
 
 
 def test_a_resumed_run_must_have_the_flags_it_began_with(tmp_path):
