@@ -94,7 +94,8 @@ def write_coco(records, folder):
     for kind, media, label, points in objects(records):
         frames, (width, height) = frames_and_size(inside_folder(folder, media), kind)
         size = dict(width=width, height=height)
-        category = categories.setdefault(label, dict(id=len(categories) + 1, name=label))
+        if points:
+            category = categories.setdefault(label, dict(id=len(categories) + 1, name=label))
         if kind == "video":
             video = videos.setdefault(media, dict(id=len(videos) + 1, name=media, **size))
         else:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 
+from lib.draw import WRITABLE, draw
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.records import media_kind, parse_record
 from lib.tasks import answer_of
@@ -52,17 +53,17 @@ def points_of(text, kind):
 
 def to_annotation(kind, question, text, grammar="spec"):
     """The annotation that a question and its answer make. kind: "image" or "video"; grammar: the model's."""
-    annotation = dict(task=f"{kind}_qa", prompt=question, label=label_of(question))
+    annotation = dict(task=f"{kind}_qa", prompt=question)
     points = points_of(text, kind)
     if not points and text.strip() != NOTHING:
         if re.search(r"\b(describe|caption)", question, re.I):
             annotation["task"] = f"{kind}_caption"
         elif text.strip().isdigit() and re.search(r"\b(how many|count|number of)\b", question, re.I):
-            annotation["task"] = "counting"
+            annotation |= dict(task="counting", label=label_of(question))
         return dict(annotation, answer=text)
     is_track = len({p["id"] for p in points}) < len(points) or re.search(r"\b(track|follow)", question, re.I)
     annotation["task"] = "video_tracking" if kind == "video" and is_track else f"{kind}_pointing"
-    annotation["points"] = points
+    annotation |= dict(label=label_of(question), points=points)
     for style in ("point_count", "video_point_count", "video_count_point"):  # with the number before or after
         styled = dict(annotation, style=style)
         if answer_of(annotation, kind, grammar) != text == answer_of(styled, kind, grammar):
@@ -131,12 +132,19 @@ class Results:
             os.replace(kept + ".part", kept)
         return name
 
-    def add(self, kind, media, question, text, grammar="spec"):
-        """Write the line of an answer."""
+    def add(self, record, question, text, grammar="spec", segmenter=None):
+        """Draw the points of an answer, then write its line. record: {kind: media}."""
+        kind = media_kind(record)
+        media = record[kind]
         annotation = to_annotation(kind, question, text, grammar)
+        if annotation.get("points"):
+            drawn = os.path.join(self.folder, "drawn", os.path.basename(media))
+            if not drawn.lower().endswith(WRITABLE[kind]):
+                drawn += WRITABLE[kind][0]
+            os.makedirs(os.path.dirname(drawn), exist_ok=True)
+            draw(kind, [os.path.join(self.folder, media)], annotation["points"], drawn, segmenter)
         record = {"id": os.path.basename(media), kind: media, "annotations": [annotation],
                   "provenance": [dict(step="answer", by=self.checkpoint)]}
         with open(self.path, "ab") as f:
             f.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.records.append(record)
-        self.done.add((media, question))

@@ -20,7 +20,7 @@ import weakref
 
 import torch
 
-from lib.errors import BadCheckpoint
+from lib.errors import BadCheckpoint, UserError
 from model import EXTRA, IMAGE, ModelConfig, READ_ONLY, empty_model
 
 
@@ -492,6 +492,20 @@ def read_shards(folder):
 
 
 # ---- models ------------------------------------------------------------------------------------------------
+
+def pick_device(device="auto", dtype="auto"):
+    """(device, torch's dtype) of the flags: "auto" is CUDA if there is a card, and bf16 on one that computes in it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch's own words for a device that is not there
+        raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    if dtype == "auto":
+        has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bf16" if has_bf16 else "fp32"
+    return device, dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+
 
 def load(folder, vision=None, dtype=torch.float32):
     """The model of a checkpoint folder, of a type, on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs `vision`, a SigLIP
