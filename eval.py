@@ -681,7 +681,8 @@ def main():
         datasets, _ = find_datasets(args.data or toy.held_out(toy.FOLDER, "sft"))
         questions = load_questions(datasets, args.limit, args.lenient)
         for folder in args.checkpoints:
-            model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, 24, args.dtype)
+            model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24,
+                                         dtype=args.dtype)
             limit = args.max_new_tokens
             if limit is None and not args.data:
                 limit = 256  # the toy world's answers are short, and a model may not have learned yet to end one

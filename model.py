@@ -262,6 +262,7 @@ class ViTBlock(nn.Module):
 
 class ViT(nn.Module):
     """SigLIP 2 without its last blocks and its head: every patch sees every patch of the same crop."""
+    AT_ONCE = dict(cpu=1 << 11, cuda=1 << 15)  # patches that are encoded together for an answer: 2 and 44 crops of 27²
 
     def __init__(self, cfg):
         super().__init__()
@@ -273,16 +274,18 @@ class ViT(nn.Module):
 
     def forward(self, crops):
         """(N, P, patch·patch·3) uint8 or already in [-1, 1] -> (N, P, features · width)."""
-        if torch.is_inference_mode_enabled() and len(crops) > 32:  # all 384 frames of a long video would take 10 GB
-            return torch.cat([self.forward(group) for group in crops.split(32)])
+        most = max(self.AT_ONCE["cuda" if crops.is_cuda else "cpu"] // crops.shape[1], 1)
+        if torch.is_inference_mode_enabled() and len(crops) > most:  # in training all ranks must run the same modules
+            return torch.cat([self.forward(group) for group in crops.split(most)])
         if crops.dtype == torch.uint8:  # pixels travel as bytes, a quarter of the traffic
             crops = (crops.float() / 255 * 2 - 1).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(crops)
         x = x + self.positional_embedding.to(x.dtype)  # or fp32 places would make everything after them fp32
-        outputs = []
-        for block in self.transformer["resblocks"]:
+        outputs = {}  # without the others, which are half a gigabyte a block for 384 frames
+        for i, block in enumerate(self.transformer["resblocks"]):
             x = block(x)
-            outputs.append(x)
+            if i in self.features:
+                outputs[i] = x
         return torch.cat([outputs[i] for i in self.features], -1)
 
 
