@@ -123,7 +123,7 @@ def forget_pages():
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def copy_of(tensors, dtype, most=1 << 24):
+def copy_of(tensors, dtype, most=1 << 22):
     """A copy of tensors of a mapped file, one above the other, as one of a type. `most` numbers are read at a time."""
     out = torch.empty(sum(map(len, tensors)), *tensors[0].shape[1:], dtype=dtype)
     begin = 0
