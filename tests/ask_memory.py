@@ -1,5 +1,6 @@
 """
-How much memory asking takes: a random model of 1.1B parameters is written, then asked about an image on the CPU.
+How much memory asking takes: a random model of 1.1B parameters is written, then asked on the CPU about a small image
+and a larger one, of 2 and of 7 crops.
 
     python tests/ask_memory.py              # loaded in bf16 from a file in bf16, then from one in fp32, as published
 
@@ -40,15 +41,17 @@ def ask(folder):
     from PIL import Image
 
     from sample import Chat, load
-    path = os.path.join(folder, "image.png")
-    Image.linear_gradient("L").convert("RGB").resize((800, 600)).save(path)
     model, planner = load(folder, "cpu", dtype="bf16")
-    loaded = peak()
-    text = "".join(Chat(model, planner, [path]).ask("What is it?", 8))
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     allowed = 1.1 * weights + 300
-    print(f"{model.num_params() / 1e9:.2f}B parameters, weights {weights:.0f} MB: at most {loaded:.0f} MB to load, "
-          f"{peak():.0f} MB to answer {len(text)} characters; allowed {allowed:.0f} MB")
+    print(f"{model.num_params() / 1e9:.2f}B parameters, weights {weights:.0f} MB, allowed {allowed:.0f} MB: "
+          f"{peak():.0f} MB to load", end="", flush=True)
+    path = os.path.join(folder, "image.png")
+    for size in ((378, 378), (800, 600)):
+        Image.linear_gradient("L").convert("RGB").resize(size).save(path)
+        list(Chat(model, planner, [path]).ask("What is it?", 8))
+        print(f", {peak():.0f} MB to answer about {size[0]}x{size[1]} pixels", end="", flush=True)
+    print()
     return peak() <= allowed
 
 

@@ -343,12 +343,12 @@ def test_the_forms_are_those_of_the_trade(files):
     assert coco["categories"] == [dict(id=1, name="ball")]
 
 
-@pytest.mark.parametrize("fps", [2, 3, 4, 10, 29.97])
-@pytest.mark.parametrize("n", [5, 11])
+@pytest.mark.parametrize("fps", [2.5, 3, 4, 10, 29.97])
+@pytest.mark.parametrize("n", [5, 10])
 def test_tracks_come_back_at_any_rate(tmp_path, fps, n):
     """Whatever frames there are, a point goes to the one that is shown at its time, and back from it."""
     os.makedirs(tmp_path / "media")
-    path = video(tmp_path / "media" / "a.mp4", n=n, fps=Fraction(30000, 1001) if fps == 29.97 else fps)
+    path = video(tmp_path / "media" / "a.mp4", n=n, fps=Fraction(30000, 1001) if fps == 29.97 else Fraction(fps))
     times = np.unique(sample_times(video_duration(path), 10 ** 9).round(2)).tolist()
     frames = np.arange(n) / float(fps)
     shown = [int(np.flatnonzero(frames <= t + 0.006)[-1]) for t in times]
