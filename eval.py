@@ -23,7 +23,6 @@ the sides, or "rle": {"size": [h, w], "counts": [...]} by columns}. Without them
 """
 import argparse
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -38,10 +37,10 @@ import numpy as np
 import requests
 from PIL import Image, ImageDraw
 
-import sample
+import sample  # which imports lib before torch
 from data import find_datasets, in_clip, parse_points
 from lib import toy
-from lib.draw import contact_sheet
+from lib.draw import contact_sheet, load_segmenter
 from lib.errors import BadRecord, UserError
 from lib.media import image_size, inside_folder, load_frames, video_duration, video_size
 from lib.records import media_kind, parse_record
@@ -659,7 +658,7 @@ def parse_flags():
     add("--max_frames", type=sample.bounded(int, 1), help="of a video [as in training, at most 128]")
     add("--tiles", type=sample.bounded(int, 0), help="high-resolution crops of an image [24; none for small]")
     add("--batch", type=sample.bounded(int, 1), default=32, help="questions at a time [32]")
-    add("--device", default="cpu", help="cpu, cuda or mps [cpu]")
+    sample.add_device_flags(add)
     return parser.parse_args()
 
 
@@ -678,20 +677,18 @@ def main():
     unusable = {}     # file:line -> why its media cannot be read
     try:
         judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
-        segmenter = None if args.data else toy.segment
-        if args.segmenter:
-            module, _, function = args.segmenter.partition(":")
-            segmenter = getattr(importlib.import_module(module), function)
+        segmenter = load_segmenter(args.segmenter) or (None if args.data else toy.segment)
         datasets, _ = find_datasets(args.data or toy.held_out(toy.FOLDER, "sft"))
         questions = load_questions(datasets, args.limit, args.lenient)
         for folder in args.checkpoints:
-            model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24)
+            model, planner = sample.load(folder, args.device, args.tiles, args.max_frames, usual_tiles=24,
+                                         dtype=args.dtype)
             limit = args.max_new_tokens
             if limit is None and not args.data:
                 limit = 256  # the toy world's answers are short, and a model may not have learned yet to end one
             scores[folder], predictions[folder] = evaluate(model, planner, questions, judge, segmenter, args.batch,
                                                            limit, unusable=unusable)
-    except (UserError, OSError, ValueError, ImportError, AttributeError) as e:
+    except (UserError, OSError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     names = sorted(set().union(*scores.values()))

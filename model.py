@@ -263,6 +263,7 @@ class ViTBlock(nn.Module):
 
 class ViT(nn.Module):
     """SigLIP 2 without its last blocks and its head: every patch sees every patch of the same crop."""
+    AT_ONCE = dict(cpu=1 << 11, cuda=1 << 15)  # patches that are encoded together for an answer: 2 and 44 crops of 27²
 
     def __init__(self, cfg):
         super().__init__()
@@ -274,14 +275,18 @@ class ViT(nn.Module):
 
     def forward(self, crops):
         """(N, P, patch·patch·3) uint8 or already in [-1, 1] -> (N, P, features · width)."""
+        most = max(self.AT_ONCE["cuda" if crops.is_cuda else "cpu"] // crops.shape[1], 1)
+        if torch.is_inference_mode_enabled() and len(crops) > most:  # in training all ranks must run the same modules
+            return torch.cat([self.forward(group) for group in crops.split(most)])
         if crops.dtype == torch.uint8:  # pixels travel as bytes, a quarter of the traffic
-            crops = crops.to(self.patch_embedding.weight.dtype) / 255 * 2 - 1
+            crops = (crops.float() / 255 * 2 - 1).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(crops)
         x = x + self.positional_embedding.to(x.dtype)  # or fp32 places would make everything after them fp32
-        outputs = []
-        for block in self.transformer["resblocks"]:
+        outputs = {}  # without the others, which are half a gigabyte a block for 384 frames
+        for i, block in enumerate(self.transformer["resblocks"]):
             x = block(x)
-            outputs.append(x)
+            if i in self.features:
+                outputs[i] = x
         return torch.cat([outputs[i] for i in self.features], -1)
 
 
@@ -512,6 +517,15 @@ def without_cudnn(device):
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
+def likeliest(p, share):
+    """Probabilities (B, V) with zeros for all but the likeliest that together have `share` of 1, the first at least."""
+    if share >= 1:
+        return p
+    ordered, order = p.sort(-1, descending=True)
+    likelier = ordered.cumsum(-1) - ordered  # what those before it have together
+    return torch.zeros_like(p).scatter(-1, order, ordered * (likelier < share))
+
+
 class Molmo2(nn.Module):
     """Molmo2(ModelConfig or preset name). Weights are random; `Molmo2.from_pretrained(folder)` reads a checkpoint."""
 
@@ -650,8 +664,9 @@ class Molmo2(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, crops=None, pool=None, max_new_tokens=256, temperature=0.0, stop=(), pos=None,
-                 example=None, branch=None, generator=None, features=None):
-        """Continue B prompts; yields one (B,) tensor of ids per step, as they come. Greedy at temperature 0.
+                 example=None, branch=None, generator=None, features=None, top_p=1.0, frequency_penalty=0.0):
+        """Continue B prompts; yields one (B,) tensor of ids per step, as they come. Greedy at temperature 0, else drawn
+        from the likeliest ids that have top_p together. A logit loses frequency_penalty each time its id is produced.
         Prompts of different lengths are padded on the right with example = 0. A sequence that has produced an id in
         `stop` repeats it until all have."""
         assert not self.training, "call model.eval() first: dropout would be on"
@@ -681,10 +696,15 @@ class Molmo2(nn.Module):
         stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
         done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         ids = None
+        penalty = torch.zeros(B, self.cfg.vocab, device=tokens.device)
         for S in range(T + 1, T + max_new_tokens + 1):  # keys in the cache, once this step's token is read
             logits = self.lm_head(x).float()  # (B, V)
+            if frequency_penalty and ids is not None:
+                penalty.scatter_add_(1, ids[:, None], torch.full_like(penalty[:, :1], frequency_penalty))
+                logits = logits - penalty
             if temperature > 0:
-                new_ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+                p = likeliest((logits / temperature).softmax(-1), top_p)
+                new_ids = torch.multinomial(p, 1, generator=generator)[:, 0]
             else:
                 new_ids = logits.argmax(-1)
             ids = new_ids if ids is None else torch.where(done, ids, new_ids)
@@ -699,10 +719,11 @@ class Molmo2(nn.Module):
             next_pos = next_pos + 1
 
     @classmethod
-    def from_pretrained(cls, folder, vision=None):
-        """A model from a checkpoint folder of any published layout. vision: a SigLIP for a plain language model."""
+    def from_pretrained(cls, folder, vision=None, dtype=torch.float32):
+        """A model from a checkpoint folder of any published layout, its weights in a type. vision: a SigLIP for a plain
+        language model."""
         from lib import weights
-        return weights.load(folder, vision)
+        return weights.load(folder, vision, dtype)
 
     def save_pretrained(self, folder, frames=384, tiles=8):
         """Write config.json and model.safetensors as published. What the model was shown at most: frames of a video,

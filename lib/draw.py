@@ -2,6 +2,7 @@
 Drawing: the points and tracks of an answer on a copy of the image or the video, and contact sheets.
 """
 import colorsys
+import importlib
 import io
 import math
 import os
@@ -18,6 +19,34 @@ def colour_of(i):
     """A colour per id, neighbours far apart."""
     hue = i * 0.381966 % 1  # steps of the golden angle never come close to an earlier hue
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.9, 1.0))
+
+
+def tint(pixels, masks):
+    """A copy of an image (H, W, 3) with masks, {id: (H, W) bool}, half in the colour of the id."""
+    pixels = pixels.copy()
+    for i, mask in sorted(masks.items()):
+        pixels[mask] = pixels[mask] // 2 + np.array(colour_of(i), np.uint8) // 2
+    return pixels
+
+
+def load_segmenter(name):
+    """The function of --segmenter MODULE:FUNCTION, or None. It takes frames, [(H, W, 3) uint8], and points in some of
+    them, [(frame, x, y, id)], and returns masks, {id: (frames, H, W) bool}: `lib.toy:segment` is one."""
+    if not name:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"--segmenter {name}: {e}; give MODULE:FUNCTION") from None
+
+
+def masks_of(segmenter, frames, points):
+    """What a segmenter makes of the points of each frame: {id: (frames, H, W) bool}; without one, or a point, {}."""
+    clicks = []
+    for k, points_of_frame in enumerate(points):
+        clicks += [(k, p["x"], p["y"], p["id"]) for p in points_of_frame]
+    return segmenter(frames, clicks) if segmenter and clicks else {}
 
 
 def draw_points(pixels, points, trails=(), side=640):
@@ -135,10 +164,10 @@ def save_gif(images, out, rate, limit=10**6):
         f.write(file.getvalue())
 
 
-def draw_video(path, points, out, rate=10):
+def draw_video(path, points, out, rate=10, segmenter=None):
     """Write the video to `out`, an animated GIF by its ending, else MP4, at `rate` frames a second with its points,
-    each with its trail of the last two seconds; and OUT.png, a contact sheet of up to twelve times at which there are
-    points."""
+    each with its trail of the last two seconds and, given a segmenter, its mask; and OUT.png, a contact sheet of up to
+    twelve times at which there are points."""
     duration = video_duration(path)
     times = np.arange(0, duration, 1 / rate)
     nearest = []
@@ -154,11 +183,14 @@ def draw_video(path, points, out, rate=10):
     if len(sheet_frames) > 12:  # evenly spaced, the first and the last among them
         sheet_frames = [sheet_frames[round(k * (len(sheet_frames) - 1) / 11)] for k in range(12)]
     sheet = []
+    frames = load_frames(path, times)
+    masks = masks_of(segmenter, frames, shown)
 
     def drawn_frames():
         """The frames, one at a time; those of the sheet go there on the way."""
-        for k, pixels in enumerate(load_frames(path, times)):
+        for k, pixels in enumerate(frames):
             recent = shown[max(k - 2 * rate, 0):k + 1]
+            pixels = tint(pixels, {i: mask[k] for i, mask in masks.items()})
             image = draw_points(pixels, shown[k], trails_of(recent))
             image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # yuv420p halves them
             if k in sheet_frames:
@@ -189,16 +221,19 @@ def check_out(kind, out):
     return out
 
 
-def draw(kind, paths, points, out):
-    """Draw the points of an answer; returns the files written."""
+def draw(kind, paths, points, out, segmenter=None):
+    """Draw the points of an answer, with a segmenter as of eval.py their masks too; returns the files written."""
     if kind == "video":
-        draw_video(paths[0], points, out)
+        draw_video(paths[0], points, out, segmenter=segmenter)
         return [out, out + ".png"]
     files = [out]
     if kind == "images":
         files = [f"{os.path.splitext(out)[0]}_{k}.png" for k in range(len(paths))]
     for k, (path, file) in enumerate(zip(paths, files)):
-        draw_points(load_image(path), [p for p in points if p.get("image", k) == k]).save(file)
+        pixels = load_image(path)
+        here = [p for p in points if p.get("image", k) == k]
+        masks = masks_of(segmenter, [pixels], [here])
+        draw_points(tint(pixels, {i: mask[0] for i, mask in masks.items()}), here).save(file)
     return files
 
 

@@ -5,19 +5,22 @@ Checkpoints in the published Molmo2 layout: safetensors and JSON, read and writt
     folder/*.safetensors      ─► our_name     ─► {our name: tensor} ─────────────┴─► fill ─► the model
 
 A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors'
-bytes. It is memory-mapped, so loading holds the model and one tensor at a time, and nothing in it can run code.
+bytes. It is memory-mapped, so loading holds the model in its final type and a part of one tensor, and nothing in it
+can run code.
 
 Module names in model.py are those of the released files without the leading "model."; names in other schemes are
 mapped to them.
 """
 import json
 import math
+import mmap
 import os
 import re
+import weakref
 
 import torch
 
-from lib.errors import BadCheckpoint
+from lib.errors import BadCheckpoint, UserError
 from model import EXTRA, IMAGE, ModelConfig, READ_ONLY, empty_model
 
 
@@ -27,6 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MAX_HEADER = 100_000_000  # bytes; the same cap as the format's own library
 MAX_LAYERS = 1000
 QUANTISED = "quantised weights are not read here: take the original, in bf16 or fp32"
+MAPPED = weakref.WeakSet()  # the files that are memory-mapped now
 
 
 # ---- safetensors -------------------------------------------------------------------------------------------
@@ -82,7 +86,11 @@ def read_safetensors(path):
         if not isinstance(header, dict):
             raise ValueError("header is not an object")
         header.pop("__metadata__", None)
-        data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8) if header else torch.empty(0)
+        if header:
+            with open(path, "rb") as f:
+                mapped = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_COPY)
+            MAPPED.add(mapped)
+            data = torch.frombuffer(mapped, dtype=torch.uint8)
         tensors = {}
         end = 0  # of the tensor before: together they must fill the file, without a gap or an overlap
         for name, spec in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -105,6 +113,26 @@ def read_safetensors(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as e:
         raise BadCheckpoint(f"{path}: not readable as safetensors ({type(e).__name__}: {e})") from None
     return tensors
+
+
+def forget_pages():
+    """Give the memory back that holds what was read of mapped files: to the system it is this process's own, and
+    would stand beside the copies. What is read again comes from the file again."""
+    for mapped in MAPPED:
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def copy_of(tensors, dtype, most=1 << 22):
+    """A copy of tensors of a mapped file, one above the other, as one of a type. `most` numbers are read at a time."""
+    out = torch.empty(sum(map(len, tensors)), *tensors[0].shape[1:], dtype=dtype)
+    begin = 0
+    for t in tensors:
+        for rows in t.split(max(most // max(t[:1].numel(), 1), 1)):
+            out[begin:begin + len(rows)] = rows
+            begin += len(rows)
+            forget_pages()
+    return out
 
 
 def write_safetensors(path, tensors):
@@ -465,8 +493,22 @@ def read_shards(folder):
 
 # ---- models ------------------------------------------------------------------------------------------------
 
-def load(folder, vision=None):
-    """The model of a checkpoint folder, in fp32 on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs `vision`, a SigLIP
+def pick_device(device="auto", dtype="auto"):
+    """(device, torch's dtype) of the flags: "auto" is CUDA if there is a card, and bf16 on one that computes in it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch's own words for a device that is not there
+        raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    if dtype == "auto":
+        has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bf16" if has_bf16 else "fp32"
+    return device, dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+
+
+def load(folder, vision=None, dtype=torch.float32):
+    """The model of a checkpoint folder, of a type, on the CPU. A plain OLMo-2, OLMo-3 or Qwen3 needs `vision`, a SigLIP
     folder, beside it; the connector and the new embedding rows are then random."""
     path = os.path.join(folder, "config.json")
     config = read_json(path)
@@ -485,7 +527,7 @@ def load(folder, vision=None):
     model = empty_model(cfg)
     is_new = lambda name: name.endswith("new_embedding") or "image_pooling" in name or "projector" in name
     new = [name for name, _ in model.named_parameters() if is_plain and is_new(name)]
-    fill(model, found, folder, new)
+    fill(model, found, folder, new, dtype)
     return model.eval()
 
 
@@ -499,9 +541,9 @@ def vision_tensors(folder, n_blocks):
     return found
 
 
-def fill(model, found, folder, new=()):
-    """Give every parameter of a model on the meta device its tensor, and those named in `new` random values. Missing,
-    unknown and misshapen tensors are an error before anything is changed."""
+def fill(model, found, folder, new=(), dtype=torch.float32):
+    """Give every parameter of a model on the meta device its tensor, in a type, and those named in `new` random
+    values. Missing, unknown and misshapen tensors are an error before anything is changed."""
     cfg = model.cfg
     wanted = dict(model.named_parameters(remove_duplicate=False))
     split_embedding(found, cfg, folder, new)
@@ -519,11 +561,8 @@ def fill(model, found, folder, new=()):
         fused = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
         if fused != wanted[name].shape or any(shape[1:] != fused[1:] for shape in shapes):
             raise BadCheckpoint(f"{folder}: {name} is {fused}, the model needs {tuple(wanted[name].shape)}")
-    state = {}
-    for name, tensors in pieces.items():
-        fused = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        state[name] = fused.to(torch.float32, copy=True)
-    state |= {name: torch.empty(wanted[name].shape) for name in new}
+    state = {name: copy_of(tensors, dtype) for name, tensors in pieces.items()}
+    state |= {name: torch.empty(wanted[name].shape, dtype=dtype) for name in new}
     model.load_state_dict(state, strict=False, assign=True)
     if cfg.tie:
         model.lm_head.weight = model.transformer.wte.embedding

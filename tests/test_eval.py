@@ -659,13 +659,13 @@ def test_checkpoints_are_compared_side_by_side(command, tmp_path, capsys):
 def test_the_command_evaluates_as_its_flags_say(command, tmp_path):
     """Device, crops, frames, questions at a time, length of answers."""
     given, (_, _, questions, judge, segmenter, batch, limit) = command("good", "--data", "rows.jsonl")
-    assert given == (("cpu", None, None), dict(usual_tiles=24))
+    assert given == (("auto", None, None), dict(usual_tiles=24, dtype="auto"))
     assert (len(questions), judge, segmenter, batch, limit) == (4, None, None, 32, None)
     *_, given, (_, _, questions, judge, segmenter, batch, limit) = command(
         "good", "--data", "rows.jsonl", "--limit", "3", "--batch", "2", "--max_new_tokens", "5", "--tiles", "7",
         "--max_frames", "9", "--segmenter", "lib.toy:segment", "--judge_url", "http://localhost:1/v1",
-        "--judge_model", "m")
-    assert given == (("cpu", 7, 9), dict(usual_tiles=24)) and segmenter is toy.segment
+        "--judge_model", "m", "--device", "cpu", "--dtype", "bf16")
+    assert given == (("cpu", 7, 9), dict(usual_tiles=24, dtype="bf16")) and segmenter is toy.segment
     assert (len(questions), judge.model, batch, limit) == (3, "m", 2, 5)
     *_, (*_, limit) = command("large", "--data", "rows.jsonl", "--out", "e.json")
     assert limit is None and os.path.exists(tmp_path / "e.json")

@@ -15,7 +15,8 @@ from data import Planner
 from lib.draw import at_time, colour_of, draw, draw_points, draw_video, save_gif
 from lib.errors import BadMedia
 from lib.media import load_frames
-from model import Molmo2
+from lib.weights import pick_device
+from model import Molmo2, ViT, likeliest
 from sample import Chat, Prompt, answer, answers, main, prompt_batch
 
 
@@ -366,6 +367,103 @@ def test_high_resolution_crops_are_shown_if_training_showed_some(checkpoint, tmp
         assert [tiles(), tiles(usual_tiles=24), tiles(tiles=0)] == [min(usual, 8), usual, 0]
     os.remove(path)  # a published folder without it is of a model that saw them
     assert tiles() == 8
+
+
+# ---- where and how ----------------------------------------------------------------------------------------
+
+class Constant(torch.nn.Module):
+    """Stands in for lm_head: the same logits for every token of every answer."""
+
+    def __init__(self, logits, vocab):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((vocab, 1), -30.0))
+        with torch.no_grad():
+            self.weight[:len(logits), 0] = torch.tensor(logits)
+
+    def forward(self, x):
+        return self.weight[:, 0].expand(*x.shape[:-1], -1)
+
+
+def test_top_p_draws_from_the_likeliest():
+    assert likeliest(torch.tensor([[0.1, 0.5, 0.15, 0.25]]), 0.7).tolist() == [[0, 0.5, 0, 0.25]]
+    p = torch.tensor([[0.2, 0.3, 0.5], [0.98, 0.01, 0.01]])
+    assert likeliest(p, 0.4).tolist() == [[0, 0, 0.5], [p[1, 0].item(), 0, 0]]  # one is always left
+    assert likeliest(p, 1.0) is p
+    model = tiny_model()
+    model.lm_head = Constant(np.log([0.2, 0.5, 0.3]).tolist(), model.cfg.vocab)
+    drawn = [ids.tolist() for ids in model.generate(torch.ones(40, 1, dtype=torch.long), max_new_tokens=20, top_p=0.7,
+                                                    temperature=1.0, generator=torch.Generator().manual_seed(0))]
+    share = np.mean(np.array(drawn) == 1)
+    assert set(np.ravel(drawn)) == {1, 2} and abs(share - 5 / 8) < 0.06  # 800 draws: a deviation of 0.017
+
+
+@pytest.mark.parametrize("penalty", [0.1, 0.4, -0.1])
+def test_a_frequency_penalty_takes_from_what_was_written(penalty):
+    """Of each sequence of a batch its own ids; those of the prompt do not count."""
+    model = tiny_model()
+    logits = [1.0, 0.95, 0.7, 0.2]
+    model.lm_head = Constant(logits, model.cfg.vocab)
+    want = []
+    for _ in range(12):
+        want.append(int(np.argmax([x - penalty * want.count(i) for i, x in enumerate(logits)])))
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    said = list(model.generate(tokens, max_new_tokens=12, frequency_penalty=penalty))
+    assert torch.stack(said, 1).tolist() == [want, want]
+
+
+def test_a_batch_is_answered_as_the_flags_say(asked, monkeypatch):
+    """The flags of the command reach `generate`, of a chat and of many files alike."""
+    model, planner, folder = asked
+    seen = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: seen.append(k) or generate(*a, **k))
+    monkeypatch.setattr(sample, "load", lambda *a, **k: seen.append(k) or (model, planner))
+    monkeypatch.chdir(folder)
+    path = medium(folder, "image")[0][0]
+    flags = ["--temperature", "0.7", "--top_p", "0.95", "--frequency_penalty", "0.1", "--dtype", "bf16",
+             "--max_new_tokens", "3"]
+    for out in ("a.png", "results"):
+        monkeypatch.setattr("sys.argv", ["sample.py", "c", path, "What?", "--out", out, *flags])
+        main()
+        loaded, how = seen
+        assert loaded == dict(dtype="bf16") and (how["top_p"], how["frequency_penalty"]) == (0.95, 0.1)
+        assert how["generator"].initial_seed() == 0
+        seen.clear()
+
+
+def test_the_device_and_type_are_chosen_by_what_is_there(monkeypatch):
+    assert pick_device("cpu") == ("cpu", torch.float32) and pick_device("cpu", "bf16") == ("cpu", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device() == ("cpu", torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: None)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+        assert pick_device() == ("cuda", dtype) and pick_device("cuda:1", "fp32") == ("cuda:1", torch.float32)
+
+
+def test_a_model_in_bf16_answers_about_all_kinds_of_media(asked):
+    model, planner, folder = asked
+    model.bfloat16()
+    for kind in ("image", "images", "video"):
+        paths, row = medium(folder, kind)
+        prompts = [Prompt("image_qa", kind, row, str(folder), "What is it, and where?")]
+        text = answers(model, planner, prompts, lambda task: 6)
+        assert ["".join(Chat(model, planner, paths).ask("What is it, and where?", 6))] == text
+
+
+def test_many_crops_are_encoded_in_groups(monkeypatch):
+    """384 frames at once would take gigabytes; an answer about them is the same."""
+    monkeypatch.setattr(ViT, "AT_ONCE", dict(cpu=820))  # 32 crops of 25 patches
+    vit = tiny_model().vision_backbone.image_vit
+    crops = torch.randint(0, 256, (70, 25, 48), dtype=torch.uint8)
+    sizes = []
+    vit.patch_embedding.register_forward_hook(lambda module, x, y: sizes.append(len(y)))
+    with torch.no_grad():  # as in training, where all ranks must call alike
+        want = vit(crops)
+    with torch.inference_mode():
+        got = vit(crops)
+    assert sizes == [70, 32, 32, 6] and torch.allclose(got, want, atol=1e-5)
 
 
 # ---- what is drawn -----------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Checkpoints: what is written comes back bit for bit; what is damaged is one line, never a surprise."""
+import dataclasses
 import json
 import os
 import random
@@ -35,6 +36,37 @@ def test_a_loaded_model_does_not_change_with_its_file(tmp_path):
     with open(path, "r+b") as f:
         f.write(bytes(path.stat().st_size))
     assert equal(model, tiny_model())
+
+
+def test_weights_are_loaded_in_the_type_asked_for(tmp_path):
+    """Each is its fp32 value, rounded, also those that the file has in parts, and whatever the file's own type."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = Molmo2.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters()):
+        assert b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b), name
+    loaded.save_pretrained(tmp_path)  # in bf16
+    again = Molmo2.from_pretrained(tmp_path)
+    assert all(b.dtype == torch.float32 and torch.equal(a.float(), b)
+               for a, b in zip(loaded.parameters(), again.parameters()))
+    tensors = [torch.randn(7, 3, 2), torch.randn(5, 3, 2).double(), torch.empty(0, 3, 2)]
+    for most in (1, 6, 20, 1000):  # numbers at a time
+        assert torch.equal(weights.copy_of(tensors, torch.float16, most), torch.cat(tensors).half())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's count of a process's memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_keeps_no_page_of_the_file(tmp_path, dtype):
+    """What is mapped counts as the process's memory: an 8B model would take twice as much as it has."""
+    def mapped():
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("RssFile")) / 1024  # MB
+
+    cfg = dataclasses.replace(tiny_model().cfg, vocab=1 << 18)  # two tables of 32 MB in fp32
+    Molmo2(cfg).save_pretrained(tmp_path)
+    before = mapped()
+    model = Molmo2.from_pretrained(tmp_path, dtype=dtype)
+    assert model.lm_head.weight.numel() == 1 << 23 and mapped() - before < 16
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

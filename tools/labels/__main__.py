@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lib.errors import BadMedia, BadRecord, UserError
-from lib.media import (MAX_PIXELS, file_start, image_size, inside_folder, open_video, sample_times, video_duration,
-                       video_size)
+from lib.export import frame_times
+from lib.media import MAX_PIXELS, image_size, inside_folder, sample_times, video_duration, video_size
 from lib.tasks import EDGE
 from tools.labels.formats import BROKEN, NOT_IN_VIEW, YOLO_CLASSES, broken, read_labels
 
@@ -103,17 +103,6 @@ class Medium(NamedTuple):
     duration: float     # of a video, seconds
     frames: list        # when each begins
     looks: tuple        # the half seconds and the end: when a model may look at it
-
-
-def frame_times(path):
-    """When each frame of a video begins, in seconds."""
-    container, stream = open_video(path)
-    with container:
-        pts = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        if None in pts:
-            return [n / float(stream.average_rate or 25) for n in range(len(pts))]
-        start = file_start(container)
-        return [float(ticks * stream.time_base - start) for ticks in sorted(pts)]
 
 
 class Shelf:
@@ -260,13 +249,17 @@ def same_end(a, b):
     return a[-n:] == b[-n:]
 
 
-def thin(points, looks):
-    """Of each object the point nearest to each time at which a model may look, moved to that time."""
+def thin(points, medium):
+    """Of each object the point nearest to each time at which a model may look, moved to that time. A point on the
+    frame that is shown at such a time, which may have begun before, is there already."""
     nearest = {}  # (id, look) -> (how far away, point)
+    ends = np.append(medium.frames[1:], math.inf)
     for n, p in enumerate(points):
-        look = float(looks[np.abs(looks - p.t).argmin()])
+        end = ends[min(np.searchsorted(ends, p.t + 0.006, "right"), len(ends) - 1)]  # of its frame; looks are rounded
+        shown = medium.looks[(medium.looks > p.t - 0.006) & (medium.looks < end - 0.006)]
+        look = float(shown[0] if len(shown) else medium.looks[np.abs(medium.looks - p.t).argmin()])
         key = (p.id, look) if p.id is not None else (n, "an object of its own")
-        distance = abs(p.t - look)
+        distance = 0 if len(shown) else abs(p.t - look)
         if key not in nearest or distance < nearest[key][0]:
             nearest[key] = distance, p._replace(t=look)
     return [p for _, p in nearest.values()]
@@ -412,7 +405,7 @@ class Collection:
             points = list(points.values())
             clips = {0: points}
             if medium.kind == "video":
-                thinned = thin(points, medium.looks)
+                thinned = thin(points, medium)
                 self.reasons[THINNED] += len(points) - len(thinned)
                 clips = {}
                 for p in thinned:

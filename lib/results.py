@@ -1,0 +1,150 @@
+"""
+Results: the answers to one question about many files, as records of this project.
+
+    results/results.jsonl    a record for each answer: trained on, shown, reviewed and evaluated like any other
+    results/media/           the files asked about, as links, or copies on another disk: records name them from here
+    results/drawn/           their points and tracks, on copies (lib/draw.py)
+    results/results.csv, mot/, coco.json       for other tools (lib/export.py)
+
+    question, answer ─► to_annotation: its task, label and points ─► Results.add ─► a line of results.jsonl
+"""
+import filecmp
+import itertools
+import json
+import os
+import re
+import shutil
+
+from lib.draw import WRITABLE, draw
+from lib.errors import BadMedia, BadRecord, UserError
+from lib.records import media_kind, parse_record
+from lib.tasks import answer_of
+from lib.text import NOTHING, parse_points
+
+
+# ---- an answer becomes a record ----------------------------------------------------------------------------
+
+LABEL = re.compile(r"(?:.*\b(?:point (?:to|at)|track|follow|find|count|mark|show me|click on|locate|how many"
+                   r"|where (?:is|are|does|do)))\s+(?:(?:all|every|each|of|the|a|an|my)\s+)*(.+?)"
+                   r"(?:\s+(?:are there|go|move|appear|(?:in|through) (?:the|this) (?:image|picture|video|clip)))*\W*",
+                   re.I | re.S)
+
+
+def label_of(question):
+    """What a question asks for: "Track the red ball." -> "red ball". Of other questions all of it."""
+    match = LABEL.fullmatch(question)
+    return match[1] if match else question.strip(" .?!")
+
+
+def points_of(text, kind):
+    """The points of an answer, as a record may have them: of a video those with a time, and no two of one id at one
+    time; the second gets the next free id."""
+    points = []
+    taken = set()  # (time, id)
+    for p in parse_points(text, kind):
+        if kind == "video" and "t" not in p:
+            continue
+        while (p.get("t"), p["id"]) in taken:
+            p["id"] += 1
+        taken.add((p.get("t"), p["id"]))
+        points.append(p)
+    return points
+
+
+def to_annotation(kind, question, text, grammar="spec"):
+    """The annotation that a question and its answer make. kind: "image" or "video"; grammar: the model's."""
+    annotation = dict(task=f"{kind}_qa", prompt=question)
+    points = points_of(text, kind)
+    if not points and text.strip() != NOTHING:
+        if re.search(r"\b(describe|caption)", question, re.I):
+            annotation["task"] = f"{kind}_caption"
+        elif text.strip().isdigit() and re.search(r"\b(how many|count|number of)\b", question, re.I):
+            annotation |= dict(task="counting", label=label_of(question))
+        return dict(annotation, answer=text)
+    is_track = len({p["id"] for p in points}) < len(points) or re.search(r"\b(track|follow)", question, re.I)
+    annotation["task"] = "video_tracking" if kind == "video" and is_track else f"{kind}_pointing"
+    annotation |= dict(label=label_of(question), points=points)
+    for style in ("point_count", "video_point_count", "video_count_point"):  # with the number before or after
+        styled = dict(annotation, style=style)
+        if answer_of(annotation, kind, grammar) != text == answer_of(styled, kind, grammar):
+            return styled
+    return annotation
+
+
+class Results:
+    """The folder of one checkpoint's answers. Each is a line as soon as it is there, so that a run that was killed goes
+    on where it was."""
+
+    def __init__(self, folder, checkpoint):
+        self.folder = folder
+        self.path = os.path.join(folder, "results.jsonl")
+        # by its last names, "small/sft/step_0002650": the others are of this machine alone
+        self.checkpoint = "/".join(os.path.realpath(checkpoint).split(os.sep)[-3:])
+        os.makedirs(os.path.join(folder, "media"), exist_ok=True)
+        self.records = self.read() if os.path.exists(self.path) else []
+        self.done = set()  # (media, question)
+        for record in self.records:
+            self.done |= {(record.get(media_kind(record)), a.get("prompt")) for a in record["annotations"]}
+
+    def read(self):
+        """The records of results.jsonl. A last line that was cut short is removed from it."""
+        records = []
+        with open(self.path, "r+b") as f:
+            begin = 0  # of a line
+            for n, line in enumerate(f.readlines(), 1):
+                try:
+                    record = parse_record(line)
+                except BadRecord as e:
+                    if line.endswith(b"\n"):
+                        raise UserError(f"{self.path}:{n}: {e}; put it right, or take the line out") from None
+                    f.truncate(begin)
+                    break
+                if self.checkpoint not in [source.get("by") for source in record.get("provenance", ())]:
+                    raise UserError(f"--out {self.folder}: line {n} of its results.jsonl is no answer of "
+                                    f"{self.checkpoint}; name another folder")
+                records.append(record)
+                begin += len(line)
+                if not line.endswith(b"\n"):
+                    f.seek(begin)
+                    f.write(b"\n")
+        return records
+
+    def keep(self, path):
+        """Where a file lies under the folder, "media/NAME": it is linked, or on another disk copied. Another file of
+        the same name gets a number."""
+        path = os.path.realpath(path)
+        stem, ending = os.path.splitext(os.path.basename(path))
+        try:
+            stem.encode()
+        except UnicodeError:
+            raise BadMedia(f"{path!r}: its name is not UTF-8; records cannot hold it") from None
+        for n in itertools.count(1):
+            name = f"media/{stem}{f'_{n}' if n > 1 else ''}{ending}"
+            kept = os.path.join(self.folder, name)
+            if not os.path.exists(kept):
+                break
+            if filecmp.cmp(path, kept, shallow=False):
+                return name
+        try:
+            os.link(path, kept)
+        except OSError:
+            shutil.copy2(path, kept + ".part")
+            os.replace(kept + ".part", kept)
+        return name
+
+    def add(self, record, question, text, grammar="spec", segmenter=None):
+        """Draw the points of an answer, then write its line. record: {kind: media}."""
+        kind = media_kind(record)
+        media = record[kind]
+        annotation = to_annotation(kind, question, text, grammar)
+        if annotation.get("points"):
+            drawn = os.path.join(self.folder, "drawn", os.path.basename(media))
+            if not drawn.lower().endswith(WRITABLE[kind]):
+                drawn += WRITABLE[kind][0]
+            os.makedirs(os.path.dirname(drawn), exist_ok=True)
+            draw(kind, [os.path.join(self.folder, media)], annotation["points"], drawn, segmenter)
+        record = {"id": os.path.basename(media), kind: media, "annotations": [annotation],
+                  "provenance": [dict(step="answer", by=self.checkpoint)]}
+        with open(self.path, "ab") as f:
+            f.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self.records.append(record)
