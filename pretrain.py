@@ -110,7 +110,8 @@ class Config:
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     cp: int = flag(1, "ranks that share a sequence (context parallelism, ulysses.py); divides ranks and heads")
     recompute: bool = flag(False, "activation checkpointing: run each block twice; a third more work, far less memory")
-    workers: int = flag(2, "processes that decode images and videos; 0 = the training process itself")
+    workers: int | None = flag(None, "processes a rank has to decode images and videos; 0 = the training process itself, "
+                                     "auto (None) = 1 to 8, by its share of the cores")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
@@ -154,12 +155,17 @@ CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released
                freeze=("vit", "connector", "decoder", "embedding", "none"), lora_parts=("vit", "connector", "decoder"))
 
 
+def integer_or_auto(text):
+    return None if text == "auto" else int(text)
+
+
 def parse(defaults, presets, argv=None):
     """Flags -> Config. A flag overrides the --config preset, which overrides the default of the stage."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = dict(action=argparse.BooleanOptionalAction)
-    kinds = {bool: switch, bool | None: switch, tuple: dict(nargs="+", metavar="X")}
+    kinds = {bool: switch, bool | None: switch, tuple: dict(nargs="+", metavar="X"),
+             int | None: dict(type=integer_or_auto, metavar="INT")}
     for f in dataclasses.fields(Config):
         kind = kinds.get(f.type) or dict(type=f.type, metavar=f.type.__name__.upper())
         # SUPPRESS: a flag that is not given must not override the preset
@@ -197,6 +203,8 @@ def check_config(cfg):
     for name in ("epochs", "lora", "keep"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
+    if cfg.workers is not None and cfg.workers < 0:
+        raise UserError(f"--workers {cfg.workers}: must be 0 or more, or auto")
     if not 0 < cfg.lora_alpha < math.inf:
         raise UserError(f"--lora_alpha {cfg.lora_alpha}: must be more than 0")
     for name, allowed in CHOICES.items():
@@ -445,7 +453,8 @@ def train(cfg, defaults, stop, cache_features=None):
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if cfg.device == "auto" else cfg.device
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
-    cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile)
+    cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile,
+                              workers=distributed.auto_workers() if cfg.workers is None else cfg.workers)
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
     world = distributed.start(device, cfg.cp)
     distributed.lock(f"{run}.lock", world)
