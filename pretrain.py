@@ -110,8 +110,8 @@ class Config:
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     cp: int = flag(1, "ranks that share a sequence (context parallelism, ulysses.py); divides ranks and heads")
     recompute: bool = flag(False, "activation checkpointing: run each block twice; a third more work, far less memory")
-    workers: int | None = flag(None, "processes a rank has to decode images and videos; 0 = the training process itself, "
-                                     "auto (None) = 1 to 8, by its share of the cores")
+    workers: int | None = flag(None, "processes of a rank that decode media; 0 = the training process itself, auto "
+                                     "(None) = 1 to 8, by its share of the cores; --dry_run says how many it needs")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
@@ -621,9 +621,13 @@ def dry_run(cfg):
     model = lora.freeze(lora.install(empty_model(cfg.config), cfg), cfg, cuda)
     planner = Planner(Tokenizer(SMALL_TOKENIZER, model.cfg.vocab), model.cfg, cfg.seq_len, cfg.tiles, "spec",
                       cfg.max_frames, cfg.max_crops)
+    planning = 0.0  # seconds a sequence
     if cfg.data:
         stream = Stream(open_data(cfg)[0], planner, cfg.seed).sequences()
+        next(stream)  # fills the packer first
+        began = time.perf_counter()
         sequences = [next(stream).plans for _ in range(50 * micro_batch)]  # enough to meet one with many crops
+        planning = (time.perf_counter() - began) / len(sequences)
     else:
         sequences = [budget.long_video(planner)] * micro_batch
     blank = lambda path, layout, n, patch: np.zeros((layout.n_crops, n * n, patch ** 2 * 3), np.uint8)
@@ -637,7 +641,7 @@ def dry_run(cfg):
         for optimizer in optimizers:
             optimizer.step()
 
-    budget.show(cfg, model, make_optimizers(model, cfg)[0], batches, ranks, cuda, empty_step)
+    budget.show(cfg, model, make_optimizers(model, cfg)[0], sequences, planning, batches, ranks, cuda, empty_step)
 
 
 def main(defaults, presets, argv=None, cache_features=None, example=""):

@@ -248,6 +248,47 @@ def fits(gigabytes, card):
     return gigabytes < 0.95 * card
 
 
+# ---- workers -------------------------------------------------------------------------------------------------------
+
+# Milliseconds of one core, for a crop of a JPEG of 1800 x 1200 and a frame of an MP4 of 1280 x 720 at 2 of 30 a second
+# (`python -m tools.bench --parts data` on an x86 server of 2 cores, 2026).
+CROP_MS = 3.5
+FRAME_MS = 14.0
+# Shares of an H100's peak that training reaches: as published for stage 1 (4B: 5,900 tokens a second), and as the 1B
+# model did on an H200 with --compile. The faster a step, the more workers it needs.
+MFU = {"published": 0.17, "measured": 0.31}
+
+
+def decoding_seconds(sequences):
+    """Seconds of one core to decode a packed sequence, [Plan], on average."""
+    ms = 0.0
+    for plans in sequences:
+        for plan in plans:
+            for _, layout in plan.media:
+                ms += layout.n_crops * (FRAME_MS if layout.times else CROP_MS)
+    return ms / 1e3 / len(sequences)
+
+
+def workers_needed(step, decoding, planning):
+    """How many workers keep up with steps of `step` seconds, 0 = no number does: they share a rank's `decoding`, but
+    each does all of the `planning`; seconds a step, too."""
+    if planning >= step:
+        return 0
+    return max(math.ceil(decoding / (step - planning)), 1)
+
+
+def show_workers(work, decoding, planning):
+    """Print how many workers a rank needs. work: operations of a step, of this rank; the rest as above."""
+    print(f"decoding a rank's images and videos takes {decoding:.2f} s of one core a step, planning all records "
+          f"{planning:.2f} s of each worker")
+    for source, mfu in MFU.items():
+        step = work / (mfu * PEAK_FLOPS["H100"])
+        n = workers_needed(step, decoding, planning)
+        verdict = f"{n} worker{'s' if n > 1 else ''} a rank" if n else (
+            "no number of workers keeps up; width, height and duration in the records make planning faster")
+        print(f"  at {mfu:.0%} of an H100's peak ({source}) a step takes {step:.2f} s: {verdict}")
+
+
 # ---- the estimate --------------------------------------------------------------------------------------------------
 
 def long_video(planner):
@@ -258,9 +299,10 @@ def long_video(planner):
     return plans
 
 
-def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
-    """Print parameters, operations and memory of the steps of a run. model: on the meta device, used up; batches:
-    what a rank may get at a time, before it is cut; empty_step(): the least a process does."""
+def show(cfg, model, optimizers, sequences, planning, batches, ranks, cuda, empty_step):
+    """Print parameters, operations and memory of the steps of a run. model: on the meta device, used up; sequences: of
+    plans; planning: seconds that one took; batches: of the sequences, as a rank may get them at a time, before they are
+    cut; empty_step(): the least a process does."""
     dp = ranks // cfg.cp
     micro_batch = len(batches[0]["tokens"])
     largest = max(batches, key=lambda batch: len(batch["crops"]))
@@ -278,6 +320,9 @@ def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
           f"{dp} x {cfg.cp} ranks, {turns} times; {work:.3g} operations, {work / ranks:.3g} a rank")
     print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, "
           f"{shape['learned']:,} tokens trained on")
+    if cuda:
+        decoding = decoding_seconds(sequences) * math.ceil(cfg.global_batch / dp)
+        show_workers(work / ranks, decoding, planning * cfg.global_batch)
     use = memory(model, optimizers, shape, cuda, cfg.recompute, ranks, cfg.cp)
     if not cuda:
         use = {"python and torch": resident(empty_step)} | use

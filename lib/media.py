@@ -215,19 +215,28 @@ def is_picture_track(stream):
     return stream.type == "video" and not stream.disposition & Disposition.attached_pic
 
 
-def open_video(path):
-    """(open container, its first video stream). The file cannot make the decoder open other files or URLs."""
+def open_video(path, decodes=True):
+    """(open container, its first video stream). The file cannot make the decoder open other files or URLs. decodes:
+    whether frames will be decoded, and not only packets read."""
     try:
         kind = container_format(path)
         if not kind:
             raise BadMedia(f"{path}: not a video in a known container ({', '.join(sorted(set(MAGIC.values())))})")
-        container = av.open(path, format=kind, options={"protocol_whitelist": "file", "format_whitelist": kind})
+        options = {"protocol_whitelist": "file", "format_whitelist": kind}
+        if kind == "mov" and not decodes:
+            # FFmpeg decodes the first frames to learn of the stream, 10 to 25 ms of a 720p video. Their tables say
+            # all of the packets; a decoder that is on no list is not started.
+            options["codec_whitelist"] = "none"
+        container = av.open(path, format=kind, options=options)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: not a readable video ({e})") from None
     stream = next(filter(is_picture_track, container.streams), None)
     if not stream:
         container.close()
         raise BadMedia(f"{path}: has no video stream")
+    if not stream.width and not decodes:  # the tables lack the size
+        container.close()
+        return open_video(path)
     if not 0 < stream.width * stream.height <= MAX_PIXELS:
         container.close()
         raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}; they may have 1 pixel to "
@@ -254,7 +263,7 @@ def file_start(container):
     """When the file starts, in seconds by its own clock, a Fraction."""
     starts = [s.start_time * s.time_base for s in tracks_of(container) if s.start_time is not None]
     if not starts or container.format.name == MATROSKA and min(starts) > 0:
-        again, stream = open_video(container.name)
+        again, stream = open_video(container.name, decodes=False)
         with again, contextlib.suppress(av.FFmpegError):
             first = next(again.demux(stream))
             if first.pts is not None:
@@ -268,7 +277,7 @@ def video_duration(path):
     By its header; or by its last packets where they end later, as a header may count frames in the order in which
     they are decoded.
     """
-    container, stream = open_video(path)
+    container, stream = open_video(path, decodes=False)
     with container:
         ends = []  # (seconds by the file's clock, the kind of track or "")
         if container.format.name != MATROSKA:
@@ -542,7 +551,7 @@ def load_frames(path, times, keep=lambda rgb: rgb):
         return keep(turned(pixels, frame.side_data.get(Type.DISPLAYMATRIX)))
 
     try:
-        container, stream = open_video(path)
+        container, stream = open_video(path, decodes=False)
         with container:
             plan = frame_plan(container, stream, times)
         if plan:
