@@ -12,6 +12,7 @@ Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled i
 """
 import bisect
 import contextlib
+import functools
 import os
 import struct
 from collections import OrderedDict
@@ -155,17 +156,27 @@ def windows(grid, size):
 
 def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
     """Tokens and windows of an image. width, height: pixels; n: patches on a side of a crop; patch: pixels on a side
-    of a patch; max_crops: high-resolution ones, 0 = the low-resolution crop alone.
+    of a patch; max_crops: high-resolution ones, 0 = the low-resolution crop alone."""
+    rows, cols = 0, 0
+    if max_crops:
+        margin = round(n * 4 / 27)
+        rows, cols = pick_tiling(max(height - 2 * margin * patch, 1), max(width - 2 * margin * patch, 1),
+                                 (n - 2 * margin) * patch, max_crops)
+    tokens, windows_of_patches = tiled_layout(rows, cols, n, pool)
+    return Layout(list(tokens), windows_of_patches, 1 + rows * cols, (rows, cols))
+
+
+@functools.lru_cache  # few tilings, many images: planning would spend a seventh of its time here
+def tiled_layout(rows, cols, n, pool):
+    """(names of tokens, windows (M, K)) of a low-resolution crop and rows x cols high-resolution ones. Read them only.
 
         <low_res_image_start> <image>... <image_end>   <image_start> (<image>... <image_col>) per row <image_end>
     """
     low = windows(np.arange(n * n).reshape(n, n), pool)
     tokens = ["<low_res_image_start>"] + ["<image>"] * (low.shape[0] * low.shape[1]) + ["<image_end>"]
-    if not max_crops:
-        return Layout(tokens, low.reshape(-1, pool * pool), 1, (0, 0))
+    if not rows:
+        return tokens, low.reshape(-1, pool * pool)
     margin = round(n * 4 / 27)  # patches on each side of a crop that its neighbour shows too: 4 of 27
-    rows, cols = pick_tiling(max(height - 2 * margin * patch, 1), max(width - 2 * margin * patch, 1),
-                             (n - 2 * margin) * patch, max_crops)
     bands = []
     for i in range(rows):
         band = []
@@ -182,7 +193,7 @@ def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
     row_of_tokens = ["<image>"] * high.shape[1] + ["<image_col>"]
     tokens += ["<image_start>"] + row_of_tokens * high.shape[0] + ["<image_end>"]
     both = np.concatenate([low.reshape(-1, pool * pool), high.reshape(-1, pool * pool)])
-    return Layout(tokens, both, 1 + rows * cols, (rows, cols))
+    return tokens, both
 
 
 def frame_layout(n, pool=POOL_VIDEO):
