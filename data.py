@@ -612,7 +612,7 @@ class Stream:
                     state["rows"] += 1
                     state["row"] = [plan.where for plan in packed_plans]
                     state["waiting"] = [list(plan.ref) for plan in packer.waiting]
-                    yield Packed(packed_plans, copy.deepcopy(state), events)
+                    yield Packed(packed_plans, snapshot(state), events)
                     events = []
             state["draw"] += 1
             state["part"] = 0
@@ -658,6 +658,11 @@ class Stream:
             told.append(f"a video gets at most {p.max_crops} frames: --max_crops {p.max_crops} ends before "
                         f"--max_frames {p.max_frames}, and --seq_len {p.seq_len} holds {n_frames}")
         return max(tokens / p.seq_len, crops / p.max_crops, 1e-3) / sample, "\n".join(told)
+
+
+def snapshot(state):
+    """A copy of a stream's state that later draws leave as it is: they change these three, and replace the rest."""
+    return state | {name: copy.deepcopy(state[name]) for name in ("taken", "bad", "skipped")}
 
 
 def left_out_so_far(state):

@@ -118,7 +118,8 @@ class Config:
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     cp: int = flag(1, "ranks that share a sequence (context parallelism, ulysses.py); divides ranks and heads")
     recompute: bool = flag(False, "activation checkpointing: run each block twice; a third more work, far less memory")
-    workers: int = flag(2, "processes that decode images and videos; 0 = the training process itself")
+    workers: int | None = flag(None, "processes of a rank that decode media; 0 = the training process itself, auto "
+                                     "(None) = 1 to 8, by its share of the cores; --dry_run says how many it needs")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
@@ -163,12 +164,17 @@ CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released
                freeze=("vit", "connector", "decoder", "embedding", "none"), lora_parts=("vit", "connector", "decoder"))
 
 
+def integer_or_auto(text):
+    return None if text == "auto" else int(text)
+
+
 def parse(defaults, presets, argv=None):
     """Flags -> Config. A flag overrides the --config preset, which overrides the default of the stage."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = dict(action=argparse.BooleanOptionalAction)
-    kinds = {bool: switch, bool | None: switch, tuple: dict(nargs="+", metavar="X")}
+    kinds = {bool: switch, bool | None: switch, tuple: dict(nargs="+", metavar="X"),
+             int | None: dict(type=integer_or_auto, metavar="INT")}
     for f in dataclasses.fields(Config):
         kind = kinds.get(f.type) or dict(type=f.type, metavar=f.type.__name__.upper())
         # SUPPRESS: a flag that is not given must not override the preset
@@ -206,6 +212,8 @@ def check_config(cfg):
     for name in ("epochs", "lora", "keep"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
+    if cfg.workers is not None and cfg.workers < 0:
+        raise UserError(f"--workers {cfg.workers}: must be 0 or more, or auto")
     if not 0 < cfg.lora_alpha < math.inf:
         raise UserError(f"--lora_alpha {cfg.lora_alpha}: must be more than 0")
     for name, allowed in CHOICES.items():
@@ -470,7 +478,8 @@ def train(cfg, defaults, stop, cache_features=None):
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if cfg.device == "auto" else cfg.device
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
-    cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile)
+    cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile,
+                              workers=distributed.auto_workers() if cfg.workers is None else cfg.workers)
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
     world = distributed.start(device, cfg.cp)
     distributed.set_deterministic(cfg.deterministic)
@@ -644,9 +653,13 @@ def dry_run(cfg):
     model = lora.freeze(lora.install(empty_model(cfg.config), cfg), cfg, cuda)
     planner = Planner(Tokenizer(SMALL_TOKENIZER, model.cfg.vocab), model.cfg, cfg.seq_len, cfg.tiles, "spec",
                       cfg.max_frames, cfg.max_crops)
+    planning = 0.0  # seconds a sequence
     if cfg.data:
         stream = Stream(open_data(cfg)[0], planner, cfg.seed).sequences()
+        next(stream)  # fills the packer first
+        began = time.perf_counter()
         sequences = [next(stream).plans for _ in range(50 * micro_batch)]  # enough to meet one with many crops
+        planning = (time.perf_counter() - began) / len(sequences)
     else:
         sequences = [budget.long_video(planner)] * micro_batch
     blank = lambda path, layout, n, patch: np.zeros((layout.n_crops, n * n, patch ** 2 * 3), np.uint8)
@@ -660,7 +673,7 @@ def dry_run(cfg):
         for optimizer in optimizers:
             optimizer.step()
 
-    budget.show(cfg, model, make_optimizers(model, cfg)[0], batches, ranks, cuda, empty_step)
+    budget.show(cfg, model, make_optimizers(model, cfg)[0], sequences, planning, batches, ranks, cuda, empty_step)
 
 
 def main(defaults, presets, argv=None, cache_features=None, example=""):

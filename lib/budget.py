@@ -3,6 +3,7 @@ An estimate of what a run needs, before anything is loaded: parameters, memory o
 
     python longctx.py --config 7b --cp 8 --world 16 --dry_run    # on a laptop: the model is 15 GB of nothing
     python -m lib.budget                                         # which GPU asking and training need, as a table
+    python -m lib.budget --scaling                               # 1 to 64 cards: tokens a second, on paper
 
     --data, planned but not decoded    ─┐
     or one long video that fills T     ─┴─► the micro-batch with most crops ─► a model on the meta device,
@@ -13,6 +14,7 @@ and every storage is counted when it is made and when it is freed. What FSDP add
 
 Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one, D width
 """
+import argparse
 import functools
 import math
 import os
@@ -251,6 +253,47 @@ def fits(gigabytes, card):
     return gigabytes < 0.95 * card
 
 
+# ---- workers -------------------------------------------------------------------------------------------------------
+
+# Milliseconds of one core, for a crop of a JPEG of 1800 x 1200 and a frame of an MP4 of 1280 x 720 at 2 of 30 a second
+# (`python -m tools.bench --parts data` on an x86 server of 2 cores, 2026).
+CROP_MS = 3.5
+FRAME_MS = 14.0
+# Shares of an H100's peak that training reaches: as published for stage 1 (4B: 5,900 tokens a second), and as the 1B
+# model did on an H200 with --compile. The faster a step, the more workers it needs.
+MFU = {"published": 0.17, "measured": 0.31}
+
+
+def decoding_seconds(sequences):
+    """Seconds of one core to decode a packed sequence, [Plan], on average."""
+    ms = 0.0
+    for plans in sequences:
+        for plan in plans:
+            for _, layout in plan.media:
+                ms += layout.n_crops * (FRAME_MS if layout.times else CROP_MS)
+    return ms / 1e3 / len(sequences)
+
+
+def workers_needed(step, decoding, planning):
+    """How many workers keep up with steps of `step` seconds, 0 = no number does: they share a rank's `decoding`, but
+    each does all of the `planning`; seconds a step, too."""
+    if planning >= step:
+        return 0
+    return max(math.ceil(decoding / (step - planning)), 1)
+
+
+def show_workers(work, decoding, planning):
+    """Print how many workers a rank needs. work: operations of a step, of this rank; the rest as above."""
+    print(f"decoding a rank's images and videos takes {decoding:.2f} s of one core a step, planning all records "
+          f"{planning:.2f} s of each worker")
+    for source, mfu in MFU.items():
+        step = work / (mfu * PEAK_FLOPS["H100"])
+        n = workers_needed(step, decoding, planning)
+        verdict = f"{n} worker{'s' if n > 1 else ''} a rank" if n else (
+            "no number of workers keeps up; width, height and duration in the records make planning faster")
+        print(f"  at {mfu:.0%} of an H100's peak ({source}) a step takes {step:.2f} s: {verdict}")
+
+
 # ---- the estimate --------------------------------------------------------------------------------------------------
 
 def long_video(planner):
@@ -261,9 +304,10 @@ def long_video(planner):
     return plans
 
 
-def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
-    """Print parameters, operations and memory of the steps of a run. model: on the meta device, used up; batches:
-    what a rank may get at a time, before it is cut; empty_step(): the least a process does."""
+def show(cfg, model, optimizers, sequences, planning, batches, ranks, cuda, empty_step):
+    """Print parameters, operations and memory of the steps of a run. model: on the meta device, used up; sequences: of
+    plans; planning: seconds that one took; batches: of the sequences, as a rank may get them at a time, before they are
+    cut; empty_step(): the least a process does."""
     dp = ranks // cfg.cp
     micro_batch = len(batches[0]["tokens"])
     largest = max(batches, key=lambda batch: len(batch["crops"]))
@@ -281,6 +325,9 @@ def show(cfg, model, optimizers, batches, ranks, cuda, empty_step):
           f"{dp} x {cfg.cp} ranks, {turns} times; {work:.3g} operations, {work / ranks:.3g} a rank")
     print(f"most at a time: {shape['crops']} crops, {shape['windows'][0]:,} visual tokens, "
           f"{shape['learned']:,} tokens trained on")
+    if cuda:
+        decoding = decoding_seconds(sequences) * math.ceil(cfg.global_batch / dp)
+        show_workers(work / ranks, decoding, planning * cfg.global_batch)
     use = memory(model, optimizers, shape, cuda, cfg.recompute, ranks, cfg.cp)
     if not cuda:
         use = {"python and torch": resident(empty_step)} | use
@@ -383,5 +430,71 @@ def gpu_table():
     return "\n".join(lines)
 
 
+# ---- many cards, on paper ------------------------------------------------------------------------------------------
+
+# Bytes per second of a rank, one way: NVLink within a node of 8; its own 400 Gbit/s to other nodes. Assumed: copies from
+# card to computer, and a disk that all nodes share.
+NVLINK, NETWORK, TO_HOST, DISK = 450e9, 50e9, 6e9, 2e9
+# mfu: as an H200 reached it with the 1B model, in stage 3 for one sequence of 36,864 tokens in 6.0 s.
+STAGES = {"pretrain": dict(tokens=4096, sequences=256, at_a_time=4, crops=24, windows=24 * 140, cp=1, mfu=0.31),
+          "sft": dict(tokens=4096, sequences=128, at_a_time=4, crops=46, windows=46 * 81, cp=1, mfu=0.31),
+          "longctx": dict(tokens=36864, sequences=32, at_a_time=1, crops=384, windows=384 * 81, cp=8, mfu=0.19)}
+
+
+def step_on_paper(cfg, numbers, stage, cards):
+    """Seconds of a step, {what: s}. numbers: parameters; each is computed as written, and nothing else is counted.
+
+        compute      operations of all sequences / (cards · MFU · peak)
+        NVLink       micro-batches · bytes of all weights, in bf16 forward and backward, and of all gradients, in fp32
+        network      micro-batches · all-reduce of a rank's shard of the gradients, which crosses twice
+        all-to-all   layers · (q, k, v and the output) of a rank's tokens; forward, recomputed and backward
+    """
+    cp = min(stage["cp"], cards)
+    shards = min(cards, 8)
+    nodes = cards // shards
+    micro_batches = math.ceil(stage["sequences"] / (cards // cp * stage["at_a_time"]))
+    parts = flops(cfg, stage["crops"], (stage["windows"], 4), stage["tokens"], stage["tokens"] ** 2 // 2,
+                  stage["tokens"] // 4)
+    operations = 3 * sum(parts.values()) * stage["sequences"]
+    sent = 2 * (cfg.heads + max(cfg.kv_heads, cp)) * cfg.head_dim * 2 * stage["tokens"] / cp * stage["at_a_time"]
+    return {"compute": operations / (cards * stage["mfu"] * PEAK_FLOPS["H100"]),
+            "NVLink": micro_batches * (2 + 2 + 4) * numbers * (shards - 1) / shards / NVLINK,
+            "network": micro_batches * 2 * (nodes - 1) / nodes * 4 * numbers / shards / NETWORK,
+            "all-to-all": micro_batches * 3 * cfg.layers * sent * (cp - 1) / cp / NVLINK}
+
+
+def scaling_table(configs=("1b", "8b")):
+    """Steps of all stages on 1 to 64 cards, and what evaluating and saving take; whether they fit is --dry_run's."""
+    lines = []
+    for config in configs:
+        cfg = PRESETS[config]
+        numbers = count_numbers(empty_model(config).parameters())
+        for name, stage in STAGES.items():
+            lines += ["", f"{config}, {name}: {stage['sequences']} sequences of {stage['tokens']:,} tokens and "
+                      f"{stage['crops']} crops, cp {stage['cp']}, MFU of a card alone {stage['mfu']:.0%}",
+                      "cards   compute    NVLink   network  all-to-all   tokens/s a card, nothing to all overlapped"]
+            for cards in (1, 8, 16, 32, 64):
+                step = step_on_paper(cfg, numbers, stage, cards)
+                tokens = stage["sequences"] * stage["tokens"] / cards
+                slow = tokens / sum(step.values())
+                fast = tokens / (max(step["compute"], step["NVLink"], step["network"]) + step["all-to-all"])
+                seconds = "  ".join(f"{s:6.2f} s" for s in step.values())
+                lines.append(f"{cards:5}  {seconds}    {slow:10,.0f} {fast:10,.0f}")
+            # A forward pass is a third of a step, and the evaluating process itself decodes. 512 records fill about 128
+            # sequences.
+            turns = math.ceil(128 / (64 // stage["cp"]))
+            forward = step["compute"] / 3 * 64 / stage["cp"] / stage["sequences"]
+            decoding = stage["crops"] * (CROP_MS if name == "pretrain" else FRAME_MS) / 1e3
+            lines.append(f"evaluating 128 sequences on 64 cards: {turns} times {forward:.1f} s and {decoding:.1f} s of "
+                         f"decoding, together {turns * (forward + decoding):.0f} s")
+        copied = 4 * numbers + 8 * numbers / 8  # by rank 0: all weights, and its shard of AdamW's two moments
+        lines.append(f"saving {config} on 64 cards: training waits {4 * numbers / NVLINK + copied / TO_HOST:.0f} s until "
+                     f"{copied / 1e9:.0f} GB are copied; then a thread writes {12 * numbers / 1e9:.0f} GB, "
+                     f"{12 * numbers / DISK:.0f} s")
+    return "\n".join(lines[1:])
+
+
 if __name__ == "__main__":
-    print(gpu_table())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scaling", action="store_true", help="1 to 64 cards: tokens a second, on paper")
+    print(scaling_table() if parser.parse_args().scaling else gpu_table())

@@ -670,6 +670,13 @@ def cores(quota="/sys/fs/cgroup/cpu.max"):
     return max(n, 1)
 
 
+def auto_workers():
+    """How many workers suit a rank: its share of the cores, less the one that trains. At least 1; at most 8, as each of
+    them plans the whole stream (data.Batches)."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine; torchrun's
+    return min(max(cores() // ranks - 1, 1), 8)
+
+
 def identity(x):
     return x
 

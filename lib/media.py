@@ -12,6 +12,7 @@ Shapes:  N crops, P patches per crop (n·n), M visual tokens, K patches pooled i
 """
 import bisect
 import contextlib
+import functools
 import os
 import struct
 from collections import OrderedDict
@@ -155,17 +156,27 @@ def windows(grid, size):
 
 def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
     """Tokens and windows of an image. width, height: pixels; n: patches on a side of a crop; patch: pixels on a side
-    of a patch; max_crops: high-resolution ones, 0 = the low-resolution crop alone.
+    of a patch; max_crops: high-resolution ones, 0 = the low-resolution crop alone."""
+    rows, cols = 0, 0
+    if max_crops:
+        margin = round(n * 4 / 27)
+        rows, cols = pick_tiling(max(height - 2 * margin * patch, 1), max(width - 2 * margin * patch, 1),
+                                 (n - 2 * margin) * patch, max_crops)
+    tokens, windows_of_patches = tiled_layout(rows, cols, n, pool)
+    return Layout(list(tokens), windows_of_patches, 1 + rows * cols, (rows, cols))
+
+
+@functools.lru_cache  # few tilings, many images: planning would spend a seventh of its time here
+def tiled_layout(rows, cols, n, pool):
+    """(names of tokens, windows (M, K)) of a low-resolution crop and rows x cols high-resolution ones. Read them only.
 
         <low_res_image_start> <image>... <image_end>   <image_start> (<image>... <image_col>) per row <image_end>
     """
     low = windows(np.arange(n * n).reshape(n, n), pool)
     tokens = ["<low_res_image_start>"] + ["<image>"] * (low.shape[0] * low.shape[1]) + ["<image_end>"]
-    if not max_crops:
-        return Layout(tokens, low.reshape(-1, pool * pool), 1, (0, 0))
+    if not rows:
+        return tokens, low.reshape(-1, pool * pool)
     margin = round(n * 4 / 27)  # patches on each side of a crop that its neighbour shows too: 4 of 27
-    rows, cols = pick_tiling(max(height - 2 * margin * patch, 1), max(width - 2 * margin * patch, 1),
-                             (n - 2 * margin) * patch, max_crops)
     bands = []
     for i in range(rows):
         band = []
@@ -182,7 +193,7 @@ def image_layout(width, height, n, patch, max_crops, pool=POOL_IMAGE):
     row_of_tokens = ["<image>"] * high.shape[1] + ["<image_col>"]
     tokens += ["<image_start>"] + row_of_tokens * high.shape[0] + ["<image_end>"]
     both = np.concatenate([low.reshape(-1, pool * pool), high.reshape(-1, pool * pool)])
-    return Layout(tokens, both, 1 + rows * cols, (rows, cols))
+    return tokens, both
 
 
 def frame_layout(n, pool=POOL_VIDEO):
@@ -215,19 +226,28 @@ def is_picture_track(stream):
     return stream.type == "video" and not stream.disposition & Disposition.attached_pic
 
 
-def open_video(path):
-    """(open container, its first video stream). The file cannot make the decoder open other files or URLs."""
+def open_video(path, decodes=True):
+    """(open container, its first video stream). The file cannot make the decoder open other files or URLs. decodes:
+    whether frames will be decoded, and not only packets read."""
     try:
         kind = container_format(path)
         if not kind:
             raise BadMedia(f"{path}: not a video in a known container ({', '.join(sorted(set(MAGIC.values())))})")
-        container = av.open(path, format=kind, options={"protocol_whitelist": "file", "format_whitelist": kind})
+        options = {"protocol_whitelist": "file", "format_whitelist": kind}
+        if kind == "mov" and not decodes:
+            # FFmpeg decodes the first frames to learn of the stream, 10 to 25 ms of a 720p video. Their tables say
+            # all of the packets; a decoder that is on no list is not started.
+            options["codec_whitelist"] = "none"
+        container = av.open(path, format=kind, options=options)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: not a readable video ({e})") from None
     stream = next(filter(is_picture_track, container.streams), None)
     if not stream:
         container.close()
         raise BadMedia(f"{path}: has no video stream")
+    if not stream.width and not decodes:  # the tables lack the size
+        container.close()
+        return open_video(path)
     if not 0 < stream.width * stream.height <= MAX_PIXELS:
         container.close()
         raise BadMedia(f"{path}: frames of {stream.width}x{stream.height}; they may have 1 pixel to "
@@ -254,7 +274,7 @@ def file_start(container):
     """When the file starts, in seconds by its own clock, a Fraction."""
     starts = [s.start_time * s.time_base for s in tracks_of(container) if s.start_time is not None]
     if not starts or container.format.name == MATROSKA and min(starts) > 0:
-        again, stream = open_video(container.name)
+        again, stream = open_video(container.name, decodes=False)
         with again, contextlib.suppress(av.FFmpegError):
             first = next(again.demux(stream))
             if first.pts is not None:
@@ -268,7 +288,7 @@ def video_duration(path):
     By its header; or by its last packets where they end later, as a header may count frames in the order in which
     they are decoded.
     """
-    container, stream = open_video(path)
+    container, stream = open_video(path, decodes=False)
     with container:
         ends = []  # (seconds by the file's clock, the kind of track or "")
         if container.format.name != MATROSKA:
@@ -351,7 +371,7 @@ def load_image(path, on_white=True):
             if on_white and image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy
         except PIL_ERRORS as e:
             raise BadMedia(f"{path}: truncated or corrupt image ({e})") from None
 
@@ -378,34 +398,41 @@ def deep_to_rgb(values, transparent, path):
     return np.repeat(grey.round().astype(np.uint8)[..., None], 3, 2)
 
 
-def resize(pixels, height, width):
-    """(H, W, 3) uint8 -> (height, width, 3) uint8: bilinear, without antialiasing, as the released models do it."""
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+def to_floats(pixels):
+    """(H, W, 3) uint8 -> (1, 3, H, W) float32, for `resize`."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+
+
+def resize(x, height, width):
+    """(1, 3, H, W) floats -> (height, width, 3) uint8: bilinear, without antialiasing, as the released models do it."""
     x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=False)
-    return x[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    # Means of bytes round to bytes: nothing to clamp. Pixels side by side are cut into patches faster than planes are.
+    return x[0].round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
 def to_patches(crop, patch):
-    """(n·patch, n·patch, 3) -> (P, patch·patch·3), a patch being (row, column, channel)."""
+    """(n·patch, n·patch, 3) -> a view of it, (row, column, patch, patch, 3)."""
     n = crop.shape[0] // patch
-    grid = crop.reshape(n, patch, n, patch, 3).transpose(0, 2, 1, 3, 4)  # (row, column, patch, patch, 3)
-    return grid.reshape(n * n, -1)
+    return crop.reshape(n, patch, n, patch, 3).swapaxes(1, 2)
 
 
 def image_crops(pixels, n, patch, tiling):
     """The crops of an image, the low-resolution one first: (H, W, 3) uint8 -> (N, P, patch·patch·3) uint8."""
     side = n * patch
-    # The aspect ratio is not kept: the model sees the whole image as a square.
-    crops = [resize(pixels, side, side)]
     rows, cols = tiling
+    x = to_floats(pixels)
+    crops = np.empty((1 + rows * cols, n, n, patch, patch, 3), np.uint8)
+    # The aspect ratio is not kept: the model sees the whole image as a square.
+    crops[0] = to_patches(resize(x, side, side), patch)
     if rows:
         margin = round(n * 4 / 27) * patch
         step = side - 2 * margin
-        enlarged = resize(pixels, rows * step + 2 * margin, cols * step + 2 * margin)
+        enlarged = resize(x, rows * step + 2 * margin, cols * step + 2 * margin)
         for i in range(rows):
             for j in range(cols):
-                crops.append(enlarged[i * step:i * step + side, j * step:j * step + side])
-    return np.stack([to_patches(crop, patch) for crop in crops])
+                crop = enlarged[i * step:i * step + side, j * step:j * step + side]
+                crops[1 + i * cols + j] = to_patches(crop, patch)
+    return crops.reshape(len(crops), n * n, -1)
 
 
 # Decoding frames that nobody wants is what a video costs most. So: read the packets without decoding them, find the
@@ -535,7 +562,7 @@ def load_frames(path, times, keep=lambda rgb: rgb):
         return keep(turned(pixels, frame.side_data.get(Type.DISPLAYMATRIX)))
 
     try:
-        container, stream = open_video(path)
+        container, stream = open_video(path, decodes=False)
         with container:
             plan = frame_plan(container, stream, times)
         if plan:

@@ -1,6 +1,7 @@
 """--dry_run tells what a run will take; who believes it should not be told "out of memory"."""
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_what_is_written_of_memory_is_what_the_command_says(capsys):
 
     text = dry_run(longctx, "--config", "7b", "--cp", "8", "--world", "8")
     _, page = longctx.__doc__.split("--dry_run prints it")
+    assert f"takes {32 * 364 * 0.014:.2f} s of one core" in text  # sequences, frames, seconds
     table = {what: float(n) for what, n in re.findall(r"^    ([a-z ]+?) +([\d.]+)(?:    .*)?$", page, re.M)}
     assert table == {what: round(n, 1) for what, n in told(text).items()}
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
@@ -117,6 +119,43 @@ def test_the_smallest_card_that_does_is_named(monkeypatch):
     assert first == "| | ask, 1 image | ask, 384 frames | `--lora 64` | connector alone | everything |"
     assert one == "| 1b, 1 card | 12 (11.3) | none (395.3) | 48 (30.8) | 48 (30.8) | 48 (30.8) |"
     assert eight == "| 1b, each of 8 | 12 (11.3) | none (395.3) | 141 (86.8) | 141 (86.8) | 141 (86.8) |"
+
+
+def test_workers_that_keep_up():
+    """By hand: an image of 9 crops at 3.5 ms and a video of 41 frames at 14 ms take 605.5 ms."""
+    plan = lambda *media: SimpleNamespace(media=media)
+    image, clip = SimpleNamespace(n_crops=9, times=()), SimpleNamespace(n_crops=41, times=(0.0, 0.5))
+    text = plan()
+    sequences = [[plan(("a", image), ("b", clip)), text], [text]]
+    assert budget.decoding_seconds(sequences) == pytest.approx(0.6055 / 2)
+    # In a step of 2 s, of which planning takes 1 s of each worker, one decodes for 1 s.
+    for step, decoding, planning, want in ((2, 5, 0, 3), (2, 5, 1, 5), (2, 0, 0, 1), (2, 1, 2, 0), (2, 0, 3, 0)):
+        assert budget.workers_needed(step, decoding, planning) == want
+
+
+def test_published_tokens_per_second_are_the_published_share_of_the_peak():
+    """Stage 1 of the 4B model: 2,560 tokens a sequence, 5 to 9 crops, 5,940 tokens a second on an H100."""
+    forward = budget.flops(PRESETS["4b"], 6, (6 * 140, 4), 2560, 2560 ** 2 // 2, 1300)
+    tokens_per_s = budget.MFU["published"] * 989e12 / (3 * sum(forward.values()) / 2560)
+    assert tokens_per_s == pytest.approx(5940, rel=0.1)
+
+
+def test_steps_of_many_cards_on_paper():
+    """By hand, 8b: 4 micro-batches a step on 16 cards, and in stage 3 on 64, where a token has 32 query heads and 8 of
+    keys and of values, 128 wide, in 36 layers."""
+    n = 8_661_703_120
+    step = lambda name, cards: budget.step_on_paper(PRESETS["8b"], n, budget.STAGES[name], cards)
+    on_16 = step("pretrain", 16)
+    assert on_16["NVLink"] == pytest.approx(4 * 8 * n * 7 / 8 / 450e9)
+    assert on_16["network"] == pytest.approx(4 * (4 * n / 8) / 50e9)  # half of it out, half of it back, twice
+    assert on_16["compute"] == pytest.approx(step("pretrain", 1)["compute"] / 16) and on_16["all-to-all"] == 0
+    numbers = 36864 // 8 * (32 + 8 + 8 + 32) * 128  # q, k, v, output of a rank's tokens
+    assert step("longctx", 64)["all-to-all"] == pytest.approx(4 * 36 * 3 * 2 * numbers * 7 / 8 / 450e9)
+    alone = step("longctx", 1)
+    assert alone["compute"] > 0 and alone["NVLink"] == alone["network"] == alone["all-to-all"] == 0
+    # The 1B model took 6.0 s for a sequence of 36,864 tokens.
+    one_b = budget.step_on_paper(PRESETS["1b"], 0, budget.STAGES["longctx"], 1)["compute"]
+    assert one_b / 32 == pytest.approx(6.0, rel=0.15)
 
 
 def readme_table():

@@ -635,3 +635,14 @@ def test_cores_are_those_the_process_may_use(tmp_path):
         quota.write_text(text)
         assert distributed.cores(str(quota)) == want
     assert distributed.cores(str(tmp_path / "none")) == allowed
+
+
+@pytest.mark.parametrize("cores, ranks, want", [(2, None, 1), (1, None, 1), (4, None, 3), (16, 1, 8), (192, 8, 8),
+                                                (16, 8, 1), (8, 8, 1), (4, 8, 1), (48, 8, 5)])
+def test_workers_are_a_ranks_share_of_the_cores(cores, ranks, want, monkeypatch):
+    """One core of each rank trains; more ranks than cores have a worker each all the same."""
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert distributed.auto_workers() == want

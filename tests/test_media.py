@@ -16,8 +16,8 @@ from conftest import picture, shared, video
 from lib import media
 from lib.errors import BadMedia
 from lib.media import (Layout, frame_layout, image_crops, image_layout, image_size, load_crops, load_frames,
-                       load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times, video_duration,
-                       windows)
+                       load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times, to_floats,
+                       video_duration, windows)
 
 
 # H, W, and for 8 and 24 crops: tiling, crops, high-resolution rows and columns, tokens in all
@@ -57,7 +57,7 @@ def test_every_patch_of_the_enlarged_picture_is_shown_once():
     layout = image_layout(700, 500, 27, 14, 8)
     crops = image_crops(pixels, 27, 14, layout.tiling)
     assert crops.shape == (7, 729, 588)
-    canvas = resize(pixels, 2 * 266 + 112, 3 * 266 + 112)
+    canvas = resize(to_floats(pixels), 2 * 266 + 112, 3 * 266 + 112)
     patches = crops.reshape(-1, 14, 14, 3)
     for m, (r, c) in enumerate((r, c) for r in range(23) for c in range(33)):
         for k, index in enumerate(layout.pool[196 + m]):

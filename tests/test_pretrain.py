@@ -32,6 +32,9 @@ def test_flags_override_presets_override_defaults():
     assert parse(Config(), PRESETS, ["--config", "1b", "--data", "x"]).seq_len == 4096
     assert parse(Config(), PRESETS, ["--no-compile"]).compile is False
     assert parse(Config(), PRESETS, []).compile is None  # on CUDA alone
+    assert parse(Config(), PRESETS, []).workers == 1  # of a laptop's two cores both train
+    assert parse(Config(), PRESETS, ["--workers", "auto"]).workers is None  # told by the cores when a run starts
+    assert parse(Config(), PRESETS, ["--workers", "3"]).workers == 3
 
 
 def test_longer_sequences_may_have_more_crops():
@@ -48,7 +51,8 @@ def test_the_token_table_of_a_language_model_is_kept_and_a_random_one_trained(tm
     assert parse(sft.DEFAULTS, sft.PRESETS, ["--init_from", "a"]).freeze == ("vit",)  # small learned its own words
 
 
-@pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--config", "9b"]])
+@pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--config", "9b"],
+                                   ["--workers", "many"]])
 def test_wrong_flags_exit_2(flags, capsys):
     with pytest.raises(SystemExit) as e:
         parse(Config(), PRESETS, flags)
@@ -59,7 +63,7 @@ def test_wrong_flags_exit_2(flags, capsys):
     (["--cp", "3"], "--cp 3: .* divide --seq_len 256"), (["--steps", "0"], "--steps 0"),
     (["--cp", "16"], "8 heads cannot be shared by 16 ranks"),
     (["--config", "1b"], "--config 1b needs --data"), (["--optimizer", "sgd"], "choose from adamw, muon"),
-    (["--freeze", "tail"], "--freeze tail")])
+    (["--freeze", "tail"], "--freeze tail"), (["--workers", "-1"], "--workers -1: .* 0 or more, or auto")])
 def test_values_that_cannot_work_say_how_to_fix_them(flags, message):
     with pytest.raises(UserError, match=message):
         parse(Config(), PRESETS, flags)

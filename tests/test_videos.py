@@ -386,6 +386,29 @@ def test_a_picture_that_starts_late_is_seen_when_it_is_heard():
     assert np.abs(np.array(seen) - [0, 100, 190]).max() < 10
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_no_frame_is_decoded_to_learn_how_long_a_video_is(codec, tmp_path, monkeypatch):
+    """Planning reads the header of each video that comes without a duration, on every rank; its decoder would take
+    most of the time. The size of an mpeg4 stands in no table: there the first frame is decoded after all."""
+    path = str(tmp_path / "a.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=10, width=64, height=48)
+        for k in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 9 * k, np.uint8))))
+        container.mux(stream.encode())
+    formats = []  # of the pixels; only a decoder knows it
+    open_video = media.open_video
+
+    def watched(*args, **flags):
+        container, stream = open_video(*args, **flags)
+        formats.append(stream.codec_context.pix_fmt)
+        return container, stream
+    monkeypatch.setattr(media, "open_video", watched)
+    assert video_duration(path) == 2
+    assert formats[-1] == {"libx264": None, "mpeg4": "yuv420p"}[codec]
+    assert [frame.shape for frame in load_frames(path, [0.0, 1.95])] == [(48, 64, 3)] * 2
+
+
 if __name__ == "__main__":
     failed = []
     for seed in range(int(sys.argv[1]), int(sys.argv[2])):
