@@ -405,9 +405,10 @@ def part_env(bench, what):
 
 def take_turns(ours, other, rounds, until):
     """A B A B, so that what disturbs the machine disturbs both. Returns (figures, last result of ours, of the other);
-    the figures are medians, that of the ratios among them. After `until` no round begins but the two it takes."""
+    the figures are medians, that of the ratios among them. After the first round no more begin than end before
+    `until`."""
     times = []  # [ms of ours, of the other]; the first ones are the warm-up
-    while len(times) < 2 or len(times) <= rounds and time.time() < until:
+    while len(times) < 2 or len(times) <= rounds and time.time() + 2e-3 * sum(times[-1]) < until:
         times.append([])
         results = []
         for do in (ours, other):
@@ -472,7 +473,7 @@ def beside_transformers(bench, what, reference, cfg, seq_len):
     other.eval()
     our_answer = lambda: torch.cat(list(model.generate(batch["tokens"], batch["crops"], batch["pool"], n))).tolist()
     their_answer = lambda: other.generate(**inputs, **fixed)[0, -n:].tolist()
-    figures, ids, wanted = take_turns(our_answer, their_answer, 1 if bench.tiny else 5, bench.until - LEAST)
+    figures, ids, wanted = take_turns(our_answer, their_answer, 1 if bench.tiny else 5, bench.until)
     same_ids = sum(a == b for a, b in zip(ids, wanted))
     bench.say(f"{what}: answer of {n} tokens", ok=same_ids == n or bench.cuda, **figures, same_ids=same_ids)
 
@@ -483,9 +484,10 @@ def beside_transformers(bench, what, reference, cfg, seq_len):
     batch = model.prepare(**batch)
     our_step = lambda: train_on(bench, model, **batch)
     their_step = lambda: train_on(bench, other, **inputs)
-    figures, loss, wanted = take_turns(our_step, their_step, 1 if bench.tiny else 9, bench.until - LEAST)
-    bench.say(f"{what}: training step", ok=abs(loss / wanted - 1) < (1e-2 if bench.cuda else 1e-5), **figures,
-              loss=loss, wanted=wanted, compiled=bench.cuda)
+    figures, loss, wanted = take_turns(our_step, their_step, 1 if bench.tiny else 9, bench.until)
+    limit = 1e-2 if bench.cuda else 1e-5
+    bench.say(f"{what}: training step, {bench.device}", ok=abs(loss / wanted - 1) < limit, **figures, loss=loss,
+              wanted=wanted, compiled=bench.cuda)
 
 
 def part_transformers(bench, what):
@@ -494,7 +496,8 @@ def part_transformers(bench, what):
         from transformers import Molmo2ForConditionalGeneration, __version__
     except ImportError as error:
         return bench.say(what, skipped=f"no transformers 5 with Molmo2 is installed: {error}")
-    torch.set_num_threads(torch.get_num_threads() if bench.cuda else 1)
+    if not bench.cuda:
+        torch.set_num_threads(1)
     bench.say("software", transformers=__version__)
     for name in ["small"] if bench.tiny else SIDE_BY_SIDE:
         bench.attempt(name, beside_transformers, Molmo2ForConditionalGeneration, *SIDE_BY_SIDE[name])
@@ -504,33 +507,33 @@ def part_transformers(bench, what):
 # annotations (per example, from the list of data sets in arXiv 2601.10611), and tokens of an answer. PixMo-Cap has 200
 # words an image, Molmo2-Cap 924 a clip; the other lengths are guesses. An example has 3.5 annotations on average.
 PUBLISHED = (
-    ("image", 2.3, 1, 260),    # PixMo-Cap
-    ("image", 16.5, 1, 16),    # PixMo-Clocks, PixMo-Count, PixMo-CapQA (1.4), TallyQA (1.9), PixMo-AskModelAnything
-    ("image", 12.3, 8, 20),    # VQA v2 (5), PixMo-Points (9), CoSyn charts, documents, tables (9), FigureQA (13)
-    ("image", 0.5, 125, 8),    # PlotQA
-    ("images", 4.9, 1, 30),    # Molmo2-MultiImagePoint, NLVR2, Molmo2-MultiImageQA (1.6)
-    ("images", 4.2, 12, 12),   # Molmo2-SynMultiImageQA (10), LLaVA-665k, several images (16)
-    ("video", 13.6, 1, 300),   # tracks
-    ("video", 23.4, 1, 30),    # Molmo2-VideoPoint (1.4), Kinetics, Moments in Time, Paxion, TVQA
-    ("video", 3.4, 3, 400),    # Molmo2-Cap
-    ("video", 9.3, 5, 12),     # Molmo2-AskModelAnything (3), Molmo2-VideoCapQA (5), NExT-QA (9)
-    ("video", 0.4, 33, 12),    # CinePile
-    ("text", 9.2, 1, 400))     # Tulu
+    ("image", 2.3, 1, 260),   # PixMo-Cap
+    ("image", 16.5, 1, 16),   # PixMo-Clocks, PixMo-Count, PixMo-CapQA (1.4), TallyQA (1.9), PixMo-AskModelAnything
+    ("image", 12.3, 8, 20),   # VQA v2 (5), PixMo-Points (9), CoSyn charts, documents, tables (9), FigureQA (13)
+    ("image", 0.5, 125, 8),   # PlotQA
+    ("images", 4.9, 1, 30),   # Molmo2-MultiImagePoint, NLVR2, Molmo2-MultiImageQA (1.6)
+    ("images", 4.2, 12, 12),  # Molmo2-SynMultiImageQA (10), LLaVA-665k, several images (16)
+    ("video", 13.6, 1, 300),  # tracks
+    ("video", 23.4, 1, 30),   # Molmo2-VideoPoint (1.4), Kinetics, Moments in Time, Paxion, TVQA
+    ("video", 3.4, 3, 400),   # Molmo2-Cap
+    ("video", 9.7, 6, 12),    # Molmo2-AskModelAnything (3), Molmo2-VideoCapQA (5), NExT-QA (9), CinePile (33)
+    ("text", 9.2, 1, 400))    # Tulu
 
 
-def write_published(path, n, shorter):
+def published_records(n, shorter):
     """n records of this mixture. Their texts, not their media, are so many times shorter."""
-    Image.new("RGB", (800, 600)).save("photo.jpg")  # of several images the planner reads the headers
-    # Clips are as long as makes an example a quarter of 16,384 tokens on average: 3.8 fill that, as published.
+    # With clips of 30 s 3.8 examples fill 16,384 tokens, as published. None of these files is decoded; of several
+    # images the planner reads the sizes.
     media = dict(image=dict(image="photo.jpg", width=800, height=600), images=dict(images=["photo.jpg"] * 2),
-                 video=dict(video="none.mp4", duration=40), text={})
-    tasks = dict(image="image_qa", images="multi_image_qa", video="video_qa", text="text")
+                 video=dict(video="none.mp4", duration=30), text={})
+    Image.new("RGB", (800, 600)).save("photo.jpg")
     words = lambda tokens: " ".join(["red"] * math.ceil(tokens / shorter))
     records = []
     for medium, _, size, tokens in random.Random(0).choices(PUBLISHED, [row[1] for row in PUBLISHED], k=n):
         chat = [dict(role="user", content=words(16)), dict(role="assistant", content=words(tokens))]
-        records.append(dict(media[medium], annotations=[dict(task=tasks[medium], messages=chat)] * size))
-    toy.write_lines(path, records)
+        task = dict(image="image_qa", images="multi_image_qa", video="video_qa", text="text")[medium]
+        records.append(dict(media[medium], annotations=[dict(task=task, messages=chat)] * size))
+    return records
 
 
 def alone(plan):
@@ -543,62 +546,64 @@ def alone(plan):
     return plans
 
 
-def batches_of(sequences, n, cfg, seq_len=None):
-    """n sequences (lists of plans) a batch, each as long as seq_len, or as the longest of its batch."""
-    batches = []
-    for i in range(0, len(sequences), n):
-        group = sequences[i:i + n]
-        length = seq_len or max(sum(plan.n_tokens for plan in plans) for plans in group)
-        batches += pretrain.make_batches([decode(plans, cfg, length, noise) for plans in group], n, n, cfg, length)
-    return batches
-
-
-def packing(bench, what, flags, model_cfg, n_sequences, n_rows, step):
+def packing(bench, what, flags, model_cfg, n_sequences, n_rows, beside):
     """The same answers trained on twice: in message trees, packed, as in training; and each in a row of its own with
-    its image, n_rows at a time, padded to the longest. step: of ours, that stands for it beside transformers."""
+    its image, n_rows at a time, padded to the longest. beside: the line whose `ratio` turns the gain into one beside
+    transformers."""
     cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, flags)
     planner = planner_for(model_cfg, cfg.seq_len, cfg.tiles, cfg.max_crops)
     stream = Stream(pretrain.open_data(cfg)[0], planner, cfg.seed).sequences()
     sequences = [next(stream).plans for _ in range(n_sequences)]
-    rows = []
+    decoded = [decode(plans, model_cfg, cfg.seq_len, noise) for plans in sequences]
+    trees = pretrain.make_batches(decoded, cfg.micro_batch, n_sequences, model_cfg, cfg.seq_len)
+    singles = []
     for plan in sum(sequences, []):
-        rows += [[single] for single in alone(plan)]
-    random.Random(0).shuffle(rows)
-    in_trees = batches_of(sequences, cfg.micro_batch, model_cfg, cfg.seq_len)
-    in_rows = batches_of(rows, n_rows, model_cfg)
+        singles += alone(plan)
+    random.Random(0).shuffle(singles)
+    rows = []
+    for i in range(0, len(singles), n_rows):
+        plans = singles[i:i + n_rows]
+        longest = max(plan.n_tokens for plan in plans)
+        decoded = [decode([plan], model_cfg, longest, noise) for plan in plans]
+        rows += pretrain.make_batches(decoded, n_rows, len(plans), model_cfg, longest)
+
     model = random_model(bench, model_cfg)
     flex.install(model)
     distributed.shard_model(model, distributed.World(bench.device), False, cfg.recompute, bench.cuda)
     mask = model.mask
+    # On a card each length would compile FlexAttention again: there rows have the dense mask, as in transformers.
+    row_mask = partial(Molmo2.mask, model) if bench.cuda else mask
 
     def train(batches, mask):
         model.mask = mask
         return sum(train_on(bench, model, **pretrain.on_device(model, batch, bench.device)) for batch in batches)
-    # On a card each length would compile FlexAttention again: there rows have the dense mask, as in transformers.
-    row_mask = partial(Molmo2.mask, model) if bench.cuda else mask
-    figures, loss, wanted = take_turns(lambda: train(in_trees, mask), lambda: train(in_rows, row_mask),
-                                       1 if bench.tiny else 2, bench.until - LEAST)
-    n_tokens = lambda batches: sum(batch["tokens"].numel() for batch in batches)
+    figures, loss, wanted = take_turns(lambda: train(trees, mask), lambda: train(rows, row_mask),
+                                       1 if bench.tiny else 2, bench.until)
     gain = 1 / figures["ratio"]
+    n_tokens = lambda batches: sum(batch["tokens"].numel() for batch in batches)
     bench.say(what, ok=abs(loss / wanted - 1) < (1e-2 if bench.cuda else 1e-4), gain=gain,
-              beside_transformers=gain / bench.known(f"{step}: training step", "ratio"), answers=len(rows),
-              answers_per_s=len(rows) / figures["ms"] * 1e3, alone_per_s=len(rows) / figures["other_ms"] * 1e3,
-              tokens=n_tokens(in_trees), tokens_alone=n_tokens(in_rows), answers_a_sequence=len(rows) / n_sequences)
+              beside_transformers=gain / bench.known(beside, "ratio"), answers_a_sequence=len(singles) / n_sequences,
+              answers_per_s=len(singles) / figures["ms"] * 1e3, alone_per_s=len(singles) / figures["other_ms"] * 1e3,
+              answers=len(singles), tokens=n_tokens(trees), tokens_alone=n_tokens(rows))
 
 
 def part_packing(bench, what):
-    torch.set_num_threads(torch.get_num_threads() if bench.cuda else 1)
+    if not bench.cuda:
+        torch.set_num_threads(1)
     world = toy.write_world("toy", 60, 1, 20) if bench.tiny else toy.write_world(os.path.join(ROOT, toy.FOLDER))
     flags = ["--config", "small", "--data", *toy.paths(world, toy.IMAGES)]
-    bench.attempt("toy world", packing, flags, PRESETS["small"], 2 if bench.tiny else 48, 32, "small")
-    # The published length of stage 2; on a CPU a quarter, with 7 x 7 instead of 14 x 14 tokens in a crop. Its ViT is
-    # narrow, to take the same 20 to 30 % of the work as in the published runs of the 4B and the 8B model.
-    small = replace(PRESETS["small"], crop=196, patch=14, vit_width=32, vit_heads=2, vit_mlp=64)
-    shorter, cfg = (1, bench.cfg) if bench.cuda else (16 if bench.tiny else 4, small)
-    write_published("published.jsonl", 400, shorter)
+    bench.attempt("toy world", packing, flags, PRESETS["small"], 2 if bench.tiny else 48, 32,
+                  f"small: training step, {bench.device}")
+    # On a card the published length of stage 2. On a CPU an eighth, for there an image has an eighth of the tokens; and
+    # a ViT that takes a quarter of the work, as it does in the published runs.
+    shorter = 32 if bench.tiny else 1 if bench.cuda else 8
+    cfg = bench.cfg if bench.cuda else replace(bench.cfg, layers=4, width=256, head_dim=32, mlp=768, crop=126, patch=14,
+                                               vit_width=64, vit_heads=4, vit_mlp=128)
+    toy.write_lines("published.jsonl", published_records(400, shorter))
     flags = (f"--config {bench.config} --data published.jsonl --micro_batch 1 --seq_len {16384 // shorter} --tiles 8 "
-             f"--max_crops {32 if bench.tiny else 128}")
-    bench.attempt("published mixture", packing, flags.split(), cfg, 1 if bench.tiny else 6, 4, "85m")
+             f"--max_crops {16 if bench.tiny else 128}")
+    bench.attempt("published mixture", packing, flags.split(), cfg, 1 if bench.tiny else 12, 4,
+                  f"85m: training step, {bench.device}")
 
 
 PARTS = dict(env=part_env, correct=part_correct, speed=part_speed, compiled=part_speed, decode=part_decode,
