@@ -1,7 +1,7 @@
 """
 Checks that the project computes the right numbers, and measures how fast it is: on a CUDA GPU, else on the CPU.
 
-    python -m tools.bench                                  # at most 9 minutes; figures go to out/bench
+    python -m tools.bench                                  # at most 15 minutes; figures go to out/bench
     python -m tools.bench --parts env speed --out DIR      # DIR/results.jsonl and DIR/log.txt are appended to
     python -m tools.bench --cpu_rehearsal                  # all parts, tiny sizes, three minutes: does this file work?
 
@@ -404,10 +404,9 @@ def part_env(bench, what):
 
 
 def take_turns(ours, other, rounds, until):
-    """A B A B, so that what disturbs the machine disturbs both. Returns (figures, last result of ours, of the other);
-    the figures are medians, that of the ratios among them. After the first round no more begin than end before
-    `until`."""
-    times = []  # [ms of ours, of the other]; the first ones are the warm-up
+    """A B A B, so that what disturbs the machine disturbs both. Returns (figures, last result of ours, of the other).
+    The figures are medians, that of the ratios among them. A round that would not end before `until` does not begin."""
+    times = []  # [ms of ours, of the other]; the first ones are the warm-up, and one round has to be
     while len(times) < 2 or len(times) <= rounds and time.time() + 2e-3 * sum(times[-1]) < until:
         times.append([])
         results = []
@@ -477,6 +476,7 @@ def beside_transformers(bench, what, reference, cfg, seq_len):
     same_ids = sum(a == b for a, b in zip(ids, wanted))
     bench.say(f"{what}: answer of {n} tokens", ok=same_ids == n or bench.cuda, **figures, same_ids=same_ids)
 
+    torch._dynamo.reset()  # a model before may have been compiled
     other.float()
     flex.install(model.float())
     distributed.shard_model(model, distributed.World(bench.device), bench.cuda, False, bench.cuda)
@@ -548,8 +548,7 @@ def alone(plan):
 
 def packing(bench, what, flags, model_cfg, n_sequences, n_rows, beside):
     """The same answers trained on twice: in message trees, packed, as in training; and each in a row of its own with
-    its image, n_rows at a time, padded to the longest. beside: the line whose `ratio` turns the gain into one beside
-    transformers."""
+    its image, n_rows at a time, padded to the longest. beside: the line with the ratio to transformers."""
     cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, flags)
     planner = planner_for(model_cfg, cfg.seq_len, cfg.tiles, cfg.max_crops)
     stream = Stream(pretrain.open_data(cfg)[0], planner, cfg.seed).sequences()
@@ -633,7 +632,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.path.join("out", "bench"), help="folder for the figures [out/bench]")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="[all; without a card those for any machine]")
-    parser.add_argument("--seconds", type=float, default=540, help="for all parts together [540]")
+    parser.add_argument("--seconds", type=float, default=900, help="for all parts together [900]")
     parser.add_argument("--cpu_rehearsal", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of a part's process: when it will be stopped
     args = parser.parse_args(argv)
