@@ -1,18 +1,22 @@
 """
-Checks that the project computes the right numbers on a CUDA GPU, and measures how fast it is.
+Checks that the project computes the right numbers, and measures how fast it is: on a CUDA GPU, else on the CPU.
 
-    python -m tools.bench --cpu_rehearsal                  # tiny sizes, no GPU, two minutes: does this file work?
-    python -m tools.bench                                  # all parts, at most 9 minutes; figures go to out/bench
+    python -m tools.bench                                  # at most 15 minutes; figures go to out/bench
     python -m tools.bench --parts env speed --out DIR      # DIR/results.jsonl and DIR/log.txt are appended to
+    python -m tools.bench --cpu_rehearsal                  # all parts, tiny sizes, three minutes: does this file work?
 
+On any machine:
     env        versions; matrix product and copy: the two ceilings that later shares refer to, so run it first
     correct    golden outputs; the mask of training against the dense mask; pretrain.py on the CPU and on the card
+    transformers   a training step and an answer beside transformers' own Molmo2, if that is installed
+    packing    answers trained on in a second: message trees, packed, against a row for each question
+    data       ms on one core: JPEG and MP4 to crops, beside Pillow and FFmpeg alone; planning a record
+On a card:
     speed      training steps of the 1B model, eager; where the ms go; the kernels that take most of them
     compiled   the same with --compile; whether batches of other images compile again
     decode     tokens a second of an answer, against what the memory bandwidth allows
     files      the 1B model trained from JPEG and MP4: the share of time it waits for data
     long       one sequence of 36,864 tokens that a video fills
-    data       ms on one core: JPEG and MP4 to crops, beside Pillow and FFmpeg alone; planning a record. No GPU
 
 Each part is a process with a time limit, so what fails, hangs or runs out of memory costs that part alone. The 1B
 model needs a card of 80 GB. A figure is a line of results.jsonl as soon as it is known. How to read them: `ok` must
@@ -21,8 +25,9 @@ is a step's share of the measured matrix product, `mfu` its share of what the ca
 and 0.24 eager, 0.39 and 0.31 compiled. `forecast_gb` is what --dry_run says, `peak_gb` what was used. `busy_share` is
 the share of a step in which the card works: far below 1, the CPU does not launch kernels fast enough. `graphs`,
 compiled so far, stops growing after two batches. `floor_ms` is the time to read the decoder's weights and its cache
-once. `wait` near 0: the workers keep up. A line with `error` or `skipped` has the reason; the exit status is 1 where
-something failed or is not ok.
+once. `wait` near 0: the workers keep up. `ratio` is our time as a share of transformers', both of one thread on a CPU;
+`gain` is what trees and packing do for our own model, `beside_transformers` is gain / ratio. A line with `error` or
+`skipped` has the reason; the exit status is 1 where something failed or is not ok.
 """
 import argparse
 import gc
@@ -36,7 +41,10 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
+from functools import partial
 
+import lib  # noqa: F401: before torch, which reads the environment that it sets
 import av
 import numpy as np
 import torch
@@ -44,11 +52,11 @@ from PIL import Image, ImageChops
 from torch.utils.benchmark import Timer
 
 import pretrain
-from data import Packer, Planner, collate, decode, to_device
-from lib import budget, distributed, flex, media
+from data import Packer, Plan, Planner, Stream, collate, decode, to_device
+from lib import budget, distributed, flex, media, toy
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from lib.weights import read_safetensors
-from model import Molmo2, PRESETS, attend, dense_mask, empty_model, is_vision
+from model import Molmo2, ModelConfig, PRESETS, attend, dense_mask, empty_model, is_vision
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRETRAIN = [sys.executable, os.path.join(ROOT, "pretrain.py")]
@@ -56,11 +64,13 @@ LEAST, MOST = 25, 180  # seconds: with fewer left nothing is begun, and no part 
 
 
 class Bench:
-    """What a part needs: a device, the size of the model, a file for the figures. tiny: --cpu_rehearsal."""
+    """What a part needs: a device, the size of the model, a file for the figures. tiny: --cpu_rehearsal. Parts that
+    are for a card alone take it that whatever is not tiny is on one."""
 
     def __init__(self, out, tiny, part, until):
         self.tiny, self.part, self.until = tiny, part, until  # until: when this process will be stopped
-        self.device, self.config = ("cpu", "small") if tiny else ("cuda", "1b")
+        self.cuda = torch.cuda.is_available() and not tiny
+        self.device, self.config = ("cuda", "1b") if self.cuda else ("cpu", "small")
         self.cfg = PRESETS[self.config]
         self.results = os.path.join(out, "results.jsonl")
 
@@ -130,11 +140,11 @@ def photo_batches(cfg, seq_len, tiles, sequences, n):
     return [collate(decoded[k:k + sequences]) for k in range(0, len(decoded), sequences)]
 
 
-def random_model(bench):
+def random_model(bench, cfg=None):
     """A model on the device all of whose weights are random: training starts with some at zero."""
     torch.manual_seed(0)
     with torch.device(bench.device):
-        model = Molmo2(bench.config)
+        model = Molmo2(cfg or bench.config)
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.1 if p.ndim == 1 else 0.02)
     return model
@@ -214,7 +224,7 @@ def part_correct(bench, what):
             bench.attempt(f"golden {name} {case}", golden, name, case)
     for sizes in ((8, 8, 64, torch.float32), (16, 16, 128, torch.bfloat16), (32, 8, 128, torch.bfloat16)):
         bench.attempt("mask of training, {}/{} heads of {}, {}".format(*sizes), masks_agree, *sizes)
-    for run in ("cpu fp32",) if bench.tiny else ("cpu fp32", "cuda fp32", "cuda bf16"):
+    for run in ("cpu fp32", "cuda fp32", "cuda bf16") if bench.cuda else ("cpu fp32",):
         bench.attempt(f"five steps, {run}", five_steps, *run.split())
 
 
@@ -247,7 +257,7 @@ def make_step(bench, cfg, compile, recompute):
         marks.clear()
         mark("begin")
         weight = float(batch["weights"].sum())
-        batch = to_device(batch, bench.device)
+        batch = pretrain.on_device(model, batch, bench.device)
         mark("copy to device")
         with torch.autocast(bench.device, torch.bfloat16, enabled=not bench.tiny):
             loss = model(**batch, z_loss=cfg.z_loss) / weight
@@ -384,11 +394,12 @@ def part_files(bench, what):
 def part_env(bench, what):
     bench.say("software", python=sys.version.split()[0], torch=torch.__version__, av=av.__version__)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        n = 256 if bench.tiny else 8192
+        n = 256 if bench.tiny else 8192 if bench.cuda else 1024
         a, b = torch.randn(2, n, n, device=bench.device).to(dtype)
         seconds = Timer("a @ b", globals=dict(a=a, b=b)).blocked_autorange().median
         bench.say(f"matmul {name}", n=n, ms=seconds * 1e3, tflops=2 * n ** 3 / seconds / 1e12)
-    x = torch.randint(0, 256, (2 ** 20 if bench.tiny else 2 ** 30,), dtype=torch.uint8, device=bench.device)
+    n = 2 ** 20 if bench.tiny else 2 ** 30 if bench.cuda else 2 ** 28
+    x = torch.randint(0, 256, (n,), dtype=torch.uint8, device=bench.device)
     seconds = Timer("y.copy_(x)", globals=dict(x=x, y=torch.empty_like(x))).blocked_autorange().median
     bench.say("copy on the device", gb_per_s=2 * len(x) / seconds / 1e9)  # read and write
 
@@ -482,8 +493,213 @@ def part_data(bench, what):
                   dict(duration=float(video[2])))
 
 
+# ---- beside transformers ------------------------------------------------------------------------------------------
+
+def take_turns(ours, other, rounds, until):
+    """A B A B, so that what disturbs the machine disturbs both. Returns (figures, last result of ours, of the other).
+    The figures are medians, that of the ratios among them. A round that would not end before `until` does not begin."""
+    times = []  # [ms of ours, of the other]; the first ones are the warm-up, and one round has to be
+    while len(times) < 2 or len(times) <= rounds and time.time() + 2e-3 * sum(times[-1]) < until:
+        times.append([])
+        results = []
+        for do in (ours, other):
+            began = time.perf_counter()
+            results.append(do())  # numbers: they are on the CPU once the device has done all before
+            times[-1].append((time.perf_counter() - began) * 1e3)
+    ms, other_ms = np.array(times[1:]).T
+    ratios = ms / other_ms
+    figures = dict(ratio=np.median(ratios), lowest=ratios.min(), highest=ratios.max(), ms=np.median(ms),
+                   other_ms=np.median(other_ms))
+    return figures, *results
+
+
+def train_on(bench, model, **batch):
+    """Forward and backward: the loss."""
+    model.train().zero_grad(set_to_none=True)
+    with torch.autocast(bench.device, torch.bfloat16, enabled=bench.cuda):
+        output = model(**batch)
+    loss = output if torch.is_tensor(output) else output.loss  # the latter is transformers'
+    loss.backward()
+    return float(loss.detach())
+
+
+SIDE_BY_SIDE = {  # name: (model, tokens of a row)
+    "small": (replace(PRESETS["small"], point_format="released"), 256),
+    "85m": (ModelConfig(layers=8, width=512, heads=8, kv_heads=8, head_dim=64, mlp=1536, vocab=50304, norm_after=False,
+                        qk_norm="head", crop=126, vit_width=256, vit_heads=4, vit_head_dim=64, vit_mlp=1024,
+                        vit_features=(5, 2), point_format="released"), 512)}
+
+
+def image_rows(bench, cfg, n, seq_len):
+    """A batch of n rows, for us and for transformers: an image, then random ids. The last quarter is learned."""
+    trunk, media = planner_for(cfg, seq_len).trunk(photo(0), ".")
+    ids = np.random.default_rng(0).integers(10, cfg.vocab - 10, (n, seq_len + 1 - len(trunk)))
+    pos = np.arange(seq_len)
+    learned = ((pos >= seq_len * 3 // 4) & (pos < seq_len - 1)).astype(np.float32)  # there the last id has no target
+    rows = [np.concatenate([trunk, text]) for text in ids]
+    plans = [Plan(row[:-1], row[1:], learned / learned.sum() / n, pos, np.zeros_like(pos), media) for row in rows]
+    batch = collate([decode([plan], cfg, seq_len, noise) for plan in plans])
+    tokens = batch["tokens"]
+    labels = torch.where(batch["weights"] > 0, batch["targets"], -100).roll(1, 1)  # here targets are shifted before
+    k = math.isqrt(len(media[0][1].pool))  # k x k windows
+    theirs = dict(input_ids=tokens, labels=labels, attention_mask=torch.ones_like(tokens),
+                  mm_token_type_ids=is_vision(tokens, cfg.vocab).long(), image_token_pooling=batch["pool"],
+                  pixel_values=batch["crops"] / 127.5 - 1, image_grids=torch.tensor([[0, 0, k, k]] * n),
+                  image_num_crops=torch.ones(n, dtype=torch.long))
+    return to_device(batch, bench.device), to_device(theirs, bench.device)
+
+
+def beside_transformers(bench, what, reference, cfg, seq_len):
+    """An answer and a step with the same weights and inputs as `reference`, transformers' class. On CUDA in bf16."""
+    model = random_model(bench, cfg)
+    model.save_pretrained("both")
+    dtype = torch.bfloat16 if bench.cuda else torch.float32
+    other = reference.from_pretrained("both", attn_implementation="sdpa", dtype=dtype).to(bench.device)
+    batch, inputs = image_rows(bench, cfg, 1, seq_len // 2)
+    del inputs["labels"]
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    n = 8 if bench.tiny else 64
+    fixed = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.to(dtype).eval()
+    other.eval()
+    our_answer = lambda: torch.cat(list(model.generate(batch["tokens"], batch["crops"], batch["pool"], n))).tolist()
+    their_answer = lambda: other.generate(**inputs, **fixed)[0, -n:].tolist()
+    figures, ids, wanted = take_turns(our_answer, their_answer, 1 if bench.tiny else 5, bench.until)
+    same_ids = sum(a == b for a, b in zip(ids, wanted))
+    bench.say(f"{what}: answer of {n} tokens", ok=same_ids == n or bench.cuda, **figures, same_ids=same_ids)
+
+    torch._dynamo.reset()  # a model before may have been compiled
+    other.float()
+    flex.install(model.float())
+    distributed.shard_model(model, distributed.World(bench.device), bench.cuda, False, bench.cuda)
+    batch, inputs = image_rows(bench, cfg, 4, seq_len)
+    batch = model.prepare(**batch)
+    our_step = lambda: train_on(bench, model, **batch)
+    their_step = lambda: train_on(bench, other, **inputs)
+    figures, loss, wanted = take_turns(our_step, their_step, 1 if bench.tiny else 9, bench.until)
+    limit = 1e-2 if bench.cuda else 1e-5
+    bench.say(f"{what}: training step, {bench.device}", ok=abs(loss / wanted - 1) < limit, **figures, loss=loss,
+              wanted=wanted, compiled=bench.cuda)
+
+
+def part_transformers(bench, what):
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what it reads is in a folder here
+    try:
+        from transformers import Molmo2ForConditionalGeneration, __version__
+    except ImportError as error:
+        return bench.say(what, skipped=f"no transformers 5 with Molmo2 is installed: {error}")
+    if not bench.cuda:
+        torch.set_num_threads(1)
+    bench.say("software", transformers=__version__)
+    for name in ["small"] if bench.tiny else SIDE_BY_SIDE:
+        bench.attempt(name, beside_transformers, Molmo2ForConditionalGeneration, *SIDE_BY_SIDE[name])
+
+
+# Stage 2 as published: a record's medium, its share of the draws in % (sft_rate_pct of tools/prepare/datasets.tsv), its
+# annotations (per example, from the list of data sets in arXiv 2601.10611), and tokens of an answer. PixMo-Cap has 200
+# words an image, Molmo2-Cap 924 a clip; the other lengths are guesses. An example has 3.5 annotations on average.
+PUBLISHED = (
+    ("image", 2.3, 1, 260),   # PixMo-Cap
+    ("image", 16.5, 1, 16),   # PixMo-Clocks, PixMo-Count, PixMo-CapQA (1.4), TallyQA (1.9), PixMo-AskModelAnything
+    ("image", 12.3, 8, 20),   # VQA v2 (5), PixMo-Points (9), CoSyn charts, documents, tables (9), FigureQA (13)
+    ("image", 0.5, 125, 8),   # PlotQA
+    ("images", 4.9, 1, 30),   # Molmo2-MultiImagePoint, NLVR2, Molmo2-MultiImageQA (1.6)
+    ("images", 4.2, 12, 12),  # Molmo2-SynMultiImageQA (10), LLaVA-665k, several images (16)
+    ("video", 13.6, 1, 300),  # tracks
+    ("video", 23.4, 1, 30),   # Molmo2-VideoPoint (1.4), Kinetics, Moments in Time, Paxion, TVQA
+    ("video", 3.4, 3, 400),   # Molmo2-Cap
+    ("video", 9.7, 6, 12),    # Molmo2-AskModelAnything (3), Molmo2-VideoCapQA (5), NExT-QA (9), CinePile (33)
+    ("text", 9.2, 1, 400))    # Tulu
+
+
+def published_records(n, shorter):
+    """n records of this mixture. Their texts, not their media, are so many times shorter."""
+    # With clips of 30 s 3.8 examples fill 16,384 tokens, as published. None of these files is decoded; of several
+    # images the planner reads the sizes.
+    media = dict(image=dict(image="photo.jpg", width=800, height=600), images=dict(images=["photo.jpg"] * 2),
+                 video=dict(video="none.mp4", duration=30), text={})
+    Image.new("RGB", (800, 600)).save("photo.jpg")
+    words = lambda tokens: " ".join(["red"] * math.ceil(tokens / shorter))
+    records = []
+    for medium, _, size, tokens in random.Random(0).choices(PUBLISHED, [row[1] for row in PUBLISHED], k=n):
+        chat = [dict(role="user", content=words(16)), dict(role="assistant", content=words(tokens))]
+        task = dict(image="image_qa", images="multi_image_qa", video="video_qa", text="text")[medium]
+        records.append(dict(media[medium], annotations=[dict(task=task, messages=chat)] * size))
+    return records
+
+
+def alone(plan):
+    """The annotations of a plan, each in a plan of its own, with the media."""
+    plans = []
+    for branch in range(1, plan.branch.max() + 1):
+        kept = np.isin(plan.branch, (0, branch))
+        names = ("tokens", "targets", "weights", "pos", "branch")
+        plans.append(replace(plan, **{name: getattr(plan, name)[kept] for name in names}))
+    return plans
+
+
+def packing(bench, what, flags, model_cfg, n_sequences, n_rows, beside):
+    """The same answers trained on twice: in message trees, packed, as in training; and each in a row of its own with
+    its image, n_rows at a time, padded to the longest. beside: the line with the ratio to transformers."""
+    cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, flags)
+    planner = planner_for(model_cfg, cfg.seq_len, cfg.tiles, cfg.max_crops)
+    stream = Stream(pretrain.open_data(cfg)[0], planner, cfg.seed).sequences()
+    sequences = [next(stream).plans for _ in range(n_sequences)]
+    decoded = [decode(plans, model_cfg, cfg.seq_len, noise) for plans in sequences]
+    trees = pretrain.make_batches(decoded, cfg.micro_batch, n_sequences, model_cfg, cfg.seq_len)
+    singles = []
+    for plan in sum(sequences, []):
+        singles += alone(plan)
+    random.Random(0).shuffle(singles)
+    rows = []
+    for i in range(0, len(singles), n_rows):
+        plans = singles[i:i + n_rows]
+        longest = max(plan.n_tokens for plan in plans)
+        decoded = [decode([plan], model_cfg, longest, noise) for plan in plans]
+        rows += pretrain.make_batches(decoded, n_rows, len(plans), model_cfg, longest)
+
+    model = random_model(bench, model_cfg)
+    flex.install(model)
+    distributed.shard_model(model, distributed.World(bench.device), False, cfg.recompute, bench.cuda)
+    mask = model.mask
+    # On a card each length would compile FlexAttention again: there rows have the dense mask, as in transformers.
+    row_mask = partial(Molmo2.mask, model) if bench.cuda else mask
+
+    def train(batches, mask):
+        model.mask = mask
+        return sum(train_on(bench, model, **pretrain.on_device(model, batch, bench.device)) for batch in batches)
+    figures, loss, wanted = take_turns(lambda: train(trees, mask), lambda: train(rows, row_mask),
+                                       1 if bench.tiny else 2, bench.until)
+    gain = 1 / figures["ratio"]
+    n_tokens = lambda batches: sum(batch["tokens"].numel() for batch in batches)
+    bench.say(what, ok=abs(loss / wanted - 1) < (1e-2 if bench.cuda else 1e-4), gain=gain,
+              beside_transformers=gain / bench.known(beside, "ratio"), answers_a_sequence=len(singles) / n_sequences,
+              answers_per_s=len(singles) / figures["ms"] * 1e3, alone_per_s=len(singles) / figures["other_ms"] * 1e3,
+              answers=len(singles), tokens=n_tokens(trees), tokens_alone=n_tokens(rows))
+
+
+def part_packing(bench, what):
+    if not bench.cuda:
+        torch.set_num_threads(1)
+    world = toy.write_world("toy", 60, 1, 20) if bench.tiny else toy.write_world(os.path.join(ROOT, toy.FOLDER))
+    flags = ["--config", "small", "--data", *toy.paths(world, toy.IMAGES)]
+    bench.attempt("toy world", packing, flags, PRESETS["small"], 2 if bench.tiny else 48, 32,
+                  f"small: training step, {bench.device}")
+    # On a card the published length of stage 2. On a CPU an eighth, for there an image has an eighth of the tokens; and
+    # a ViT that takes a quarter of the work, as it does in the published runs.
+    shorter = 32 if bench.tiny else 1 if bench.cuda else 8
+    cfg = bench.cfg if bench.cuda else replace(bench.cfg, layers=4, width=256, head_dim=32, mlp=768, crop=126, patch=14,
+                                               vit_width=64, vit_heads=4, vit_mlp=128)
+    toy.write_lines("published.jsonl", published_records(400, shorter))
+    flags = (f"--config {bench.config} --data published.jsonl --micro_batch 1 --seq_len {16384 // shorter} --tiles 8 "
+             f"--max_crops {16 if bench.tiny else 128}")
+    bench.attempt("published mixture", packing, flags.split(), cfg, 1 if bench.tiny else 12, 4,
+                  f"85m: training step, {bench.device}")
+
+
 PARTS = dict(env=part_env, correct=part_correct, speed=part_speed, compiled=part_speed, decode=part_decode,
-             files=part_files, long=part_long, data=part_data)
+             files=part_files, long=part_long, transformers=part_transformers, packing=part_packing, data=part_data)
+ON_A_CPU = ("env", "correct", "transformers", "packing", "data")  # the others would take hours there
 
 
 def run_part(part, until, out, tiny):
@@ -507,20 +723,25 @@ def main(argv=None):
     """Run the parts and print their figures. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.path.join("out", "bench"), help="folder for the figures [out/bench]")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="[all]")
-    parser.add_argument("--seconds", type=float, default=540, help="for all parts together [540]")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="[all; without a card those for any machine]")
+    parser.add_argument("--seconds", type=float, default=900, help="for all parts together [900]")
     parser.add_argument("--cpu_rehearsal", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of a part's process: when it will be stopped
     args = parser.parse_args(argv)
     out = os.path.abspath(args.out)
-    bench = Bench(out, args.cpu_rehearsal, args.parts[0], args.until)
+    bench = Bench(out, args.cpu_rehearsal, "", args.until)
+    parts = args.parts or list(PARTS if bench.cuda or bench.tiny else ON_A_CPU)
     if args.until:
+        bench.part, = parts
         bench.attempt(bench.part, PARTS[bench.part])
         return 0
     os.makedirs(out, exist_ok=True)
     n_lines_before, end = len(read_lines(bench.results)), time.time() + args.seconds
-    for bench.part in args.parts:
-        until = min(end, time.time() + (10 * MOST if bench.tiny else MOST))
+    for bench.part in parts:
+        until = min(end, time.time() + (MOST if bench.cuda else 10 * MOST))
+        if not (bench.cuda or bench.tiny or bench.part in ON_A_CPU):
+            bench.say("part", skipped="no CUDA device found; --cpu_rehearsal tries this part with tiny sizes")
+            continue
         if until - time.time() < LEAST:
             bench.say("part", skipped="no time left")
             continue
@@ -530,7 +751,7 @@ def main(argv=None):
     lines = read_lines(bench.results)[n_lines_before:]
     for line in lines:
         figures = [f"{key} {value}" for key, value in line.items() if key not in ("part", "what", "machine")]
-        print(f"{line['part']:9}{line['what']}: {'  '.join(figures)}"[:170])
+        print(f"{line['part']:13}{line['what']}: {'  '.join(figures)}"[:170])
     return int(any("error" in line or line.get("ok") is False for line in lines))
 
 

@@ -15,6 +15,7 @@ import random
 import sys
 from collections import Counter
 
+import lib  # noqa: F401: before torch, which reads the environment that it sets
 import numpy as np
 import torch
 from PIL import Image, ImageDraw

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import textwrap
 
+import lib  # noqa: F401: before torch, which reads the environment that it sets
 import torch
 
 from data import Packer, Planner, collate, decode, parse_points

@@ -26,6 +26,7 @@ read it).
 """
 import argparse
 import contextlib
+import lib  # noqa: F401: before torch, which reads the environment that it sets
 import csv
 import functools
 import glob
