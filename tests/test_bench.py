@@ -88,7 +88,7 @@ def test_lib_is_imported_before_torch():
 
 def test_a_timed_step_copies_a_batch_as_training_does(tmp_path, monkeypatch):
     copied = []
-    monkeypatch.setattr(pretrain, "on_device", lambda model, batch, device: copied.append(batch) or
+    monkeypatch.setattr(pretrain, "prepared", lambda model, batch, device: copied.append(batch) or
                         model.prepare(**batch))
     run = bench.Bench(str(tmp_path), True, "speed", 1e12)
     cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, ["--config", "small", "--data", "none.jsonl"])

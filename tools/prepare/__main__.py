@@ -26,7 +26,6 @@ read it).
 """
 import argparse
 import contextlib
-import lib  # noqa: F401: before torch, which reads the environment that it sets
 import csv
 import functools
 import glob
@@ -44,6 +43,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import lib  # noqa: F401: before torch, which reads the environment that it sets
 import av
 from tqdm import tqdm
 
