@@ -277,7 +277,7 @@ class ViT(nn.Module):
         """(N, P, patch·patch·3) uint8 or already in [-1, 1] -> (N, P, features · width)."""
         most = max(self.AT_ONCE["cuda" if crops.is_cuda else "cpu"] // crops.shape[1], 1)
         if torch.is_inference_mode_enabled() and len(crops) > most:  # in training all ranks must run the same modules
-            return torch.cat([self.forward(group) for group in crops.split(most)])
+            return torch.cat([ViT.forward(self, group) for group in crops.split(most)])
         if crops.dtype == torch.uint8:  # pixels travel as bytes, a quarter of the traffic
             crops = (crops.float() / 255 * 2 - 1).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(crops)
