@@ -29,10 +29,10 @@ FIGURES = {  # part: {beginning of a line's name: figures that it must have}
     "decode": {"answer, torch.float32": ("tokens_per_s", "of_bandwidth"), "answer, torch.bfloat16": ("tokens_per_s",)},
     "files": {"training from files": ("wait", "tokens_per_s")},
     "long": {"1024 tokens": STEP},
-    "data": {"image of 160x120": ("ms", "pillow_ms", "draft_off"), "video of 160x96": ("ok", "ms_per_frame"),
-             "planning a photo": ("ms", "headers_ms"), "planning a video": ("ms", "headers_ms")},
     "transformers": {"small: training step": ("ok", "ratio"), "small: answer": ("ok", "ratio", "same_ids")},
-    "packing": {"toy world": ("ok", "gain"), "published mixture": ("ok", "gain", "answers_per_s", "alone_per_s")}}
+    "packing": {"toy world": ("ok", "gain"), "published mixture": ("ok", "gain", "answers_per_s", "alone_per_s")},
+    "data": {"image of 160x120": ("ms", "pillow_ms", "draft_off"), "video of 160x96": ("ok", "ms_per_frame"),
+             "planning a photo": ("ms", "headers_ms"), "planning a video": ("ms", "headers_ms")}}
 
 
 def lines_of(folder):
