@@ -13,7 +13,7 @@ in proportion to sqrt(records), times its multiplier in datasets.tsv.
 The model, the loss and the loop are those of stage 1. These numbers differ (python sft.py -h has all):
 
                             stage 1          stage 2        stage 2, small    why
-    steps                    32,000           50,000              2,650
+    steps                    32,000           50,000              1,900
     sequences per step          256              128                  4
     tokens per sequence       4,096            4,096                768       small: 8 seconds of video and a track
     crops per sequence           48               48                 48       so at most 48 frames; --seq_len raises it
@@ -44,7 +44,7 @@ DEFAULTS = dataclasses.replace(
     residual_dropout=0.1, response_dropout=0.0, save_every=2000)
 
 PRESETS = dict(pretrain.PRESETS, small=dict(
-    pretrain.PRESETS["small"], steps=2650, global_batch=4, micro_batch=4, seq_len=768, max_crops=48, max_frames=48,
+    pretrain.PRESETS["small"], steps=1900, global_batch=4, micro_batch=4, seq_len=768, max_crops=48, max_frames=48,
     freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500, eval_every=10**6,
     eval_clips=100, eval_first=True))
 

@@ -718,7 +718,7 @@ HELD_OUT = {"pretrain": ("eval/scenes",), "sft": ("eval/pairs", "clips/eval/clip
 CLIPS = {"clips": dict(), "long": dict(clips=1500, held_out=100, seconds=7.5, prefix="long_")}
 
 # Stage 2 on the toy world: the multiplier of each dataset's weight. What is new in the stage is drawn most.
-FACTORS = dict(captions=0.35, points=0.7, text=0.3, pairs=2.4, clips=2.4, tracks=2.1, stills=0.7,
+FACTORS = dict(captions=0.35, points=1.0, text=0.3, pairs=2.4, clips=2.4, tracks=2.1, stills=0.7,
                long_clips=3.0, long_tracks=6.0)
 
 
