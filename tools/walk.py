@@ -26,7 +26,7 @@ from lib.draw import at_time
 from lib.errors import UserError
 from lib.media import frame_plan, open_video, sample_times
 from lib.records import parse_record
-from lib.text import SMALL_TOKENIZER, Tokenizer
+from lib.text import SMALL_TOKENIZER, TURNS, Tokenizer
 from model import Molmo2, is_vision, may_attend
 from sample import Chat
 
@@ -54,8 +54,9 @@ def show(text):
 
 
 def token_names(ids, tokenizer):
-    """The text of each token: a dot for a space and \\n for a new line, to be seen."""
+    """The text of each token: a dot for a space and \\n for a new line, to be seen; who speaks, for a whole turn."""
     special = {i: name for name, i in tokenizer.ids.items()}
+    special |= zip([tokenizer.ids[turn] for turn in TURNS], ["«user»", "«assistant»"])
     shown = {" ": "·", "\n": "\\n", "\0": "-"}  # a zero is padding
     return [special.get(i) or "".join(shown.get(c, c) for c in tokenizer.decode([i])) for i in ids]
 
@@ -85,8 +86,9 @@ def walk_plans(planner, folder):
     for row in (0, 2, 9):
         show(f"<image> {row} of {len(layout.pool)}: {layout.pool[row].tolist()}")
     say("data.Planner.encode_chat  makes a branch of a question and its answer; lib.text.format_points  has written "
-        "the points. Here every digit has a token of its own, as with Qwen's tokenizer; OLMo's takes up to three as "
-        "one.")
+        "the points. What stands around a question, <|im_start|>user\\n and <|im_end|>\\n<|im_start|>assistant\\n, is "
+        "a token each here: «user», «assistant». Every digit has one of its own, as with Qwen's tokenizer; OLMo's "
+        "takes up to three as one.")
     show(f"1: {texts[1]}")
     show(f"2: {texts[2]}")
 
