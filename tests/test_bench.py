@@ -73,7 +73,7 @@ def test_a_failure_costs_its_measurement_alone(tmp_path):
 def test_without_a_card_the_parts_for_any_machine_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--seconds", "0", "--out", str(tmp_path)]) == 0
-    assert [line["part"] for line in lines_of(tmp_path)] == ["env", "correct", "transformers", "packing"]
+    assert [line["part"] for line in lines_of(tmp_path)] == ["env", "correct", "transformers", "packing", "data"]
     for part in ("speed", "compiled", "decode", "files", "long"):  # asked for by name: the reason, and no failure
         assert bench.main(["--parts", part, "--out", str(tmp_path)]) == 0
         assert "no CUDA device" in lines_of(tmp_path)[-1]["skipped"]

@@ -689,8 +689,8 @@ def part_packing(bench, what):
     # On a card the published length of stage 2. On a CPU an eighth, for there an image has an eighth of the tokens; and
     # a ViT that takes a quarter of the work, as it does in the published runs.
     shorter = 32 if bench.tiny else 1 if bench.cuda else 8
-    cfg = bench.cfg if bench.cuda else replace(bench.cfg, layers=4, width=256, head_dim=32, mlp=768, crop=126, patch=14,
-                                               vit_width=64, vit_heads=4, vit_mlp=128)
+    cfg = bench.cfg if bench.cuda else replace(bench.cfg, layers=4, width=256, heads=8, kv_heads=8, mlp=768, crop=126,
+                                               patch=14, vit_width=64, vit_head_dim=16, vit_mlp=128)
     toy.write_lines("published.jsonl", published_records(400, shorter))
     flags = (f"--config {bench.config} --data published.jsonl --micro_batch 1 --seq_len {16384 // shorter} --tiles 8 "
              f"--max_crops {16 if bench.tiny else 128}")
