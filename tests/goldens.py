@@ -4,6 +4,7 @@ golden/data-path, made from the code of commit e84438c, so a change of layout or
     python tests/goldens.py     # writes them again; whoever changed the order also raises ORDER in data.py
 
 Decided since: windows of a frame no longer hold the last patch of the frame before (pool of videos in records.json).
+The tokenizer is the small one of that time, without tokens for whole turns of the chat, as others are.
 Media are claimed by the records (width, height, duration) or drawn here; no pixel is decoded.
 """
 import json
@@ -19,7 +20,7 @@ from conftest import HERE, SIZES, STYLES, picture, write_lines
 from data import Dataset, Planner, Stream, mix, shuffled
 from lib.errors import BadRecord
 from lib.records import parse_record
-from lib.text import SMALL_TOKENIZER, Tokenizer
+from lib.text import Tokenizer
 from model import ModelConfig
 
 
@@ -122,7 +123,7 @@ VARIANTS = {
 
 def make_planner(seq_len, tiles, max_frames, max_crops, format="spec", frames=True):
     cfg = ModelConfig(**SIZES, **STYLES["olmo"], point_format=format, frame_tokens=frames)
-    return Planner(Tokenizer(SMALL_TOKENIZER, cfg.vocab), cfg, seq_len, tiles, token_weights=format,
+    return Planner(Tokenizer(os.path.join(FOLDER, "tokenizer.json"), cfg.vocab), cfg, seq_len, tiles, token_weights=format,
                    max_frames=max_frames, max_crops=max_crops)
 
 

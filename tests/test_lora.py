@@ -314,7 +314,7 @@ def test_lora_brings_its_own_learning_rates_and_freezes_the_rest():
     cfg = parse(Config(), pretrain.PRESETS, ["--lora", "8", "--init_from", "a", "--lr_decoder", "7", "--lora_parts",
                                              *PARTS])
     assert (cfg.lr_decoder, cfg.lr_connector, cfg.freeze) == (7, 5e-3, ())
-    assert parse(Config(), pretrain.PRESETS, ["--init_from", "a"]).lr_decoder == 1e-3
+    assert parse(Config(), pretrain.PRESETS, ["--init_from", "a"]).lr_decoder == 2e-3
 
 
 def test_epochs_are_steps(tmp_path, world, base):

@@ -10,7 +10,7 @@ import pytest
 
 from data import format_points, parse_points
 from lib.tasks import FORMS, answer_of, multiple_choice, prompt_of
-from lib.text import CHAT, NOTHING, SMALL_TOKENIZER, Tokenizer, WRITABLE, chat_pieces
+from lib.text import CHAT, NOTHING, SMALL_TOKENIZER, TURNS, Tokenizer, WRITABLE, chat_pieces
 
 
 def test_digits_are_never_merged(tokenizer):
@@ -54,6 +54,17 @@ def test_chat_is_the_published_layout():
     assert "".join(text + "EOS" * (kind == "answer") for text, kind in chat_pieces(chat)) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nbEOS<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\ndEOS")
+
+
+def test_whole_turns_are_tokens_of_the_small_tokenizer(tokenizer):
+    """They spell the published layout, and only the template writes them."""
+    chat = [dict(role=r, content=c)
+            for r, c in (("user", "What?"), ("assistant", "b"), ("user", TURNS[1] + "!"), ("assistant", TURNS[0]))]
+    pieces = chat_pieces(chat, tokenizer.ids)
+    assert "".join(text for text, _ in pieces) == "".join(text for text, _ in chat_pieces(chat))
+    assert [text for text, kind in pieces if kind == "control"] == [*TURNS, CHAT[1], *TURNS]
+    assert not {tokenizer.ids[turn] for turn in TURNS} & {*tokenizer.encode("".join(TURNS)), *tokenizer.encode("a")}
+    assert tokenizer.decode([tokenizer.ids[turn] for turn in TURNS]) == "".join(TURNS)
 
 
 def test_points_as_written():
