@@ -22,7 +22,7 @@ Where to look, in the order in which data passes:
     load_model, open_data         the weights to start from (lib/weights.load); the mixture (data.mix)
     make_optimizers, schedule     groups of parameters (model.parts), peaks; warm-up, then a cosine
     train, 3                      lib/distributed.shard_model: what is recomputed (--recompute), compiled, sharded
-    prepare_step                  batches of the next step, in a thread (lib/distributed.Ahead) while this one computes
+    prepare_step                  batches of a step, and what the other ranks must know of them
     train, 5 and 6                W; the loss is a sum over all sequences of all ranks, divided by W; the z-loss
     lib/records.BadRecords        what could not be used, counted; too much of it ends the run (--max_bad)
     train, 9                      what is saved: lib/distributed.Saver.save, and `about` with the stream's state
@@ -49,7 +49,7 @@ import ulysses
 from data import (Batches, MIXTURES, Packer, Planner, Stream, collate, decode, find_datasets, mix, show_mixture,
                   to_device)
 from lib import budget, distributed, flex, lora, toy, weights
-from lib.distributed import (Ahead, Log, Progress, Report, check_init_from, check_resume, check_same_data,
+from lib.distributed import (Log, Progress, Report, check_init_from, check_resume, check_same_data,
                              check_same_model, clip_gradients, gather_full_model, make_loader, next_samples,
                              show_config, start_over, throughput)
 from lib.errors import BadRecord, UserError
@@ -366,7 +366,7 @@ def make_batches(sequences, micro_batch, n, cfg, seq_len):
 
 
 def prepared(model, batch, device):
-    """A batch as `model` takes it, checked while it is on the CPU. A GPU copies from pinned memory while it computes."""
+    """A batch as `model` takes it, checked on the CPU. A GPU copies from pinned memory while it computes."""
     batch = model.prepare(**batch)
     if device == "cuda":
         batch = {name: x if x is None else x.pin_memory() for name, x in batch.items()}
@@ -534,8 +534,6 @@ def train(cfg, defaults, stop, cache_features=None):
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
     cfg.steps = world.on_main(lambda: count_steps(cfg, stream, mixture, missing))
-    ahead = Ahead(lambda: prepare_step(cfg, model, next_samples(loader, rank_sequences), micro_batch, most_sequences,
-                                       world), cfg.steps - step)
     log = Log(os.path.join(run, "log.jsonl"), step, world.is_main, cfg.log_to)
     bad = BadRecords(Log(os.path.join(run, "bad_rows.jsonl"), step, world.is_main), saved["failed"])
     saver = distributed.Saver(run, world, step, cfg.keep)
@@ -560,15 +558,15 @@ def train(cfg, defaults, stop, cache_features=None):
         # dropout depends on the step and the rank alone, so a resumed run repeats it
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world.size + world.rank)
 
-        # 5. The sequences of this step, prepared during the one before. The ranks exchange what all must know: W, the
-        # loss weight of all sequences, by which the sum of all losses is divided; where the stream is; who could not
-        # use a record or has to stop.
-        report = None
+        # 5. The sequences of this step. The ranks exchange what all must know: W, the loss weight of all sequences,
+        # by which the sum of all losses is divided; where the stream is; who could not use a record or has to stop.
+        samples = None
         with distributed.interruptible(stop, world):
-            batches, report = ahead.get()
-        if report is None:
+            samples = next_samples(loader, rank_sequences)
+        if samples is None:
             break
         wait = time.time() - tick
+        batches, report = prepare_step(cfg, model, samples, micro_batch, most_sequences, world)
         reports = world.all_gather(dataclasses.replace(report, wait=wait, stop=bool(stop), error=saver.error))
         data_reports = reports[::world.cp]  # the ranks of a cp group hold parts of the same sequences
         state = data_reports[last_reader].state  # --resume would go on after this step's last sequence
@@ -631,7 +629,6 @@ def train(cfg, defaults, stop, cache_features=None):
             break
 
     # 10. After a signal save here. Wait for the last checkpoint; print what was left out and what to do next.
-    ahead.close()
     if step > saver.step:
         save()
     saver.finish()

@@ -17,7 +17,7 @@ one process with all sequences. FSDP2 takes the mean over ranks; hence the loss 
 In this file:  ranks        World, start                       checkpoints  Saver, damage, last_complete
                sharding     shard_model, gather_full_model     resuming     check_resume, start_over
                signals      stop_signals, lock, Heartbeat      output       Log, Progress
-               data         make_loader, Ahead
+               data         make_loader
 """
 import contextlib
 import copy
@@ -34,7 +34,6 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -706,46 +705,6 @@ def worker_errors():
             raise
         raise UserError(f"{e}: a process that decodes images died, perhaps for want of memory; --resume "
                         "goes on, --workers 0 decodes in the training process") from None
-
-
-class Ahead:
-    """Results of make(), `n` in all, each made in a thread while the one before is used."""
-
-    def __init__(self, make, n):
-        self.make = make
-        self.left = n       # to be made
-        self.next = None    # Future of the next result
-        self.thread = None  # that makes it
-        self.begin()
-
-    def begin(self):
-        """Begin to make the next result, if there is one."""
-        self.next = Future()
-        if self.left:
-            self.left -= 1
-            # Not a pool's: Python would wait at its end for a thread that waits for data.
-            self.thread = threading.Thread(target=self.run, args=(self.next,), name="ahead", daemon=True)
-            self.thread.start()
-
-    def run(self, future):
-        try:
-            future.set_result(self.make())
-        except BaseException as e:  # for the thread that asks
-            future.set_exception(e)
-
-    def get(self):
-        """The next result; the one after it is begun. What make() raised is raised here."""
-        while not self.next.done():
-            wait([self.next], timeout=0.5)  # a signal that another thread got is noticed between two waits
-        result = self.next.result()
-        self.begin()
-        return result
-
-    def close(self, seconds=2):
-        """Leave the thread some time to finish, after a signal: it may be in the middle of things."""
-        self.left = 0
-        if self.thread:
-            self.thread.join(seconds)
 
 
 def die_with_parent():

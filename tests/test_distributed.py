@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -24,7 +23,6 @@ import pretrain
 import ulysses
 from lib import distributed, flex
 from lib.distributed import World
-from lib.errors import UserError
 from lib.flex import block_mask
 from model import IMAGE, Molmo2, dense_mask, is_vision
 
@@ -505,44 +503,6 @@ def test_flex_attention_in_compiled_blocks():
             want, got = (m(tokens, example=example, branch=branch)[example > 0] for m in (plain, fast))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-
-
-# ---- one step ahead ----------------------------------------------------------------------------------------
-
-def test_what_fails_in_the_thread_is_raised_in_its_turn():
-    """After the results before it, in the thread that asks; and then nothing more is made."""
-    made = []
-
-    def make():
-        made.append(len(made))
-        if len(made) == 3:
-            raise UserError("the third")
-        return made[-1]
-    ahead = distributed.Ahead(make, 5)
-    assert [ahead.get(), ahead.get()] == [0, 1]
-    ahead.thread.join(60)
-    with pytest.raises(UserError, match="the third"):
-        ahead.get()
-    ahead.close()
-    assert made == [0, 1, 2]
-    nothing = distributed.Ahead(make, 0)  # --resume of a run that has all its steps
-    nothing.close()
-    assert made == [0, 1, 2]
-
-
-def test_a_signal_ends_the_wait_for_a_result_that_never_comes():
-    never = threading.Event()
-    ahead = distributed.Ahead(lambda: never.wait(60), 2)
-    result = None
-    with distributed.stop_signals() as stop:
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
-        with distributed.interruptible(stop, World("cpu")):
-            result = ahead.get()
-        assert result is None and len(stop) == 1
-    ahead.close(seconds=0.01)
-    assert ahead.thread.is_alive()  # and is left alone: as a daemon it does not keep the process
-    assert ahead.thread.daemon
-    never.set()
 
 
 # ---- cores -------------------------------------------------------------------------------------------------

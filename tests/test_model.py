@@ -1,7 +1,6 @@
 """What the network computes: the mask, packing, branches, generation, the loss, the sizes."""
 import cmath
 import shutil
-import threading
 
 import pytest
 import torch
@@ -537,12 +536,13 @@ def test_a_prepared_batch_makes_no_gpu_wait(style):
 
 def test_a_step_of_training_waits_for_the_gpu_once(tmp_path, world, monkeypatch):
     """pretrain.train, from the arrival of the batches to the clipped gradients, reads nothing back; then it reads the
-    loss and the three norms, all at once. What a thread does meanwhile with batches on the CPU does not count."""
+    loss and the three norms, all at once."""
     watch, in_step, reads = Watch(), [], []
-    get, clip, write, tolist = distributed.Ahead.get, pretrain.clip_gradients, pretrain.Log.write, torch.Tensor.tolist
+    prepare, clip = pretrain.prepare_step, pretrain.clip_gradients
+    write, tolist = pretrain.Log.write, torch.Tensor.tolist
 
-    def arrived(ahead):
-        step = get(ahead)
+    def arrived(*args):
+        step = prepare(*args)
         in_step.append(True)
         watch.__enter__()
         return step
@@ -557,10 +557,10 @@ def test_a_step_of_training_waits_for_the_gpu_once(tmp_path, world, monkeypatch)
         write(log, **row)
 
     def read(x):
-        if in_step and threading.current_thread() is threading.main_thread():
+        if in_step:
             reads.append(x.numel())
         return tolist(x)
-    monkeypatch.setattr(distributed.Ahead, "get", arrived)
+    monkeypatch.setattr(pretrain, "prepare_step", arrived)
     monkeypatch.setattr(pretrain, "clip_gradients", clipped)
     monkeypatch.setattr(pretrain.Log, "write", logged)
     monkeypatch.setattr(torch.Tensor, "tolist", read)

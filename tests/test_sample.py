@@ -15,6 +15,7 @@ from data import Planner
 from lib.draw import at_time, colour_of, draw, draw_points, draw_video, save_gif
 from lib.errors import BadMedia
 from lib.media import load_frames
+from lib.text import TURNS
 from lib.weights import pick_device
 from model import Molmo2, ViT, likeliest
 from sample import Chat, Prompt, answer, answers, main, prompt_batch
@@ -232,7 +233,7 @@ def test_a_chat_hears_the_end_and_remembers_what_was_said(asked, kind, monkeypat
     chat = Chat(model, planner, medium(folder, kind)[0])
     assert "".join(chat.ask("What?", 99)) == "a star" and "".join(chat.ask("Where?")) == "<point 0.5, 0.25, 0>"
     assert not model.lm_head.steps and chat.kind == kind
-    special = ("<|im_start|>", "<|im_end|>")
+    special = ("<|im_end|>", *TURNS)
     first = tok.encode("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n", special)
     second = tok.encode("<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n", special)
     assert prompts[0][-len(first):] == first

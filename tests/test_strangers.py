@@ -247,7 +247,7 @@ def test_a_file_is_what_its_first_bytes_say(tmp_path, name, kind):
 
 @pytest.mark.parametrize("argv, said", [
     (["--max_new_tokens", "-1"], "--max_new_tokens: -1: must be at least 1"), (["--tiles", "-2"], "at least 0"),
-    (["--max_frames", "0"], "at least 1"), (["--out", "answer"], "--out answer: must end in one of .png"),
+    (["--max_frames", "0"], "at least 1"), (["--out", "answer.txt"], "--out answer.txt: must end in one of .png"),
     (["--out", "answer.mp4"], "must end in one of .png"),
     (["--out", "no/such/answer.png"], "there is no folder no/such")])
 def test_wrong_flags_are_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, argv, said):

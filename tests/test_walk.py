@@ -41,7 +41,7 @@ def test_values_worked_out_by_hand(printed):
     weights = 3 * 1 + (9 + 9 + 8 + 10 + 1) * 2 + 2 * 1
     assert f"/ sum of weights {weights} = loss 7." in printed and "at 0.75 s x 0.500, y 0.550" in printed
     trunk = 1 + 4 * (1 + 1 + 9 + 1) + (1 + 2 + 1 + 2)  # bos, four frames, their times
-    assert re.findall(r"<\|im_start\|> +(\d) +(\d+) ", printed) == [("1", str(trunk)), ("2", str(trunk))]
+    assert re.findall(r"«user» +(\d) +(\d+) ", printed) == [("1", str(trunk)), ("2", str(trunk))]
     assert "windows" in printed and "[6, 7, -1, 14, 15, -1, 22, 23, -1]" in printed  # the right edge of 8 x 8 patches
 
 
