@@ -1,7 +1,7 @@
 """
 Stage 2, supervised fine-tuning: the model that describes and points in images learns video.
 
-    python sft.py                                    # a laptop: toy clips, from out/small/pretrain/latest; 11 minutes
+    python sft.py                                    # a laptop: toy clips, from out/small/pretrain/latest
     python sft.py --data clips/my.jsonl              # your own videos
     python sft.py --config 4b --init_from weights/Molmo2-4B --lora 64 --epochs 3 --data clips/    # a card of 24 GB
     torchrun --nproc_per_node=8 sft.py --config 8b --init_from weights/Molmo2-8B --data data/

@@ -373,7 +373,8 @@ def when(process, seen, number=signal.SIGINT, wait=0.0):
     ("pretrain.load_model = hang", 130, "stopped before the first step")])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_a_run_in_whatever_it_is_doing(tmp_path, patch, code, said, number):
-    hang = "import time\ndef hang(*a):\n    print('stuck', flush=True)\n    time.sleep(300)\n"
+    # In naps, as one waits for a queue: a signal that another thread is given does not end the sleep of this one.
+    hang = "import time\ndef hang(*a):\n    print('stuck', flush=True)\n    while True: time.sleep(0.5)\n"
     rows = write_lines(tmp_path / "rows.jsonl", [dict(annotations=[dict(task="text", prompt="?", answer="yes")])])
     process = start(tmp_path, 1, *QUICK, "--steps", "9", "--eval_every", "2", "--data", rows, before=hang + patch)
     status, text = when(process, "stuck", number)

@@ -315,13 +315,11 @@ def added(model, batch):
         last = (block.attn_norm, block.ff_norm) if block.norm_after else (block.self_attn, block.mlp)
         middle = block.mlp if block.norm_after else block.ff_norm
         block.register_forward_hook(lambda m, a, out, i=i: seen.update({(i, "in"): a[0], (i, "out"): out}))
-        plain = block.forward  # for all tokens: of the last block only those with a loss are wanted
-        block.forward = lambda *a, plain=plain: plain(*a[:5])
         middle.register_forward_pre_hook(lambda m, a, i=i: seen.update({(i, "middle"): a[0]}))
         for k, module in enumerate(last):
             module.register_forward_hook(lambda m, a, out, i=i, k=k: seen.update({(i, k): out}))
-    with torch.no_grad():
-        model(**batch)
+    with torch.no_grad():  # without targets: the last MLP runs for all tokens then
+        model(**{name: x for name, x in batch.items() if name != "targets"})
     for i, _ in enumerate(model.transformer.blocks):
         pairs += [(seen[i, 0][0], (seen[i, "middle"] - seen[i, "in"])[0]),
                   (seen[i, 1][0], (seen[i, "out"] - seen[i, "middle"])[0])]
