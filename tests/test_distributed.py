@@ -470,7 +470,8 @@ def test_compiled_blocks_compute_what_plain_ones_do(recompute):
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert 2 <= graphs[1] <= 3 and graphs[1] == graphs[-1] and not counters["graph_break"], graphs
+    # of the ViT's blocks, the decoder's, and its last one, which goes on with the tokens that have a loss alone
+    assert 3 <= graphs[1] <= 5 and graphs[1] == graphs[-1] and not counters["graph_break"], graphs
     # What else a run has: a single crop, the last micro-batch of a step, evaluation.
     for turn in range(2):
         for B, crops in ((1, 1), (3, 5), (2, 1)):

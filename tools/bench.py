@@ -583,7 +583,6 @@ def beside_transformers(bench, what, reference, cfg, seq_len):
 
 
 def part_transformers(bench, what):
-    os.environ["HF_HUB_OFFLINE"] = "1"  # what it reads is in a folder here
     try:
         from transformers import Molmo2ForConditionalGeneration, __version__
     except ImportError as error:
@@ -707,9 +706,11 @@ def run_part(part, until, out, tiny):
     """Run a part in a process and a folder of its own. Returns the exit status."""
     command = [sys.executable, "-m", "tools.bench", "--out", out, "--parts", part, "--until", str(until)]
     command += ["--cpu_rehearsal"] if tiny else []
+    # Offline: what transformers reads is in a folder here.
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join([ROOT, *sys.path]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(f"{out}/log.txt", "a") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
-                                   env=dict(os.environ, PYTHONPATH=os.pathsep.join([ROOT, *sys.path])))
+                                   env=environment)
         try:
             return process.wait(until - time.time())
         except subprocess.TimeoutExpired:
