@@ -691,10 +691,10 @@ def main(defaults, presets, argv=None, cache_features=None, example=""):
     except RuntimeError as e:
         distributed.end_if_a_rank_is_lost(e)
         raise
-    if run and "toy" in cfg.data and cfg.stage == "pretrain":
-        with open(os.path.join(run, "log.jsonl")) as log:
-            print(toy.show_goals(map(json.loads, log)))
     if run:
+        if "toy" in cfg.data and cfg.stage == "pretrain":
+            with open(os.path.join(run, "log.jsonl")) as log:
+                print(toy.show_goals(map(json.loads, log)))
         print(f"next: python sample.py {run}/latest", example if "toy" in cfg.data else 'FILE "QUESTION"')
 
 

@@ -432,8 +432,8 @@ def gpu_table():
 
 # ---- many cards, on paper ------------------------------------------------------------------------------------------
 
-# Bytes per second of a rank, one way: NVLink within a node of 8; its own 400 Gbit/s to other nodes. Assumed: copies from
-# card to computer, and a disk that all nodes share.
+# Bytes per second of a rank, one way: NVLink within a node of 8; its own 400 Gbit/s to other nodes. Assumed: copies
+# from card to computer, and a disk that all nodes share.
 NVLINK, NETWORK, TO_HOST, DISK = 450e9, 50e9, 6e9, 2e9
 # mfu: as an H200 reached it with the 1B model, in stage 3 for one sequence of 36,864 tokens in 6.0 s.
 STAGES = {"pretrain": dict(tokens=4096, sequences=256, at_a_time=4, crops=24, windows=24 * 140, cp=1, mfu=0.31),
@@ -488,7 +488,8 @@ def scaling_table(configs=("1b", "8b")):
             lines.append(f"evaluating 128 sequences on 64 cards: {turns} times {forward:.1f} s and {decoding:.1f} s of "
                          f"decoding, together {turns * (forward + decoding):.0f} s")
         copied = 4 * numbers + 8 * numbers / 8  # by rank 0: all weights, and its shard of AdamW's two moments
-        lines.append(f"saving {config} on 64 cards: training waits {4 * numbers / NVLINK + copied / TO_HOST:.0f} s until "
+        waits = 4 * numbers / NVLINK + copied / TO_HOST
+        lines.append(f"saving {config} on 64 cards: training waits {waits:.0f} s until "
                      f"{copied / 1e9:.0f} GB are copied; then a thread writes {12 * numbers / 1e9:.0f} GB, "
                      f"{12 * numbers / DISK:.0f} s")
     return "\n".join(lines[1:])

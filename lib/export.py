@@ -14,21 +14,10 @@ import json
 import os
 from collections import Counter
 
-from lib.media import file_start, image_size, inside_folder, open_video, video_size
+from lib.media import frame_times, image_size, inside_folder, video_size
 from lib.records import media_kind
 
 BOX = 0.05  # of the shorter side: the box that stands for a point where a format has boxes alone
-
-
-def frame_times(path):
-    """When each frame of a video begins, in seconds."""
-    container, stream = open_video(path)
-    with container:
-        pts = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        if None in pts:
-            return [n / float(stream.average_rate or 25) for n in range(len(pts))]
-        start = file_start(container)
-        return [float(ticks * stream.time_base - start) for ticks in sorted(pts)]
 
 
 def objects(records):

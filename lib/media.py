@@ -574,6 +574,17 @@ def load_frames(path, times, keep=lambda rgb: rgb):
         raise BadMedia(f"{path}: broken video ({e})") from None
 
 
+def frame_times(path):
+    """When each frame of a video begins, in seconds. Nothing is decoded."""
+    container, stream = open_video(path, decodes=False)
+    with container:
+        pts = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        if None in pts:
+            return [n / float(stream.average_rate or 25) for n in range(len(pts))]
+        start = file_start(container)
+        return [float(ticks * stream.time_base - start) for ticks in sorted(pts)]
+
+
 def video_size(path):
     """(width, height) of a video as it is seen, upright."""
     height, width, _ = load_frames(path, [0.0])[0].shape

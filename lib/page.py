@@ -67,7 +67,8 @@ class Line(NamedTuple):
 
 def axis(values, begin, end, log=False):
     """(a function from values to pixels, round values for the ticks). A linear axis goes from 0 to a tick."""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     scale = np.log10 if log else np.asarray
     if log:
         exponents = range(floor(log10(low)), ceil(log10(high)) + 1)
@@ -79,7 +80,8 @@ def axis(values, begin, end, log=False):
         unit = 10.0 ** floor(log10(least))
         step = next(digit * unit for digit in (1, 2, 5, 10) if digit * unit >= least)
         ticks = [k * step for k in range(floor(low / step), ceil(high / step) + 1)]
-        low, high = ticks[0], ticks[-1]
+        low = ticks[0]
+        high = ticks[-1]
 
     def place(values):
         return begin + (scale(values) - scale(low)) / (scale(high) - scale(low)) * (end - begin)

@@ -1,5 +1,5 @@
 """
-Files asked about in one go against one by one, each a command of its own: seconds, and whether the answers are the same.
+Files asked about in one go against one by one, each a command: seconds, and whether the answers are the same.
 
     python tests/ask_many.py out/small/sft/latest "Track the star." data/toy/clips/eval/video/000[01]*.mp4
 """

@@ -123,8 +123,8 @@ VARIANTS = {
 
 def make_planner(seq_len, tiles, max_frames, max_crops, format="spec", frames=True):
     cfg = ModelConfig(**SIZES, **STYLES["olmo"], point_format=format, frame_tokens=frames)
-    return Planner(Tokenizer(os.path.join(FOLDER, "tokenizer.json"), cfg.vocab), cfg, seq_len, tiles, token_weights=format,
-                   max_frames=max_frames, max_crops=max_crops)
+    tokenizer = Tokenizer(os.path.join(FOLDER, "tokenizer.json"), cfg.vocab)
+    return Planner(tokenizer, cfg, seq_len, tiles, token_weights=format, max_frames=max_frames, max_crops=max_crops)
 
 
 def short(values):

@@ -59,7 +59,7 @@ from lib.tasks import MEDIA, TASKS
 from sample import Chat, bounded, load
 from tools.annotate.review import Reviewer, Work, digest, jpeg, read_records, settled, write_whole
 from tools.prepare.fetch import NetError, is_loopback, patiently
-from lib.page import STYLE
+from lib.page import STYLE, table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -942,14 +942,8 @@ STEPS = ("narration", "describe", "merge", "contradictions", "check", "questions
          "ambiguous", "unanswerable", "answerable", "guessable", "agree", "review")
 
 
-def table(head, rows):
-    """An HTML table of tuples, or "none"."""
-    if not rows:
-        return "<p>none</p>"
-    lines = []
-    for tag, cells in [("th", head), *(("td", row) for row in rows)]:
-        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}" for cell in cells))
-    return "<table>" + "".join(lines) + "</table>"
+def table_or_none(head, rows):
+    return table(head, rows) if rows else "<p>none</p>"
 
 
 def request_counts(folder):
@@ -1019,12 +1013,12 @@ def run_report(args):
                    "th, td {text-align: left; padding: .1em .7em; border: 1px solid #ccc}</style>",
             f"<h1>{e(os.path.basename(args.file))}</h1><p>{len(records)} lines, {len(annotations)} "
             f"annotations made, {kept} in the file. By: {e(', '.join(sorted(makers))) or 'nobody named'}.</p>",
-            "<h2>Yield of each step</h2>", table(("step", "left out", "go on", "share"), yields),
-            "<h2>Reasons</h2>", table(("reason", "annotations"), reasons.most_common()),
-            "<h2>Requests</h2>", table(("step and what came back", "times"),
-                                       request_counts(os.path.join(work.folder, "requests"))),
-            "<h2>Decisions of people</h2>", table(("verdict", "who", "annotations"),
-                                                  [(*pair, n) for pair, n in verdicts.most_common()])]
+            "<h2>Yield of each step</h2>", table_or_none(("step", "left out", "go on", "share"), yields),
+            "<h2>Reasons</h2>", table_or_none(("reason", "annotations"), reasons.most_common()),
+            "<h2>Requests</h2>", table_or_none(("step and what came back", "times"),
+                                               request_counts(os.path.join(work.folder, "requests"))),
+            "<h2>Decisions of people</h2>", table_or_none(("verdict", "who", "annotations"),
+                                                          [(*pair, n) for pair, n in verdicts.most_common()])]
     statuses = [a["status"] for record, a in annotations if record.get("sample")]
     if statuses:
         page.append(f"<p>Of the {len(statuses)} annotations of the validation sample {statuses.count('accept')} "

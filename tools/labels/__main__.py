@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lib.errors import BadMedia, BadRecord, UserError
-from lib.export import frame_times
-from lib.media import MAX_PIXELS, image_size, inside_folder, sample_times, video_duration, video_size
+from lib.media import (MAX_PIXELS, frame_times, image_size, inside_folder, sample_times, video_duration,
+                       video_size)
 from lib.tasks import EDGE
 from tools.labels.formats import BROKEN, NOT_IN_VIEW, YOLO_CLASSES, broken, read_labels
 
