@@ -233,8 +233,6 @@ def check_config(cfg):
     if cfg.log_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         raise UserError("--log_to tensorboard: that package is not installed; install it, or leave --log_to away and "
                         "open report.html in the folder of the run")
-    if cfg.device == "cuda" and not cfg.dry_run and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
 
 
 def check_together(cfg, given):
@@ -373,6 +371,11 @@ def prepared(model, batch, device):
     return batch
 
 
+def on_device(model, batch, device):
+    """The same on the device, for one that is used at once."""
+    return to_device(prepared(model, batch, device), device)
+
+
 def prepare_step(cfg, model, samples, micro_batch, n, world):
     """All that a step needs before the first kernel runs: ([this rank's part of each micro-batch], its Report).
     n: sequences of a step, of the rank that has most."""
@@ -415,7 +418,7 @@ def held_out_loss(cfg, model, planner, sequences, world):
         batch, = make_batches([decoded], 1, 1, planner.cfg, cfg.seq_len)
         batch = ulysses.shard_batch(batch, planner.cfg.image_token, world.cp_rank, world.cp)
         with torch.no_grad():
-            sums[0] += model(**to_device(prepared(model, batch, world.device), world.device))
+            sums[0] += model(**on_device(model, batch, world.device))
         sums[1] += batch["weights"].sum().to(world.device)
     loss, weight = world.all_reduce_sum(sums).tolist()  # ratio of sums, not a mean of ratios
     return loss / max(weight, 1e-9)
@@ -475,9 +478,8 @@ def train(cfg, defaults, stop, cache_features=None):
     Under torchrun every rank runs all of this. Returns the run's folder, on rank 0 and if it was not stopped."""
     # 1. Device, precision, ranks. Weights, gradients and optimiser are fp32; bf16 is for the matrix products.
     run = os.path.join(cfg.out, cfg.config, cfg.stage)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = found if cfg.device == "auto" else cfg.device
-    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
+    device, dtype = weights.pick_device(cfg.device, cfg.dtype)
+    bf16 = dtype == torch.bfloat16
     cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile,
                               workers=distributed.auto_workers() if cfg.workers is None else cfg.workers)
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -621,7 +623,8 @@ def train(cfg, defaults, stop, cache_features=None):
                 scores = evaluate(cfg, model, planner, held_out, step, run, losses, world)
                 log.write(step=step, eval=scores)
                 progress.scores(step, before, scores)
-                write_page()
+                if not last:  # then the page is written below, with the last checkpoint
+                    write_page()
         if last or step % cfg.save_every == 0:
             save()
         # All ranks stop in the same step, or one would wait for the others in the next.

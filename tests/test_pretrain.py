@@ -181,6 +181,20 @@ def test_deterministic_kernels_are_asked_for_and_change_nothing_on_a_cpu(tmp_pat
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("eval_every, pages", [("1", 3), ("2", 2), ("9", 1)])
+def test_the_page_of_a_run_is_written_after_each_evaluation_once(tmp_path, world, monkeypatch, eval_every, pages):
+    """The last one comes after the last checkpoint, which it shows."""
+    latest, report_on = [], pretrain.report_on
+
+    def written(run, defaults):
+        report_on(run, defaults)
+        latest.append(os.path.exists(os.path.join(run, "step_0000003")))
+    monkeypatch.setattr(pretrain, "report_on", written)
+    run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--workers", "0", "--eval_every", eval_every)
+    assert latest == [False] * (pages - 1) + [True]
+    assert "Mixture, after 3 steps" in (tmp_path / "out/small/pretrain/report.html").read_text()
+
+
 def test_a_new_run_keeps_the_old_one(tmp_path, world):
     for _ in range(2):
         text = run(tmp_path, *QUICK, "--data", world, "--steps", "1")[1]
@@ -221,7 +235,7 @@ def test_held_out_lines_that_are_no_good_are_told_at_once(tmp_path, world):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such JSONL file"), (["--resume"], "no checkpoint under"),
-    (["--init_from", "nowhere"], "nowhere"), (["--device", "cuda"], "no CUDA device")])
+    (["--init_from", "nowhere"], "nowhere"), (["--device", "cuda"], "--device cuda: ")])
 def test_mistakes_are_one_line(tmp_path, world, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")

@@ -2,6 +2,7 @@
 everything is broken."""
 import json
 import multiprocessing
+import os
 import random
 import signal
 import socket
@@ -14,6 +15,7 @@ import torch
 from conftest import picture, poison, video, write_lines
 
 from lib import media
+from eval import load_questions
 from data import Batches, Dataset, MIXTURES, Stream, collate, decode, find_datasets, mix, show_mixture
 from lib.records import line_index, parse_record, read_registry
 
@@ -44,6 +46,24 @@ def test_index_of_a_file_that_ends_in_one_letter(tmp_path):
     assert len(Dataset("a", [str(tmp_path / "a.jsonl")])) == 2
     (tmp_path / "b.jsonl").write_bytes(b"")
     assert len(Dataset("b", [str(tmp_path / "b.jsonl")])) == 0
+
+
+def test_media_are_beside_the_file_and_not_beside_a_link_to_it(tmp_path):
+    """A link to a file, a link to that link, a file in a folder that is a link; whoever reads: training, eval.py and
+    tools.show all read through Dataset. The index of a file stands beside the name under which it was opened."""
+    picture(tmp_path / "disk" / "a.png", "red")
+    record = dict(image="a.png", annotations=[dict(task="image_caption", answer="red")])
+    write_lines(tmp_path / "disk" / "rows.jsonl", [record])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "disk" / "rows.jsonl")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "link.jsonl").symlink_to("../link.jsonl")
+    (tmp_path / "folder").symlink_to("disk")
+    for name in ("disk/rows.jsonl", "link.jsonl", "again/link.jsonl", "folder/rows.jsonl"):
+        dataset, = find_datasets([str(tmp_path / name)])[0]
+        _, folder, where = dataset.line(0)
+        assert os.path.samefile(folder, tmp_path / "disk") and where == f"{tmp_path / name}:1"
+        question, = load_questions([dataset])
+        assert os.path.samefile(question.path, tmp_path / "disk" / "a.png")
 
 
 # ---- mixtures ----------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def make_step(bench, cfg, compile, recompute):
         marks.clear()
         mark("begin")
         weight = float(batch["weights"].sum())
-        batch = to_device(pretrain.prepared(model, batch, bench.device), bench.device)
+        batch = pretrain.on_device(model, batch, bench.device)
         mark("copy to device")
         with torch.autocast(bench.device, torch.bfloat16, enabled=not bench.tiny):
             loss = model(**batch, z_loss=cfg.z_loss) / weight
@@ -666,7 +666,7 @@ def packing(bench, what, flags, model_cfg, n_sequences, n_rows, beside):
 
     def train(batches, mask):
         model.mask = mask
-        batches = [to_device(pretrain.prepared(model, batch, bench.device), bench.device) for batch in batches]
+        batches = [pretrain.on_device(model, batch, bench.device) for batch in batches]
         return sum(train_on(bench, model, **batch) for batch in batches)
     figures, loss, wanted = take_turns(lambda: train(trees, mask), lambda: train(rows, row_mask),
                                        1 if bench.tiny else 2, bench.until)
