@@ -31,6 +31,7 @@ Where to look, in the order in which data passes:
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -411,8 +412,11 @@ def held_out_sequences(cfg, planner):
 def held_out_loss(cfg, model, planner, sequences, world):
     """The loss per unit of loss weight, over all ranks."""
     sums = torch.zeros(2, device=world.device)  # loss, weight
-    for i in range(world.dp_rank, len(sequences) + world.dp_rank, world.dp):  # all ranks run the model equally often
-        decoded = decode(sequences[i] if i < len(sequences) else [], planner.cfg, cfg.seq_len)
+    missing = -len(sequences) % world.dp
+    rank_sequences = [*sequences, *[[]] * missing][world.dp_rank::world.dp]  # all ranks run the model equally often
+    workers = min(cfg.workers, len(rank_sequences))
+    convert = functools.partial(decode, cfg=planner.cfg, seq_len=cfg.seq_len)
+    for decoded in make_loader(rank_sequences, workers, workers, convert):
         for _, where, reason, detail in decoded[-1]:
             print(f"--eval_data: {where}: {reason}: {detail}", file=sys.stderr)
         batch, = make_batches([decoded], 1, 1, planner.cfg, cfg.seq_len)

@@ -687,11 +687,13 @@ def identity(x):
     return x
 
 
-def make_loader(samples, workers, ahead):
-    """An iterator over an IterableDataset of samples, made by `workers` processes, `ahead` in all, at least 1 each."""
-    # collate_fn: the default would move every array of a sample into a shared file of its own
-    return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=identity,
-                                            prefetch_factor=math.ceil(ahead / workers) if workers else None))
+def make_loader(samples, workers, ahead, convert=identity):
+    """An iterator over convert(sample) of a list or an IterableDataset, in order, made by `workers` processes, `ahead`
+    in all, at least 1 each."""
+    # without a collate_fn every array of a sample would be moved into a shared file of its own
+    return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=convert,
+                                            prefetch_factor=math.ceil(ahead / workers) if workers else None,
+                                            worker_init_fn=begin_worker))
 
 
 def next_samples(loader, n):
@@ -712,6 +714,13 @@ def worker_errors():
             raise
         raise UserError(f"{e}: a process that decodes images died, perhaps for want of memory; --resume "
                         "goes on, --workers 0 decodes in the training process") from None
+
+
+def begin_worker(number):
+    """What each of these processes does first."""
+    getattr(os, "nice", int)(10)  # where cores are few, training goes first
+    die_with_parent()
+    obey_the_parent_alone()
 
 
 def die_with_parent():

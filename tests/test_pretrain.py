@@ -209,8 +209,13 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path, world):
 
 
 @pytest.mark.parametrize("dtype, off", [("fp32", 1e-4), ("bf16", 1e-2)])
-def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off):
-    """Packed, and in the precision of training, against each line by itself."""
+def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off, monkeypatch):
+    """Packed, and in the precision of training, against each line by itself. The workers decode."""
+    def decode_elsewhere(plans, *args, **kw):
+        assert not plans or torch.utils.data.get_worker_info()
+        return decode(plans, *args, **kw)
+    decode = pretrain.decode
+    monkeypatch.setattr(pretrain, "decode", decode_elsewhere)
     run(tmp_path, *QUICK, "--data", world, "--eval_data", world, "--steps", "1", "--dtype", dtype)
     folder = tmp_path / "out/small/pretrain/latest"
     model = pretrain.Molmo2.from_pretrained(folder)

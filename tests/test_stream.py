@@ -17,6 +17,7 @@ from conftest import picture, poison, video, write_lines
 from lib import media
 from eval import load_questions
 from data import Batches, Dataset, MIXTURES, Stream, collate, decode, find_datasets, mix, show_mixture
+from lib.distributed import make_loader
 from lib.records import line_index, parse_record, read_registry
 
 
@@ -198,7 +199,7 @@ def test_a_worker_is_ended_by_its_parent_alone(many):
     """What is sent to all processes of a run comes to the workers too, while the step still needs them; and a worker
     that could not be ended would keep its parent from ending."""
     others = multiprocessing.active_children()  # of loaders that a test before left to the garbage collector
-    rows = iter(torch.utils.data.DataLoader(Batches(many()), batch_size=None, num_workers=1, collate_fn=tuple))
+    rows = make_loader(Batches(many()), 1, 1)
     next(rows)
     worker, = [p for p in multiprocessing.active_children() if p not in others]
     for name in ("INT", "TERM"):
