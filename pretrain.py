@@ -18,7 +18,7 @@ A stage is data: a `Config`. The loop below has no notion of stages; sft.py and 
 
 Where to look, in the order in which data passes:
 
-    Config, PRESETS, parse        every number of a run, and what overrides what
+    Config, PRESETS, parse        every number of a run, and what overrides what; lib/flags makes flags of them
     load_model, open_data         the weights to start from (lib/weights.load); the mixture (data.mix)
     make_optimizers, schedule     groups of parameters (model.parts), peaks; warm-up, then a cosine
     train, 3                      lib/distributed.shard_model: what is recomputed (--recompute), compiled, sharded
@@ -28,18 +28,16 @@ Where to look, in the order in which data passes:
     train, 9                      what is saved: lib/distributed.Saver.save, and `about` with the stream's state
     lib/distributed.check_resume  what --resume compares before it goes on
 """
-import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import lib  # noqa: F401: before torch, which reads the environment that it sets
 import numpy as np
@@ -54,6 +52,7 @@ from lib.distributed import (Log, Progress, Report, check_init_from, check_resum
                              check_same_model, clip_gradients, gather_full_model, make_loader, next_samples,
                              show_config, start_over, throughput)
 from lib.errors import BadRecord, UserError
+from lib.flags import check_each, check_together, flag, read_flags
 from lib.records import BadRecords
 from lib.report import report_on
 from lib.text import SMALL_TOKENIZER, Tokenizer
@@ -61,10 +60,6 @@ from model import Molmo2, PRESETS as MODELS, empty_model
 
 
 # ---- configuration: one flat dataclass, from which the flags are made ----------------------------------------------
-
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
-
 
 @dataclass
 class Config:
@@ -165,30 +160,19 @@ CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released
                freeze=("vit", "connector", "decoder", "embedding", "none"), lora_parts=("vit", "connector", "decoder"))
 
 
-def integer_or_auto(text):
-    return None if text == "auto" else int(text)
-
-
 def parse(defaults, presets, argv=None):
     """Flags -> Config. A flag overrides the --config preset, which overrides the default of the stage."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = dict(action=argparse.BooleanOptionalAction)
-    kinds = {bool: switch, bool | None: switch, tuple: dict(nargs="+", metavar="X"),
-             int | None: dict(type=integer_or_auto, metavar="INT")}
-    for f in dataclasses.fields(Config):
-        kind = kinds.get(f.type) or dict(type=f.type, metavar=f.type.__name__.upper())
-        # SUPPRESS: a flag that is not given must not override the preset
-        parser.add_argument("--" + f.name, default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} [{getattr(defaults, f.name)}]")
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
+    given = read_flags(defaults, argv)
     name = given.get("config", defaults.config)
     if name not in presets:
-        parser.error(f"--config {name}: not a preset; choose from {', '.join(presets)}")
+        raise UserError(f"--config {name}: not a preset; choose from {', '.join(presets)}")
     recipe = presets[name] | (lora_recipe(name) if given.get("lora") else {})
     cfg = dataclasses.replace(defaults, **(recipe | given))
-    check_config(cfg)
+    check_each(cfg, CHOICES)
+    try:
+        ulysses.check_heads(MODELS[name].heads, MODELS[name].kv_heads, cfg.cp)
+    except ValueError as e:
+        raise UserError(str(e)) from None
     if "seq_len" in given and "max_crops" not in given:  # more tokens show more frames
         usual = dataclasses.replace(defaults, **presets[name])
         cfg.max_crops = max(usual.max_crops, usual.max_crops * cfg.seq_len // usual.seq_len)
@@ -203,56 +187,6 @@ def parse(defaults, presets, argv=None):
     elif "freeze" not in given and not (cfg.init_from or cfg.resume or cfg.dry_run):
         cfg.freeze = tuple(part for part in cfg.freeze if part != "embedding")  # random weights know no words yet
     return cfg
-
-
-def check_config(cfg):
-    """Refuse what cannot work, before anything is loaded."""
-    for name in ("steps", "global_batch", "micro_batch", "seq_len", "max_crops", "save_every", "eval_every"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    for name in ("epochs", "lora", "keep"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
-    if cfg.workers is not None and cfg.workers < 0:
-        raise UserError(f"--workers {cfg.workers}: must be 0 or more, or auto")
-    if not 0 < cfg.lora_alpha < math.inf:
-        raise UserError(f"--lora_alpha {cfg.lora_alpha}: must be more than 0")
-    for name, allowed in CHOICES.items():
-        value = getattr(cfg, name)
-        for word in value if isinstance(value, tuple) else [value]:
-            if word not in allowed:
-                raise UserError(f"--{name} {word}: choose from {', '.join(allowed)}")
-    if cfg.cp < 1 or cfg.seq_len % cfg.cp:
-        raise UserError(f"--cp {cfg.cp}: must be at least 1 and divide --seq_len {cfg.seq_len}")
-    try:
-        ulysses.check_heads(MODELS[cfg.config].heads, MODELS[cfg.config].kv_heads, cfg.cp)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    if not cfg.data and not cfg.dry_run:
-        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
-                        "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
-    if cfg.log_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--log_to tensorboard: that package is not installed; install it, or leave --log_to away and "
-                        "open report.html in the folder of the run")
-
-
-def check_together(cfg, given):
-    """Refuse flags that contradict each other. given: those on the command line."""
-    if "steps" in given and cfg.epochs:
-        raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; leave one away")
-    if not cfg.lora:
-        for name in ("lora_alpha", "lora_parts"):
-            if name in given:
-                raise UserError(f"--{name} does nothing without --lora RANK; add --lora 64")
-        return
-    width = MODELS[cfg.config].width
-    if cfg.lora > width:
-        raise UserError(f"--lora {cfg.lora}: the rank must not be above the model's width, {width}")
-    if "freeze" in given:
-        raise UserError(f"--freeze {' '.join(cfg.freeze)}: --lora freezes all but its adapters; name the parts that "
-                        "get some with --lora_parts")
-    if not cfg.init_from and not cfg.dry_run:
-        raise UserError(f"--lora {cfg.lora} needs --init_from: an adapter corrects a model that has learned already")
 
 
 # ---- model, data, optimisers ---------------------------------------------------------------------------------------

@@ -50,8 +50,7 @@ def test_the_token_table_of_a_language_model_is_kept_and_a_random_one_trained(tm
     assert parse(sft.DEFAULTS, sft.PRESETS, ["--init_from", "a"]).freeze == ("vit",)  # small learned its own words
 
 
-@pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--config", "9b"],
-                                   ["--workers", "many"]])
+@pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--workers", "many"]])
 def test_wrong_flags_exit_2(flags, capsys):
     with pytest.raises(SystemExit) as e:
         parse(Config(), PRESETS, flags)
@@ -60,7 +59,7 @@ def test_wrong_flags_exit_2(flags, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--cp", "3"], "--cp 3: .* divide --seq_len 256"), (["--steps", "0"], "--steps 0"),
-    (["--cp", "16"], "4 heads cannot be shared by 16 ranks"),
+    (["--cp", "16"], "4 heads cannot be shared by 16 ranks"), (["--config", "9b"], "--config 9b: not a preset; choose"),
     (["--config", "1b"], "--config 1b needs --data"), (["--optimizer", "sgd"], "choose from adamw, muon"),
     (["--freeze", "tail"], "--freeze tail"), (["--workers", "-1"], "--workers -1: .* 0 or more, or auto")])
 def test_values_that_cannot_work_say_how_to_fix_them(flags, message):
