@@ -46,7 +46,7 @@ import numpy as np
 import torch
 
 from lib.errors import BadCheckpoint, BadMedia, BadRecord
-from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
+from lib.media import (Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
 from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, check_files, clip_of, count, find_files, in_clip, is_closed,
                          media_kind, on_frames, parse_record, shuffled)
@@ -687,42 +687,39 @@ def left_out_so_far(state):
     return ", ".join(said)
 
 
-class Sample(NamedTuple):
-    """A decoded sequence as it leaves the DataLoader, if its collate_fn is the identity (`tuple` drops the names)."""
-    decoded: tuple  # arrays, crops, pools: what `collate` takes
-    state: dict     # of the stream after it; state["row"]: file:line of its examples
-    events: list    # what could not be used since this worker's last sequence
+class RankStream(torch.utils.data.IterableDataset):
+    """This rank's sequences, planned and packed, as Packed; lib/distributed.make_loader has workers that decode them.
 
-
-class Batches(torch.utils.data.IterableDataset):
-    """This rank's sequences, decoded, in order, as Sample: for a DataLoader with batch_size=None.
-
-    A step takes `global_batch` sequences. Rank r of the `world` data-parallel ranks takes r, r + world, ... of them,
-    and its DataLoader workers take turns. Every worker plans and packs the whole stream, which is cheap, and decodes
-    only its own sequences:
+    A step takes `global_batch` sequences. Rank r of the `world` data-parallel ranks takes r, r + world, ... of them:
 
         sequence   0 1 2 3 4 | 5 6 7 8 9 |      global_batch 5
         rank       0 1 0 1 0 | 0 1 0 1 0 |      world 2
-        worker     0 0 1 1 0 | 1 0 0 1 1 |      2 workers a rank, each counting its rank's sequences alone
+
+    What is packed together follows from the lengths of all plans. So every rank plans and packs the whole stream, but
+    in one process, whatever the number of its workers; and it decodes its own sequences alone.
     """
 
-    def __init__(self, stream, state=None, rank=0, world=1, global_batch=None, cache_bytes=0):
+    def __init__(self, stream, state=None, rank=0, world=1, global_batch=None):
         self.stream, self.state, self.rank, self.world = stream, state, rank, world
         self.global_batch = global_batch or world
-        self.load = CropCache(cache_bytes) if cache_bytes else load_crops
 
     def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        planner = self.stream.planner
-        of_rank = 0  # sequences of this rank so far
-        events = []  # since this worker's last sequence
+        events = []  # since this rank's last sequence
         for i, packed in enumerate(self.stream.sequences(self.state)):
             events += packed.events
-            if i % self.global_batch % self.world != self.rank:
-                continue
-            of_rank += 1
-            if (of_rank - 1) % workers == worker:
-                *decoded, failed = decode(packed.plans, planner.cfg, planner.seq_len, self.load)
-                yield Sample(tuple(decoded), packed.state, events + failed)
+            if i % self.global_batch % self.world == self.rank:
+                yield packed._replace(events=events)
                 events = []
+
+
+class Sample(NamedTuple):
+    """A packed sequence with its pixels."""
+    decoded: tuple  # arrays, crops, pools: what `collate` takes
+    state: dict     # of the stream after it; state["row"]: file:line of its examples
+    events: list    # what could not be used since this rank's last sequence
+
+
+def decode_packed(packed, cfg, seq_len, load=load_crops):
+    """Packed -> Sample. load: load_crops, or a CropCache."""
+    *decoded, failed = decode(packed.plans, cfg, seq_len, load)
+    return Sample(tuple(decoded), packed.state, packed.events + failed)

@@ -45,14 +45,15 @@ import torch
 
 import eval as evaluation
 import ulysses
-from data import (Batches, MIXTURES, Packer, Planner, Stream, collate, decode, find_datasets, mix, show_mixture,
-                  to_device)
+from data import (MIXTURES, Packer, Planner, RankStream, Stream, collate, decode, decode_packed, find_datasets, mix,
+                  show_mixture, to_device)
 from lib import budget, distributed, flex, lora, toy, weights
 from lib.distributed import (Log, Progress, Report, check_init_from, check_resume, check_same_data,
                              check_same_model, clip_gradients, gather_full_model, make_loader, next_samples,
                              show_config, start_over, throughput)
 from lib.errors import BadRecord, UserError
 from lib.flags import check_each, check_together, flag, read_flags
+from lib.media import CropCache, load_crops
 from lib.records import BadRecords
 from lib.report import report_on
 from lib.text import SMALL_TOKENIZER, Tokenizer
@@ -468,9 +469,11 @@ def train(cfg, defaults, stop, cache_features=None):
     last_reader = (cfg.global_batch - 1) % world.dp  # the rank that takes a step's last sequence
     micro_batch = min(cfg.micro_batch, most_sequences)
     step, state = saved["step"], saved["stream"]
-    rank_stream = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch, round(cfg.cache * 2 ** 30))
+    rank_stream = RankStream(stream, state, world.dp_rank, world.dp, cfg.global_batch)
+    load = CropCache(round(cfg.cache * 2 ** 30)) if cfg.cache else load_crops
+    convert = functools.partial(decode_packed, cfg=model.cfg, seq_len=cfg.seq_len, load=load)
     # A step ahead, but not more than 64 sequences: one of 48 crops is 20 MB.
-    loader = make_loader(rank_stream, cfg.workers, min(most_sequences, 64))
+    loader = make_loader(rank_stream, cfg.workers, min(most_sequences, 64), convert)
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
     cfg.steps = world.on_main(lambda: count_steps(cfg, stream, mixture, missing))

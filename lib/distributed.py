@@ -678,7 +678,7 @@ def cores(quota="/sys/fs/cgroup/cpu.max"):
 
 def auto_workers():
     """How many workers suit a rank: its share of the cores, less the one that trains. At least 1; at most 8, as each of
-    them plans the whole stream (data.Batches)."""
+    them holds sequences that it decoded ahead."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine; torchrun's
     return min(max(cores() // ranks - 1, 1), 8)
 
@@ -687,13 +687,30 @@ def identity(x):
     return x
 
 
+class Given:
+    """A dataset whose samples are given to it, in place of their numbers."""
+    def __getitem__(self, sample):
+        return sample
+
+
 def make_loader(samples, workers, ahead, convert=identity):
-    """An iterator over convert(sample) of a list or an IterableDataset, in order, made by `workers` processes, `ahead`
-    in all, at least 1 each."""
-    # without a collate_fn every array of a sample would be moved into a shared file of its own
-    return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=convert,
-                                            prefetch_factor=math.ceil(ahead / workers) if workers else None,
-                                            worker_init_fn=begin_worker))
+    """Yields convert(sample) of each sample of a list or an IterableDataset, in order. `workers` processes convert
+    them, `ahead` in all, at least 1 each. Where there are several, one more process iterates over an IterableDataset:
+
+        RankStream ─► sequences, planned ─┬─► decode_packed ─┬─► next_samples
+                      (one process)       ├─► decode_packed ─┤   (the training process)
+                                          └─► decode_packed ─┘
+    """
+    def load(dataset, n, convert, sampler=None):
+        # Without a collate_fn every array of a sample would be moved into a shared file of its own. Without a generator
+        # a loader would draw from that of dropout.
+        return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=n, collate_fn=convert,
+                                           prefetch_factor=math.ceil(ahead / n) if n else None,
+                                           worker_init_fn=begin_worker, generator=torch.Generator())
+    if workers < 2 or isinstance(samples, list):
+        yield from load(samples, workers, convert)
+    else:
+        yield from load(Given(), workers, convert, load(samples, 1, identity))
 
 
 def next_samples(loader, n):

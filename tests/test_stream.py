@@ -1,5 +1,7 @@
 """The engine as a whole: index, mixtures, one stream for any workers and any stop, and a corpus in which
 everything is broken."""
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,12 +13,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from conftest import picture, poison, video, write_lines
 
 from lib import media
 from eval import load_questions
-from data import Batches, Dataset, MIXTURES, Stream, collate, decode, find_datasets, mix, show_mixture
+from data import (Dataset, MIXTURES, RankStream, Stream, collate, decode, decode_packed, find_datasets, mix,
+                  show_mixture)
 from lib.distributed import make_loader
 from lib.records import line_index, parse_record, read_registry
 
@@ -143,9 +145,8 @@ def test_draws_follow_the_table(tmp_path, planner):
 # ---- one stream --------------------------------------------------------------------------------------------
 
 def batches(stream, n, workers=0, state=None, rank=0, world=1):
-    loader = torch.utils.data.DataLoader(Batches(stream, state, rank, world), batch_size=None,
-                                         num_workers=workers, collate_fn=tuple)
-    return [r for r, _ in zip(loader, range(n))]
+    convert = functools.partial(decode_packed, cfg=stream.planner.cfg, seq_len=stream.planner.seq_len)
+    return list(itertools.islice(make_loader(RankStream(stream, state, rank, world), workers, workers, convert), n))
 
 
 def same(a, b):
@@ -199,7 +200,7 @@ def test_a_worker_is_ended_by_its_parent_alone(many):
     """What is sent to all processes of a run comes to the workers too, while the step still needs them; and a worker
     that could not be ended would keep its parent from ending."""
     others = multiprocessing.active_children()  # of loaders that a test before left to the garbage collector
-    rows = make_loader(Batches(many()), 1, 1)
+    rows = make_loader(RankStream(many()), 1, 1)
     next(rows)
     worker, = [p for p in multiprocessing.active_children() if p not in others]
     for name in ("INT", "TERM"):
