@@ -115,8 +115,9 @@ class Config:
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     cp: int = flag(1, "ranks that share a sequence (context parallelism, ulysses.py); divides ranks and heads")
     recompute: bool = flag(False, "activation checkpointing: run each block twice; a third more work, far less memory")
-    workers: int | None = flag(None, "processes of a rank that decode media; 0 = the training process itself, auto "
-                                     "(None) = 1 to 8, by its share of the cores; --dry_run says how many it needs")
+    workers: int | None = flag(None, "processes of a rank that decode media, from 2 on with one more that plans; 0 = "
+                                     "the training process itself, auto (None) = 1 to 8, by its share of the cores; "
+                                     "--dry_run says how many it needs")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
