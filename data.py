@@ -46,8 +46,8 @@ import numpy as np
 import torch
 
 from lib.errors import BadCheckpoint, BadMedia, BadRecord
-from lib.media import (Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
-                       sample_times, video_duration)
+from lib.media import (Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times,
+                       video_duration)
 from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, check_files, clip_of, count, find_files, in_clip, is_closed,
                          media_kind, on_frames, parse_record, shuffled)
 from lib.tasks import TASKS, answer_of, clip_points, mode_of, multiple_choice, prompt_of, released_weight, styled
