@@ -36,8 +36,8 @@ Where to look, in the order in which data passes:
 Shapes:  B sequences, T tokens, N crops, P patches per crop, M visual tokens, K patches pooled into one
 """
 import copy
+import functools
 import math
-import os
 import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -45,10 +45,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.errors import BadCheckpoint, BadMedia, BadRecord
-from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
-                       sample_times, video_duration)
+from lib.media import (Layout, frame_layout, image_layout, image_size, inside_folder, load_crops, sample_times,
+                       video_duration)
 from lib.records import (CLOSED, Lines, NOT_BAD, NO_VIDEO, check_files, clip_of, count, find_files, in_clip, is_closed,
                          media_kind, on_frames, parse_record, shuffled)
 from lib.tasks import TASKS, answer_of, clip_points, mode_of, multiple_choice, prompt_of, released_weight, styled
@@ -111,6 +110,12 @@ REMEDIES = {TOO_LONG: "--seq_len", TOO_MANY_CROPS: "--max_crops", NO_VIDEO: "--m
 Branch = NamedTuple("Branch", [("task", str), ("ids", list), ("has_loss", list)])  # has_loss: is an id trained on
 
 
+@functools.lru_cache(1 << 16)
+def time_ids(tokenizer, text):
+    """The ids of a frame's time. Most times come in every video, and to encode them was half of all planning."""
+    return tokenizer.encode(text)
+
+
 class Planner:
     """Turns records into plans, for one model and one sequence length."""
 
@@ -169,19 +174,22 @@ class Planner:
         n_frames = min(self.max_frames, self.max_crops)
         while True:
             times = sample_times(end - start, n_frames)  # seconds from the start of the clip
-            ids = [tok.bos]
-            for i, t in enumerate(times):
-                if self.released:
-                    ids += tok.encode(f" {t:.1f} " if i else f"{t:.1f} ")
-                else:
-                    ids += [tok.ids["<timestamp>"], *tok.encode(number(t, 2))]
-                ids += frame
-            ids += tok.encode(subtitle_text(record.get("subtitles", ()), start, times))
-            if len(ids) <= room or len(times) == 1:
+            if self.released:
+                stamps = [time_ids(tok, f" {t:.1f} " if i else f"{t:.1f} ") for i, t in enumerate(times)]
+            else:
+                stamps = [(tok.ids["<timestamp>"], *time_ids(tok, number(t, 2))) for t in times]
+            subtitles = tok.encode(subtitle_text(record.get("subtitles", ()), start, times))
+            n_tokens = 1 + sum(map(len, stamps)) + len(times) * len(frame) + len(subtitles)
+            if n_tokens <= room or len(times) == 1:
                 break
             # Leave out the frames that are too many, by their smallest cost: a time takes one token or more.
-            excess = (len(ids) - room) // (len(frame) + 1)
+            excess = (n_tokens - room) // (len(frame) + 1)
             n_frames = max(len(times) - max(excess, 1), 1)
+        ids = [tok.bos]
+        for stamp in stamps:
+            ids += stamp
+            ids += frame
+        ids += subtitles
         offsets = np.arange(len(times)).reshape(-1, 1, 1) * self.n ** 2  # patches in the frames before
         pools = np.where(pool >= 0, pool + offsets, -1).reshape(-1, pool.shape[1])  # (frames * m, K)
         return ids, [(path, Layout([], pools, len(times), times=tuple((times + start).tolist())))]
@@ -260,14 +268,16 @@ class Planner:
     def assemble(self, trunk, media, branches):
         """The plan of a trunk and its branches, side by side."""
         n = len(trunk)
-        targets = trunk[1:] + branches[0].ids[:1]
+        trunk = np.array(trunk)
+        targets = np.append(trunk[1:], branches[0].ids[0])
         parts = [(trunk, targets, np.zeros(n), np.arange(n), np.zeros(n))]  # in the order of Plan's fields
         # A branch starts where the trunk ends; in the released models' trees of text alone at 0, as if without BOS.
         start = 0 if self.released and not media and len(branches) > 1 else n
         for b, branch in enumerate(branches, 1):
             positions = start + np.arange(len(branch.ids) - 1)
             weights = self.weight(branch.task, sum(branch.has_loss), len(branches)) * np.array(branch.has_loss[1:])
-            parts.append((branch.ids[:-1], branch.ids[1:], weights, positions, np.full(len(positions), b)))
+            ids = np.array(branch.ids)
+            parts.append((ids[:-1], ids[1:], weights, positions, np.full(len(positions), b)))
         types = (np.int64, np.int64, np.float32, np.int64, np.int64)
         columns = zip(*parts)
         arrays = [np.concatenate(column).astype(dtype) for column, dtype in zip(columns, types)]
@@ -677,47 +687,39 @@ def left_out_so_far(state):
     return ", ".join(said)
 
 
-class Sample(NamedTuple):
-    """A decoded sequence as it leaves the DataLoader, if its collate_fn is the identity (`tuple` drops the names)."""
-    decoded: tuple  # arrays, crops, pools: what `collate` takes
-    state: dict     # of the stream after it; state["row"]: file:line of its examples
-    events: list    # what could not be used since this worker's last sequence
+class RankStream(torch.utils.data.IterableDataset):
+    """This rank's sequences, planned and packed, as Packed; lib/distributed.make_loader has workers that decode them.
 
-
-class Batches(torch.utils.data.IterableDataset):
-    """This rank's sequences, decoded, in order, as Sample: for a DataLoader with batch_size=None.
-
-    A step takes `global_batch` sequences. Rank r of the `world` data-parallel ranks takes r, r + world, ... of them,
-    and its DataLoader workers take turns. Every worker plans and packs the whole stream, which is cheap, and decodes
-    only its own sequences:
+    A step takes `global_batch` sequences. Rank r of the `world` data-parallel ranks takes r, r + world, ... of them:
 
         sequence   0 1 2 3 4 | 5 6 7 8 9 |      global_batch 5
         rank       0 1 0 1 0 | 0 1 0 1 0 |      world 2
-        worker     0 0 1 1 0 | 1 0 0 1 1 |      2 workers a rank, each counting its rank's sequences alone
+
+    What is packed together follows from the lengths of all plans. So every rank plans and packs the whole stream, but
+    in one process, whatever the number of its workers; and it decodes its own sequences alone.
     """
 
-    def __init__(self, stream, state=None, rank=0, world=1, global_batch=None, cache_bytes=0):
+    def __init__(self, stream, state=None, rank=0, world=1, global_batch=None):
         self.stream, self.state, self.rank, self.world = stream, state, rank, world
         self.global_batch = global_batch or world
-        self.load = CropCache(cache_bytes) if cache_bytes else load_crops
 
     def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if info:
-            torch.set_num_threads(1)
-            getattr(os, "nice", int)(10)  # where cores are few, training goes first
-            die_with_parent()
-            obey_the_parent_alone()
-        planner = self.stream.planner
-        of_rank = 0  # sequences of this rank so far
-        events = []  # since this worker's last sequence
+        events = []  # since this rank's last sequence
         for i, packed in enumerate(self.stream.sequences(self.state)):
             events += packed.events
-            if i % self.global_batch % self.world != self.rank:
-                continue
-            of_rank += 1
-            if (of_rank - 1) % workers == worker:
-                *decoded, failed = decode(packed.plans, planner.cfg, planner.seq_len, self.load)
-                yield Sample(tuple(decoded), packed.state, events + failed)
+            if i % self.global_batch % self.world == self.rank:
+                yield packed._replace(events=events)
                 events = []
+
+
+class Sample(NamedTuple):
+    """A packed sequence with its pixels."""
+    decoded: tuple  # arrays, crops, pools: what `collate` takes
+    state: dict     # of the stream after it; state["row"]: file:line of its examples
+    events: list    # what could not be used since this rank's last sequence
+
+
+def decode_packed(packed, cfg, seq_len, load=load_crops):
+    """Packed -> Sample. load: load_crops, or a CropCache."""
+    *decoded, failed = decode(packed.plans, cfg, seq_len, load)
+    return Sample(tuple(decoded), packed.state, packed.events + failed)

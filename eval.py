@@ -30,11 +30,9 @@ import os
 import random
 import re
 import sys
-import time
 from collections import Counter
 
 import numpy as np
-import requests
 from PIL import Image, ImageDraw
 
 import sample  # which imports lib before torch
@@ -42,6 +40,7 @@ from data import find_datasets, in_clip, parse_points
 from lib import toy
 from lib.draw import contact_sheet, load_segmenter
 from lib.errors import BadRecord, UserError
+from lib.judge import Judge, JudgeError
 from lib.media import image_size, inside_folder, load_frames, video_duration, video_size
 from lib.records import media_kind, parse_record
 from lib.tasks import TASKS, multiple_choice, prompt_of
@@ -252,63 +251,6 @@ def word_overlap(predicted, true):
     return precision_recall_f1((a & b).total(), a.total(), b.total())
 
 
-class JudgeError(Exception):
-    """The judge did not answer."""
-
-
-class Judge:
-    """A language model behind an OpenAI-compatible URL that splits captions into statements and checks them."""
-
-    def __init__(self, url, model, tries=5, pause=2.0):
-        self.url = url.rstrip("/") + "/chat/completions"
-        self.model = model
-        self.tries = tries
-        self.pause = pause  # seconds after the first failure; doubled after each
-        key = os.environ.get("JUDGE_API_KEY")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-
-    def ask(self, prompt):
-        """The answer as parsed JSON; after `tries` failures with growing pauses JudgeError."""
-        body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=prompt)])
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                response = requests.post(self.url, json=body, headers=self.headers, timeout=120)
-                response.raise_for_status()
-                text = response.json()["choices"][0]["message"]["content"]
-                return json.loads(text[text.index("["):text.rindex("]") + 1])
-            except (requests.RequestException, ValueError, LookupError, TypeError) as e:
-                trouble = f"{type(e).__name__}: {e}"
-        raise JudgeError(f"--judge_url {self.url}: no usable answer in {self.tries} tries ({trouble})")
-
-    def split(self, caption):
-        """The statements of a caption."""
-        return list(map(str, self.ask(
-            "Split this description into short statements that can each be true or false by themselves. "
-            f"Answer with a JSON list of strings.\n\n{caption}")))
-
-    def share_stated(self, statements, caption):
-        """The share of the statements that the caption supports."""
-        if not statements:
-            return 0.0
-        listed = "\n".join(f"{i + 1}. {s}" for i, s in enumerate(statements))
-        verdicts = self.ask(f"Description:\n{caption}\n\nStatements:\n{listed}\n\nFor each statement: does the "
-                            "description say so? Answer with a JSON list of true and false, in order.")
-        if len(verdicts) != len(statements):
-            raise JudgeError(f"--judge_url {self.url}: {len(verdicts)} verdicts on {len(statements)} statements")
-        return sum(v is True for v in verdicts) / len(statements)
-
-    def score(self, predicted, true, statements=None):
-        """(precision, recall, F1): the share of the predicted statements that the true caption supports, and of the
-        true statements that the predicted caption supports."""
-        predicted_statements = self.split(predicted)
-        true_statements = statements or self.split(true)
-        precision = self.share_stated(predicted_statements, true)
-        recall = self.share_stated(true_statements, predicted)
-        return precision, recall, harmonic(precision, recall)
-
-
 # ---- the truth about a record ------------------------------------------------------------------------------
 
 def key(p):
@@ -467,7 +409,8 @@ def score_words(q, text, segmenter=None, judge=None):
 
 def score_caption(q, text, segmenter=None, judge=None):
     if judge:
-        return dict(zip(("precision", "recall", "f1"), judge.score(text, q.truth, q.annotation.get("statements"))))
+        precision, recall = judge.score(text, q.truth, q.annotation.get("statements"))
+        return dict(precision=precision, recall=recall, f1=harmonic(precision, recall))
     return dict(zip(("overlap_precision", "overlap_recall", "overlap_f1"), word_overlap(text, q.truth)))
 
 

@@ -18,7 +18,7 @@ A stage is data: a `Config`. The loop below has no notion of stages; sft.py and 
 
 Where to look, in the order in which data passes:
 
-    Config, PRESETS, parse        every number of a run, and what overrides what
+    Config, PRESETS, parse        every number of a run, and what overrides what; lib/flags makes flags of them
     load_model, open_data         the weights to start from (lib/weights.load); the mixture (data.mix)
     make_optimizers, schedule     groups of parameters (model.parts), peaks; warm-up, then a cosine
     train, 3                      lib/distributed.shard_model: what is recomputed (--recompute), compiled, sharded
@@ -28,17 +28,16 @@ Where to look, in the order in which data passes:
     train, 9                      what is saved: lib/distributed.Saver.save, and `about` with the stream's state
     lib/distributed.check_resume  what --resume compares before it goes on
 """
-import argparse
 import contextlib
 import dataclasses
-import importlib.util
+import functools
 import json
 import math
 import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import lib  # noqa: F401: before torch, which reads the environment that it sets
 import numpy as np
@@ -46,13 +45,15 @@ import torch
 
 import eval as evaluation
 import ulysses
-from data import (Batches, MIXTURES, Packer, Planner, Stream, collate, decode, find_datasets, mix, show_mixture,
-                  to_device)
+from data import (MIXTURES, Packer, Planner, RankStream, Stream, collate, decode, decode_packed, find_datasets, mix,
+                  show_mixture, to_device)
 from lib import budget, distributed, flex, lora, toy, weights
 from lib.distributed import (Log, Progress, Report, check_init_from, check_resume, check_same_data,
                              check_same_model, clip_gradients, gather_full_model, make_loader, next_samples,
                              show_config, start_over, throughput)
 from lib.errors import BadRecord, UserError
+from lib.flags import check_each, check_together, flag, read_flags
+from lib.media import CropCache, load_crops
 from lib.records import BadRecords
 from lib.report import report_on
 from lib.text import SMALL_TOKENIZER, Tokenizer
@@ -60,10 +61,6 @@ from model import Molmo2, PRESETS as MODELS, empty_model
 
 
 # ---- configuration: one flat dataclass, from which the flags are made ----------------------------------------------
-
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
-
 
 @dataclass
 class Config:
@@ -118,8 +115,9 @@ class Config:
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     cp: int = flag(1, "ranks that share a sequence (context parallelism, ulysses.py); divides ranks and heads")
     recompute: bool = flag(False, "activation checkpointing: run each block twice; a third more work, far less memory")
-    workers: int | None = flag(None, "processes of a rank that decode media; 0 = the training process itself, auto "
-                                     "(None) = 1 to 8, by its share of the cores; --dry_run says how many it needs")
+    workers: int | None = flag(None, "processes of a rank that decode media, from 2 on with one more that plans; 0 = "
+                                     "the training process itself, auto (None) = 1 to 8, by its share of the cores; "
+                                     "--dry_run says how many it needs")
     device: str = flag("auto", "auto (CUDA if there is one, else CPU), cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto (bf16 on CUDA, else fp32), fp32 or bf16")
     cache: float = flag(0.0, "gigabytes for decoded crops in each worker, and for the features of a frozen ViT")
@@ -164,30 +162,19 @@ CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released
                freeze=("vit", "connector", "decoder", "embedding", "none"), lora_parts=("vit", "connector", "decoder"))
 
 
-def integer_or_auto(text):
-    return None if text == "auto" else int(text)
-
-
 def parse(defaults, presets, argv=None):
     """Flags -> Config. A flag overrides the --config preset, which overrides the default of the stage."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = dict(action=argparse.BooleanOptionalAction)
-    kinds = {bool: switch, bool | None: switch, tuple: dict(nargs="+", metavar="X"),
-             int | None: dict(type=integer_or_auto, metavar="INT")}
-    for f in dataclasses.fields(Config):
-        kind = kinds.get(f.type) or dict(type=f.type, metavar=f.type.__name__.upper())
-        # SUPPRESS: a flag that is not given must not override the preset
-        parser.add_argument("--" + f.name, default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} [{getattr(defaults, f.name)}]")
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
+    given = read_flags(defaults, argv)
     name = given.get("config", defaults.config)
     if name not in presets:
-        parser.error(f"--config {name}: not a preset; choose from {', '.join(presets)}")
+        raise UserError(f"--config {name}: not a preset; choose from {', '.join(presets)}")
     recipe = presets[name] | (lora_recipe(name) if given.get("lora") else {})
     cfg = dataclasses.replace(defaults, **(recipe | given))
-    check_config(cfg)
+    check_each(cfg, CHOICES)
+    try:
+        ulysses.check_heads(MODELS[name].heads, MODELS[name].kv_heads, cfg.cp)
+    except ValueError as e:
+        raise UserError(str(e)) from None
     if "seq_len" in given and "max_crops" not in given:  # more tokens show more frames
         usual = dataclasses.replace(defaults, **presets[name])
         cfg.max_crops = max(usual.max_crops, usual.max_crops * cfg.seq_len // usual.seq_len)
@@ -202,58 +189,6 @@ def parse(defaults, presets, argv=None):
     elif "freeze" not in given and not (cfg.init_from or cfg.resume or cfg.dry_run):
         cfg.freeze = tuple(part for part in cfg.freeze if part != "embedding")  # random weights know no words yet
     return cfg
-
-
-def check_config(cfg):
-    """Refuse what cannot work, before anything is loaded."""
-    for name in ("steps", "global_batch", "micro_batch", "seq_len", "max_crops", "save_every", "eval_every"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    for name in ("epochs", "lora", "keep"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
-    if cfg.workers is not None and cfg.workers < 0:
-        raise UserError(f"--workers {cfg.workers}: must be 0 or more, or auto")
-    if not 0 < cfg.lora_alpha < math.inf:
-        raise UserError(f"--lora_alpha {cfg.lora_alpha}: must be more than 0")
-    for name, allowed in CHOICES.items():
-        value = getattr(cfg, name)
-        for word in value if isinstance(value, tuple) else [value]:
-            if word not in allowed:
-                raise UserError(f"--{name} {word}: choose from {', '.join(allowed)}")
-    if cfg.cp < 1 or cfg.seq_len % cfg.cp:
-        raise UserError(f"--cp {cfg.cp}: must be at least 1 and divide --seq_len {cfg.seq_len}")
-    try:
-        ulysses.check_heads(MODELS[cfg.config].heads, MODELS[cfg.config].kv_heads, cfg.cp)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    if not cfg.data and not cfg.dry_run:
-        raise UserError(f"--config {cfg.config} needs --data: JSONL files or a folder of them "
-                        "(README, \"Your own data\"); --data toy tries the machinery on the toy world")
-    if cfg.log_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--log_to tensorboard: that package is not installed; install it, or leave --log_to away and "
-                        "open report.html in the folder of the run")
-    if cfg.device == "cuda" and not cfg.dry_run and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device found; --device cpu works everywhere")
-
-
-def check_together(cfg, given):
-    """Refuse flags that contradict each other. given: those on the command line."""
-    if "steps" in given and cfg.epochs:
-        raise UserError(f"--steps {cfg.steps} and --epochs {cfg.epochs:g} say the same thing twice; leave one away")
-    if not cfg.lora:
-        for name in ("lora_alpha", "lora_parts"):
-            if name in given:
-                raise UserError(f"--{name} does nothing without --lora RANK; add --lora 64")
-        return
-    width = MODELS[cfg.config].width
-    if cfg.lora > width:
-        raise UserError(f"--lora {cfg.lora}: the rank must not be above the model's width, {width}")
-    if "freeze" in given:
-        raise UserError(f"--freeze {' '.join(cfg.freeze)}: --lora freezes all but its adapters; name the parts that "
-                        "get some with --lora_parts")
-    if not cfg.init_from and not cfg.dry_run:
-        raise UserError(f"--lora {cfg.lora} needs --init_from: an adapter corrects a model that has learned already")
 
 
 # ---- model, data, optimisers ---------------------------------------------------------------------------------------
@@ -373,6 +308,11 @@ def prepared(model, batch, device):
     return batch
 
 
+def on_device(model, batch, device):
+    """The same on the device, for one that is used at once."""
+    return to_device(prepared(model, batch, device), device)
+
+
 def prepare_step(cfg, model, samples, micro_batch, n, world):
     """All that a step needs before the first kernel runs: ([this rank's part of each micro-batch], its Report).
     n: sequences of a step, of the rank that has most."""
@@ -408,14 +348,17 @@ def held_out_sequences(cfg, planner):
 def held_out_loss(cfg, model, planner, sequences, world):
     """The loss per unit of loss weight, over all ranks."""
     sums = torch.zeros(2, device=world.device)  # loss, weight
-    for i in range(world.dp_rank, len(sequences) + world.dp_rank, world.dp):  # all ranks run the model equally often
-        decoded = decode(sequences[i] if i < len(sequences) else [], planner.cfg, cfg.seq_len)
+    missing = -len(sequences) % world.dp
+    rank_sequences = [*sequences, *[[]] * missing][world.dp_rank::world.dp]  # all ranks run the model equally often
+    workers = min(cfg.workers, len(rank_sequences))
+    convert = functools.partial(decode, cfg=planner.cfg, seq_len=cfg.seq_len)
+    for decoded in make_loader(rank_sequences, workers, workers, convert):
         for _, where, reason, detail in decoded[-1]:
             print(f"--eval_data: {where}: {reason}: {detail}", file=sys.stderr)
         batch, = make_batches([decoded], 1, 1, planner.cfg, cfg.seq_len)
         batch = ulysses.shard_batch(batch, planner.cfg.image_token, world.cp_rank, world.cp)
         with torch.no_grad():
-            sums[0] += model(**to_device(prepared(model, batch, world.device), world.device))
+            sums[0] += model(**on_device(model, batch, world.device))
         sums[1] += batch["weights"].sum().to(world.device)
     loss, weight = world.all_reduce_sum(sums).tolist()  # ratio of sums, not a mean of ratios
     return loss / max(weight, 1e-9)
@@ -475,9 +418,8 @@ def train(cfg, defaults, stop, cache_features=None):
     Under torchrun every rank runs all of this. Returns the run's folder, on rank 0 and if it was not stopped."""
     # 1. Device, precision, ranks. Weights, gradients and optimiser are fp32; bf16 is for the matrix products.
     run = os.path.join(cfg.out, cfg.config, cfg.stage)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = found if cfg.device == "auto" else cfg.device
-    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
+    device, dtype = weights.pick_device(cfg.device, cfg.dtype)
+    bf16 = dtype == torch.bfloat16
     cfg = dataclasses.replace(cfg, compile=device == "cuda" if cfg.compile is None else cfg.compile,
                               workers=distributed.auto_workers() if cfg.workers is None else cfg.workers)
     autocast = lambda: torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -528,9 +470,11 @@ def train(cfg, defaults, stop, cache_features=None):
     last_reader = (cfg.global_batch - 1) % world.dp  # the rank that takes a step's last sequence
     micro_batch = min(cfg.micro_batch, most_sequences)
     step, state = saved["step"], saved["stream"]
-    rank_stream = Batches(stream, state, world.dp_rank, world.dp, cfg.global_batch, round(cfg.cache * 2 ** 30))
+    rank_stream = RankStream(stream, state, world.dp_rank, world.dp, cfg.global_batch)
+    load = CropCache(round(cfg.cache * 2 ** 30)) if cfg.cache else load_crops
+    convert = functools.partial(decode_packed, cfg=model.cfg, seq_len=cfg.seq_len, load=load)
     # A step ahead, but not more than 64 sequences: one of 48 crops is 20 MB.
-    loader = make_loader(rank_stream, cfg.workers, min(most_sequences, 64))
+    loader = make_loader(rank_stream, cfg.workers, min(most_sequences, 64), convert)
     world.print(f"{model.num_params():,} parameters on {device}; a step is {cfg.global_batch} sequences of "
                 f"{cfg.seq_len} tokens, {micro_batch} at a time on each of {world.dp} x {world.cp} ranks")
     cfg.steps = world.on_main(lambda: count_steps(cfg, stream, mixture, missing))
@@ -621,7 +565,8 @@ def train(cfg, defaults, stop, cache_features=None):
                 scores = evaluate(cfg, model, planner, held_out, step, run, losses, world)
                 log.write(step=step, eval=scores)
                 progress.scores(step, before, scores)
-                write_page()
+                if not last:  # then the page is written below, with the last checkpoint
+                    write_page()
         if last or step % cfg.save_every == 0:
             save()
         # All ranks stop in the same step, or one would wait for the others in the next.

@@ -227,27 +227,29 @@ def broadcast_weights(module, world):
             setattr(m, name, new[p])
 
 
-def gather_full(p):
-    """All numbers of a parameter, of which each rank has a shard. All ranks must call it."""
-    return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
-
-
-def gather_full_model(model, device=None, keep=True):
-    """A plain fp32 model with all weights, adapters merged: `model` itself if it is not sharded and no other `device`
-    is asked for. All ranks must call it, as each sends its shards; those that do not `keep` the result get None."""
-    if not dist.is_initialized() and device is None:
-        return model
+def gather_full_state(model, device=None, keep=True):
+    """{name: fp32 copy} of all parameters, on `device` or where they are. All ranks must call it, as each sends its
+    shards; for those that do not `keep` the result it is empty."""
     state = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        full = gather_full(p)
+        full = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
         if keep:  # a copy, since training goes on while a thread writes it
             state[name] = full.to(device or full.device, torch.float32, copy=True)
-    if not keep:
-        return None
+    return state
+
+
+def plain_model(model, state):
+    """A model without shards or adapters, of the numbers in `state`, of which it takes possession; adapters are
+    merged."""
     lora.merge(model, state)
     plain = empty_model(model.cfg)
     plain.load_state_dict(state, assign=True)
     return plain.eval()
+
+
+def gather_full_model(model):
+    """The model with all weights, on every rank: `model` itself if it is not sharded. All ranks must call it."""
+    return plain_model(model, gather_full_state(model)) if dist.is_initialized() else model
 
 
 def clip_gradients(model, largest):
@@ -268,7 +270,8 @@ def clip_gradients(model, largest):
 #                    adapter/      with --lora: what trains, alone (lib/lora.py); the model above has it merged
 #                    train_state/  the optimiser in pieces, as it was sharded (torch.distributed.checkpoint),
 #                                  and state.json; only --resume of this very run reads it: it has a pickle
-#                    COMPLETE      written last: the sha256 of every file, as `sha256sum -c COMPLETE` reads it
+#                    COMPLETE      written last: how many files there are and the sha256 of each, as
+#                                  `sha256sum -c COMPLETE` reads it
 # run/latest         -> the last complete one
 #
 # Everything is written under another name and synced before it gets its final one: after a power cut or a kill -9
@@ -333,13 +336,11 @@ class Saver:
         self.step = step
         final = os.path.join(self.run, f"step_{step:07d}")
         unfinished = os.path.join(self.run, f".step_{step:07d}.tmp")
-        plain = gather_full_model(model, "cpu", keep=self.world.is_main)
+        full = gather_full_state(model, "cpu", keep=self.world.is_main)
+        adapter = {name: t for name, t in full.items() if lora.is_adapter(name)}
+        plain = plain_model(model, full) if self.world.is_main else None
         state = optimizer_state(optimizers, names)
         state = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
-        adapter = {}
-        for name, p in model.named_parameters():
-            if lora.is_adapter(name):
-                adapter[name] = gather_full(p).to("cpu", copy=True)
         about = copy.deepcopy(about)
         if self.world.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -396,7 +397,7 @@ def publish(unfinished, final):
             sums.append(f"{sha256(path)}  {os.path.relpath(path, unfinished)}\n")
         sync(folder)
     with open(os.path.join(unfinished, "COMPLETE"), "w") as f:
-        f.writelines(sums)
+        f.writelines([f"# {len(sums)} files\n", *sums])
         f.flush()
         os.fsync(f.fileno())
     sync(unfinished)
@@ -432,14 +433,20 @@ def damage(folder, leave_out=()):
     path = os.path.join(folder, "COMPLETE")
     try:
         with open(path) as f:
-            sums = [line.rstrip("\n").split("  ", 1) for line in f]
+            lines = f.readlines()
+        n_files = len(lines)  # checkpoints from before it was written lack their number
+        if lines and lines[0].startswith("#"):
+            n_files = int(lines.pop(0).removeprefix("# ").removesuffix(" files\n"))
+        sums = [line.rstrip("\n").split("  ", 1) for line in lines]
+        if len(sums) != n_files:
+            return f"{path}: cut, of the sums of {n_files} files it has {len(sums)}"
         for expected, name in sums:
             path = os.path.join(folder, name)
             if not name.startswith(leave_out) and sha256(path) != expected:
                 return f"{path}: not what was written (its sha256 differs from that in COMPLETE)"
     except OSError as e:
         return f"{path}: {e.strerror}"
-    except ValueError:  # a line without two spaces, or not text at all
+    except ValueError:  # a line without two spaces, no number of files, or not text at all
         sums = []
     return None if sums else f"{os.path.join(folder, 'COMPLETE')}: not a list of sums"
 
@@ -671,7 +678,7 @@ def cores(quota="/sys/fs/cgroup/cpu.max"):
 
 def auto_workers():
     """How many workers suit a rank: its share of the cores, less the one that trains. At least 1; at most 8, as each of
-    them plans the whole stream (data.Batches)."""
+    them holds sequences that it decoded ahead."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine; torchrun's
     return min(max(cores() // ranks - 1, 1), 8)
 
@@ -680,11 +687,30 @@ def identity(x):
     return x
 
 
-def make_loader(samples, workers, ahead):
-    """An iterator over an IterableDataset of samples, made by `workers` processes, `ahead` in all, at least 1 each."""
-    # collate_fn: the default would move every array of a sample into a shared file of its own
-    return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=identity,
-                                            prefetch_factor=math.ceil(ahead / workers) if workers else None))
+class Given:
+    """A dataset whose samples are given to it, in place of their numbers."""
+    def __getitem__(self, sample):
+        return sample
+
+
+def make_loader(samples, workers, ahead, convert=identity):
+    """Yields convert(sample) of each sample of a list or an IterableDataset, in order. `workers` processes convert
+    them, `ahead` in all, at least 1 each. Where there are several, one more process iterates over an IterableDataset:
+
+        RankStream ─► sequences, planned ─┬─► decode_packed ─┬─► next_samples
+                      (one process)       ├─► decode_packed ─┤   (the training process)
+                                          └─► decode_packed ─┘
+    """
+    def load(dataset, n, convert, sampler=None):
+        # Without a collate_fn every array of a sample would be moved into a shared file of its own. Without a generator
+        # a loader would draw from that of dropout.
+        return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=n, collate_fn=convert,
+                                           prefetch_factor=math.ceil(ahead / n) if n else None,
+                                           worker_init_fn=begin_worker, generator=torch.Generator())
+    if workers < 2 or isinstance(samples, list):
+        yield from load(samples, workers, convert)
+    else:
+        yield from load(Given(), workers, convert, load(samples, 1, identity))
 
 
 def next_samples(loader, n):
@@ -705,6 +731,13 @@ def worker_errors():
             raise
         raise UserError(f"{e}: a process that decodes images died, perhaps for want of memory; --resume "
                         "goes on, --workers 0 decodes in the training process") from None
+
+
+def begin_worker(number):
+    """What each of these processes does first."""
+    getattr(os, "nice", int)(10)  # where cores are few, training goes first
+    die_with_parent()
+    obey_the_parent_alone()
 
 
 def die_with_parent():

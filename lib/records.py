@@ -225,7 +225,7 @@ class Lines:
 
     def __init__(self, files):
         self.files = files
-        self.open = {}  # (process, place of a file) -> (index, file)
+        self.open = {}  # (process, place of a file) -> (index, file, folder)
         heads = [line_index(path)[1].tolist() for path in files]  # (hash of the contents, number of lines)
         self.ends = np.cumsum([n for _, n in heads])
         self.contents = hashlib.blake2b(repr(heads).encode(), digest_size=8).hexdigest()
@@ -241,12 +241,13 @@ class Lines:
         if key not in self.open:
             if len(self.open) >= 64:  # a process may not open thousands of files
                 self.open.clear()
-            self.open[key] = line_index(path), open(path, "rb")
-        index, file = self.open[key]
+            folder = os.path.dirname(os.path.realpath(path))  # media lie beside the file, not beside a link to it
+            self.open[key] = line_index(path), open(path, "rb"), folder
+        index, file, folder = self.open[key]
         before = int(self.ends[place - 1]) if place else 0
         start, line_number = index[2 + i - before].tolist()
         file.seek(start)
-        return file.readline(MAX_LINE), os.path.dirname(os.path.abspath(path)), f"{path}:{line_number}"
+        return file.readline(MAX_LINE), folder, f"{path}:{line_number}"
 
 
 def shuffled(i, n, key):

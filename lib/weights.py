@@ -497,10 +497,11 @@ def pick_device(device="auto", dtype="auto"):
     """(device, torch's dtype) of the flags: "auto" is CUDA if there is a card, and bf16 on one that computes in it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank = os.environ.get("LOCAL_RANK")  # torchrun's: each rank has a card of its own, and takes no memory of another
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=f"cuda:{rank}" if device == "cuda" and rank else device)
     except (RuntimeError, AssertionError) as e:  # torch's own words for a device that is not there
-        raise UserError(f"--device {device}: {str(e).splitlines()[0]}") from None
+        raise UserError(f"--device {device}: {str(e).splitlines()[0]}; --device cpu works everywhere") from None
     if dtype == "auto":
         has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bf16" if has_bf16 else "fp32"

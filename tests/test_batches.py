@@ -1,5 +1,6 @@
 """Sequences on their way to the model: shared over ranks, workers and steps, decoded, put side by side."""
 import copy
+import functools
 import itertools
 import json
 import os
@@ -11,7 +12,8 @@ import pytest
 import torch
 from conftest import SIZES, STYLES, picture, video, write_lines
 
-from data import Batches, Dataset, Planner, Stream, collate, decode
+from data import Dataset, Planner, RankStream, Stream, collate, decode, decode_packed
+from lib.distributed import make_loader
 from lib.media import load_crops
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import ModelConfig
@@ -64,9 +66,8 @@ def stream(tmp_path, small):
 
 def of_rank(stream, rank, ranks, step, workers, state=None):
     """All sequences of a rank, as training loads them: [(row, crops, pools), state, events]."""
-    wait = dict(timeout=120, prefetch_factor=-(-step // ranks)) if workers else {}
-    return list(torch.utils.data.DataLoader(Batches(stream, state, rank, ranks, step), batch_size=None,
-                                            num_workers=workers, collate_fn=tuple, **wait))
+    convert = functools.partial(decode_packed, cfg=stream.planner.cfg, seq_len=stream.planner.seq_len)
+    return list(make_loader(RankStream(stream, state, rank, ranks, step), workers, -(-step // ranks), convert))
 
 
 def alike(a, b):
@@ -79,7 +80,7 @@ def alike(a, b):
 
 
 def decoded_in_turn(stream):
-    """What a single process would load, without Batches."""
+    """What a single process would load, without RankStream."""
     out = []
     for plans, state, events in stream.sequences():
         *row, failed = decode(plans, stream.planner.cfg, stream.planner.seq_len)
@@ -120,7 +121,35 @@ def test_every_unusable_line_is_told_whatever_the_ranks_and_workers(stream):
                   for rank in range(ranks)]
         assert set(sum(events, Counter())) == set(whole)
         assert {k: n for k, n in sum(events, Counter()).items() if k in broken} == broken
-        assert all(told[k] <= whole[k] * workers for told in events for k in told)  # once by each worker at most
+        assert all(told[k] <= whole[k] for told in events for k in told)  # not by each of its workers
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_a_rank_plans_once_whatever_the_number_of_its_workers(stream, tmp_path, workers):
+    """Where many ranks share a step, all that is planned for it is as much work as what a rank decodes."""
+    def note(name):
+        with open(tmp_path / name, "a") as f:
+            f.write(f"{os.getpid()} ")
+
+    class Noted(Planned):
+        def sequences(self, state=None):
+            for packed in super().sequences(state):
+                note("planned")
+                yield packed
+
+    def load(*args):
+        note("decoded")
+        return load_crops(*args)
+    n = 24
+    cfg, seq_len = stream.planner.cfg, stream.planner.seq_len
+    convert = functools.partial(decode_packed, cfg=cfg, seq_len=seq_len, load=load)
+    assert len(list(make_loader(RankStream(Noted(stream, n), world=2), workers, 6, convert))) == n / 2
+    planned, decoded = ((tmp_path / name).read_text().split() for name in ("planned", "decoded"))
+    assert len(planned) == n and len({*planned}) == 1  # all of the stream, in one process
+    assert len({*decoded}) == max(workers, 1) and len(decoded) > workers
+    here = str(os.getpid())
+    assert ({*planned} == {here}) == ({*decoded} == {here}) == (workers == 0)
+    assert ({*planned} <= {*decoded}) == (workers < 2)  # planning does not wait for pixels
 
 
 # ---- decode and collate ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""tools/bench.py where there is no GPU: its parts run, and leave their figures."""
+"""tools/bench where there is no GPU: its parts run, and leave their figures."""
 import importlib.util
 import json
 import os
@@ -17,7 +17,7 @@ import pretrain
 from data import Plan
 from lib.records import parse_record
 from model import Molmo2
-from tools import bench
+from tools.bench import __main__ as bench, beside, common, device
 
 STEP = ("ms", "tokens_per_s", "of_matmul", "forecast_gb", "peak_gb")
 FIGURES = {  # part: {beginning of a line's name: figures that it must have}
@@ -61,7 +61,7 @@ def test_arguments(tmp_path, capsys):
 
 
 def test_a_failure_costs_its_measurement_alone(tmp_path):
-    run = bench.Bench(str(tmp_path), True, "env", 1e12)
+    run = common.Bench(str(tmp_path), True, "env", 1e12)
     run.attempt("broken", lambda bench, what: 1 / 0)
     run.attempt("whole", lambda bench, what: bench.say(what, ms=1.0, share=float("nan")))
     broken, whole = lines_of(tmp_path)
@@ -79,33 +79,26 @@ def test_without_a_card_the_parts_for_any_machine_run(tmp_path, monkeypatch):
         assert "no CUDA device" in lines_of(tmp_path)[-1]["skipped"]
 
 
-def test_lib_is_imported_before_torch():
-    """lib sets what torch reads when it is loaded."""
-    with open(bench.__file__) as f:
-        imports = [line.split()[1] for line in f if line.startswith(("import ", "from "))]
-    assert imports.index("lib") < imports.index("torch")
-
-
 def test_a_timed_step_copies_a_batch_as_training_does(tmp_path, monkeypatch):
     copied = []
     monkeypatch.setattr(pretrain, "prepared", lambda model, batch, device: copied.append(batch) or
                         model.prepare(**batch))
-    run = bench.Bench(str(tmp_path), True, "speed", 1e12)
+    run = common.Bench(str(tmp_path), True, "speed", 1e12)
     cfg = pretrain.parse(pretrain.Config(), pretrain.PRESETS, ["--config", "small", "--data", "none.jsonl"])
-    batch, = bench.photo_batches(run.cfg, 512, 0, 1, 1)
-    phases = bench.make_step(run, cfg, False, False)(batch)
+    batch, = common.photo_batches(run.cfg, 512, 0, 1, 1)
+    phases = device.make_step(run, cfg, False, False)(batch)
     assert copied == [batch] and {"copy to device", "forward decoder", "backward head", "optimizer"} <= phases.keys()
 
 
 def test_taking_turns(monkeypatch):
     """Medians of the rounds after the first; a round that would not end in time does not begin."""
     clock = iter([0, 9, 10, 11,  20, 22, 30, 34,  40, 43, 50, 54,  60, 61, 70, 74])  # begin and end of ours, the other
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    figures, ours, other = bench.take_turns(lambda: "a", lambda: "b", 3, 1e12)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    figures, ours, other = common.take_turns(lambda: "a", lambda: "b", 3, 1e12)
     assert (ours, other) == ("a", "b") and figures["ms"] == 2000 and figures["other_ms"] == 4000
     assert (figures["lowest"], figures["ratio"], figures["highest"]) == (0.25, 0.5, 0.75)
     clock = iter([0, 9, 10, 11,  20, 22, 30, 34])
-    figures, *_ = bench.take_turns(lambda: "a", lambda: "b", 3, bench.time.time() + 11)  # the round took 6 s
+    figures, *_ = common.take_turns(lambda: "a", lambda: "b", 3, common.time.time() + 11)  # the round took 6 s
     assert figures["ratio"] == 0.5
 
 
@@ -114,7 +107,7 @@ def test_an_annotation_alone():
     arrays = dict(tokens=[1, 2, 3, 10, 11, 20], targets=[2, 3, 10, 11, 9, 9], weights=[0, 0, 0, 0, 1, 2],
                   pos=[0, 1, 2, 3, 4, 3], branch=[0, 0, 0, 1, 1, 2])
     media = [("a.jpg", None)]
-    first, second = bench.alone(Plan(**{name: np.array(x) for name, x in arrays.items()}, media=media))
+    first, second = beside.alone(Plan(**{name: np.array(x) for name, x in arrays.items()}, media=media))
     assert first.tokens.tolist() == [1, 2, 3, 10, 11] and second.tokens.tolist() == [1, 2, 3, 20]
     assert first.targets.tolist() == [2, 3, 10, 11, 9] and second.targets.tolist() == [2, 3, 10, 9]
     assert first.weights.tolist() == [0, 0, 0, 0, 1] and second.weights.tolist() == [0, 0, 0, 2]
@@ -125,10 +118,10 @@ def test_an_annotation_alone():
 def test_the_published_mixture(tmp_path, monkeypatch):
     """Its records are valid, and have about as many annotations as published: 4 an example, 3.6 by the data sets."""
     monkeypatch.chdir(tmp_path)
-    records = bench.published_records(2000, 8)
+    records = beside.published_records(2000, 8)
     for record in records[:200]:
         parse_record(json.dumps(record).encode())
-    assert sum(share for _, share, _, _ in bench.PUBLISHED) == pytest.approx(100)
+    assert sum(share for _, share, _, _ in beside.PUBLISHED) == pytest.approx(100)
     assert 3 < np.mean([len(record["annotations"]) for record in records]) < 4.2
     videos = [record for record in records if "video" in record]
     assert 0.46 < len(videos) / len(records) < 0.54  # half of the published draws
@@ -137,9 +130,9 @@ def test_the_published_mixture(tmp_path, monkeypatch):
 def test_packing(tmp_path, monkeypatch, one_thread):
     """In trees and alone the same answers are learned, or the losses would differ; trees take fewer tokens."""
     monkeypatch.chdir(tmp_path)
-    run = bench.Bench(str(tmp_path), True, "packing", 1e12)
+    run = common.Bench(str(tmp_path), True, "packing", 1e12)
     run.say("small: training step, cpu", ratio=0.5)
-    run.attempt("packing", bench.part_packing)
+    run.attempt("packing", beside.part_packing)
     _, toy_world, published = lines_of(tmp_path)
     for line in (toy_world, published):
         assert line["ok"] and line["answers"] > 5 and line["tokens"] < line["tokens_alone"]
@@ -150,7 +143,7 @@ def test_packing(tmp_path, monkeypatch, one_thread):
 
 def test_without_transformers_its_part_says_so(tmp_path, monkeypatch, one_thread):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
-    bench.Bench(str(tmp_path), True, "transformers", 1e12).attempt("transformers", bench.part_transformers)
+    common.Bench(str(tmp_path), True, "transformers", 1e12).attempt("transformers", beside.part_transformers)
     line, = lines_of(tmp_path)
     assert "transformers 5" in line["skipped"]
 
@@ -195,8 +188,8 @@ def test_side_by_side(tmp_path, monkeypatch, broken):
         return other
     if broken:
         monkeypatch.setattr(Other, "from_pretrained", damaged)
-    run = bench.Bench(str(tmp_path), True, "transformers", 1e12)
-    run.attempt("small", bench.beside_transformers, Other, *bench.SIDE_BY_SIDE["small"])
+    run = common.Bench(str(tmp_path), True, "transformers", 1e12)
+    run.attempt("small", beside.beside_transformers, Other, *beside.SIDE_BY_SIDE["small"])
     answer, step = lines_of(tmp_path)
     assert (answer["what"], step["what"]) == ("small: answer of 8 tokens", "small: training step, cpu")
     assert answer["ok"] is step["ok"] is not broken and (answer["same_ids"] == 8) is not broken

@@ -303,6 +303,22 @@ def test_a_damaged_checkpoint_is_never_resumed_from(tmp_path, file, spoil):
     assert (distributed.damage(tmp_path / "step_0000010", leave_out="train_state") is None) == state_alone
 
 
+def test_a_list_of_sums_that_was_cut_is_not_taken_for_a_shorter_one(tmp_path):
+    """Wherever it ends: also at the end of a line, where all that is left of it is true."""
+    made(tmp_path, 1)
+    folder = tmp_path / "step_0000001"
+    path = folder / "COMPLETE"
+    whole = path.read_bytes()
+    subprocess.run(["sha256sum", "--quiet", "--strict", "-c", "COMPLETE"], cwd=folder, check=True)
+    for n in range(len(whole) - 1):  # without its last newline nothing is missing
+        path.write_bytes(whole[:n])
+        assert str(path) in distributed.damage(folder), whole[:n]
+    path.write_bytes(whole)
+    assert distributed.damage(folder) is None
+    path.write_bytes(whole.partition(b"\n")[2])  # as checkpoints were before
+    assert distributed.damage(folder) is None
+
+
 def test_a_checkpoint_later_than_latest_is_not_resumed_from(tmp_path):
     """A kill came before it was noted, or the user turned `latest` back: the run goes on from there."""
     assert distributed.last_complete(tmp_path) == distributed.last_complete(tmp_path / "nowhere") == (None, [])

@@ -15,9 +15,10 @@ from conftest import HERE, picture, video, write_lines
 import eval as evaluation
 from lib import toy
 from data import find_datasets, format_points
-from eval import (Judge, JudgeError, Question, assign, boundary_f, count_accuracy, hota, in_mask, j_and_f,
+from eval import (Question, assign, boundary_f, count_accuracy, hota, in_mask, j_and_f,
                   load_questions, point_f1, region_j, parse_number, score, score_track, word_overlap)
 from lib.errors import BadRecord
+from lib.judge import Judge, JudgeError
 from lib.tasks import TASKS
 
 
@@ -225,7 +226,7 @@ def test_the_judge_is_asked_for_statements_and_retried(monkeypatch):
                    "[true, true, true, false]")
     monkeypatch.setattr(requests, "post", post)
     judge = Judge("http://localhost:1/v1/", "some", pause=0)
-    assert judge.score("said", "true") == pytest.approx((0.5, 0.75, 0.6))
+    assert judge.score("said", "true") == (0.5, 0.75)
     assert post.asked[0][0] == "http://localhost:1/v1/chat/completions" and post.asked[0][1]["model"] == "some"
     monkeypatch.setattr(requests, "post", Answers(*["no list here"] * 5))
     with pytest.raises(JudgeError, match="no usable answer in 5 tries"):
@@ -546,7 +547,7 @@ def test_a_caption_is_scored_by_the_words_it_shares_each_as_often_as_it_is_said(
 def test_a_judge_uses_the_statements_of_the_line_and_counts_only_true(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
     pauses, headers = [], []
-    monkeypatch.setattr(evaluation.time, "sleep", pauses.append)
+    monkeypatch.setattr("lib.judge.time.sleep", pauses.append)
     post = Answers(requests.ConnectionError("down"), "no list", '["a star", "a bar", "a dog"]', '[true, "true", 1]',
                    "[true, true, false, true]")
     monkeypatch.setattr(requests, "post", lambda url, headers=None, **k: headers_of.append(headers) or post(url, **k))
@@ -563,7 +564,7 @@ def test_a_judge_uses_the_statements_of_the_line_and_counts_only_true(tmp_path, 
     with pytest.raises(JudgeError, match="1 verdicts on 2 statements"):
         score(q, "What was said.", Judge("http://localhost:1/v1", "some"))
     monkeypatch.setattr(requests, "post", Answers("[]", "[false, false, true, false]"))
-    assert Judge("http://localhost:1/v1", "some").score("", "t", ["a", "b", "c", "d"]) == (0, 1 / 4, 0)
+    assert Judge("http://localhost:1/v1", "some").score("", "t", ["a", "b", "c", "d"]) == (0, 1 / 4)
 
 
 # ---- asking and averaging ----------------------------------------------------------------------------------

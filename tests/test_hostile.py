@@ -1,5 +1,7 @@
 """Hostile and odd input: it costs one line, is told by name, and never ends a run or reads what it should not."""
 import copy
+import functools
+import itertools
 import json
 import math
 import os
@@ -11,14 +13,15 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from conftest import SIZES, STYLES, picture, png, video, write_lines
 
 from lib import media
-from data import Batches, Dataset, POINT_MOVED, Planner, Stream, to_messages
+from data import Dataset, POINT_MOVED, Planner, RankStream, Stream, decode_packed, to_messages
+from lib.distributed import make_loader
 from lib.errors import BadMedia, BadRecord
-from lib.media import image_size, inside_folder, load_frames, load_image, open_image, video_duration
+from lib.media import (CropCache, image_size, inside_folder, load_crops, load_frames, load_image, open_image,
+                       video_duration)
 from lib.records import parse_record, line_index
 from lib.tasks import FORMS, TASKS
 from model import ModelConfig
@@ -105,7 +108,8 @@ def test_bad_fields_are_counted_by_a_worker_and_end_no_run(folder, tokenizer):
     rows = good + [row for rows in BAD.values() for row in rows]
     path = write_lines(folder / "rows.jsonl", rows)
     stream = Stream([(Dataset("rows", [path]), 1.0)], planner_of(tokenizer), 0)
-    loader = torch.utils.data.DataLoader(Batches(stream), batch_size=None, num_workers=1, collate_fn=tuple)
+    convert = functools.partial(decode_packed, cfg=stream.planner.cfg, seq_len=stream.planner.seq_len)
+    loader = make_loader(RankStream(stream), 1, 1, convert)
     events, bad, rounds = [], len(rows) - len(good), 0
     for (row, crops, _), state, more in loader:
         events += more
@@ -482,9 +486,11 @@ def test_clips_of_one_video_come_through_the_workers_cache_as_they_are(folder, t
     rows = [film_row(), film_row(start=0.5), film_row(start=1, end=1.5), film_row(end=0.5), film_row(start=0.5, end=1),
             image_row()]
     path, seen = write_lines(folder / "rows.jsonl", rows), []
-    for keep in (0, 10 ** 8):
+    for load in (load_crops, CropCache(10 ** 8)):
         stream = Stream([(Dataset("rows", [path]), 1.0)], planner_of(tokenizer), 0)
-        seen.append([crops for ((_, crops, _), *_), _ in zip(Batches(stream, cache_bytes=keep), range(12))])
+        seen.append([])
+        for packed in itertools.islice(stream.sequences(), 12):
+            seen[-1].append(decode_packed(packed, stream.planner.cfg, stream.planner.seq_len, load).decoded[1])
     assert len({crop.tobytes() for crops in seen[0] for crop in crops}) == len(rows)
     for anew, kept in zip(*seen):
         assert len(anew) == len(kept) and all(np.array_equal(a, b) for a, b in zip(anew, kept))

@@ -59,7 +59,7 @@ def test_a_layer_adds_a_product_of_two_small_matrices():
 @pytest.mark.parametrize("style", list(STYLES))
 def test_merged_is_adapted(style):
     model, base = adapted(style)
-    merged = distributed.gather_full_model(model, "cpu")
+    merged = distributed.plain_model(model, distributed.gather_full_state(model, "cpu"))
     assert merged.state_dict().keys() == base.state_dict().keys()
     batch = batch_of()
     targets, weights = batch.pop("targets"), batch.pop("weights")
@@ -139,6 +139,19 @@ def test_frozen_weights_in_bf16_give_the_loss_and_gradients_of_fp32(frozen):
         assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert len(results[0]) == len(results[1]) > 5
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_save_gathers_every_parameter_once(tmp_path, tokenizer, monkeypatch):
+    """On several ranks each time is a collective of all of them."""
+    gathered = []
+    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda t: gathered.append(t.shape) or t, raising=False)
+    model, _ = adapted()
+    saver = distributed.Saver(str(tmp_path), World("cpu"))
+    saver.save(1, model, tokenizer, [], {}, dict(config=dict(max_frames=1, tiles=0)))
+    saver.finish()
+    assert gathered == [p.shape for _, p in model.named_parameters(remove_duplicate=False)]
+    adapter = read_safetensors(str(tmp_path / "latest/adapter/adapter.safetensors"))
+    assert adapter and all(torch.equal(p, adapter.get(name, p)) for name, p in model.named_parameters())
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import requests
 from PIL import Image
 from conftest import HERE, QUICK, ROOT, log_of, picture, shared, stage_2, tiny_model, video, write_lines
 from published import CASES
+from test_media import TURNS, turned_video
 
 from tools.prepare import convert
 import data
@@ -1256,6 +1257,22 @@ def test_check_counts_what_is_wrong(tmp_path, capsys):
     assert sorted(line for line, _ in found) == [1, 2, 3, 4,
                                                  *range(10, 20)] and "14 bad lines" in capsys.readouterr().out
     assert film
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_the_size_of_a_video_is_that_in_which_it_is_seen(tmp_path, capsys, turn):
+    """A phone held upright writes its frames lying: masks and points are in those that stand."""
+    matrix, (height, width), _ = TURNS[turn]
+    turned_video(tmp_path / "a.mp4", matrix)
+    caption = dict(task="video_caption", answer="a")
+    prepared = SimpleNamespace(root=str(tmp_path))
+    fields, _ = prepare.Maker.video_fields(prepared, dict(annotations=[caption]), "a.mp4", None)
+    assert fields == dict(video="a.mp4", width=width, height=height, duration=1.1, fps=10.0)
+    for size, said in ((dict(width=width, height=height), "all is well"),
+                       (dict(width=height, height=width), "another size")):
+        path = write_lines(tmp_path / "rows.jsonl", [dict(fields, **size, annotations=[caption])])
+        prepare.main(["check", path, "--bad_rows", str(tmp_path / "bad.jsonl")])
+        assert said in capsys.readouterr().out
 
 
 def test_the_real_media_pass_and_a_corrupted_copy_fails(tmp_path, capsys):

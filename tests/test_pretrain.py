@@ -50,8 +50,7 @@ def test_the_token_table_of_a_language_model_is_kept_and_a_random_one_trained(tm
     assert parse(sft.DEFAULTS, sft.PRESETS, ["--init_from", "a"]).freeze == ("vit",)  # small learned its own words
 
 
-@pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--config", "9b"],
-                                   ["--workers", "many"]])
+@pytest.mark.parametrize("flags", [["--stepz", "7"], ["--step", "7"], ["--steps", "x"], ["--workers", "many"]])
 def test_wrong_flags_exit_2(flags, capsys):
     with pytest.raises(SystemExit) as e:
         parse(Config(), PRESETS, flags)
@@ -60,7 +59,7 @@ def test_wrong_flags_exit_2(flags, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--cp", "3"], "--cp 3: .* divide --seq_len 256"), (["--steps", "0"], "--steps 0"),
-    (["--cp", "16"], "4 heads cannot be shared by 16 ranks"),
+    (["--cp", "16"], "4 heads cannot be shared by 16 ranks"), (["--config", "9b"], "--config 9b: not a preset; choose"),
     (["--config", "1b"], "--config 1b needs --data"), (["--optimizer", "sgd"], "choose from adamw, muon"),
     (["--freeze", "tail"], "--freeze tail"), (["--workers", "-1"], "--workers -1: .* 0 or more, or auto")])
 def test_values_that_cannot_work_say_how_to_fix_them(flags, message):
@@ -181,6 +180,20 @@ def test_deterministic_kernels_are_asked_for_and_change_nothing_on_a_cpu(tmp_pat
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("eval_every, pages", [("1", 3), ("2", 2), ("9", 1)])
+def test_the_page_of_a_run_is_written_after_each_evaluation_once(tmp_path, world, monkeypatch, eval_every, pages):
+    """The last one comes after the last checkpoint, which it shows."""
+    latest, report_on = [], pretrain.report_on
+
+    def written(run, defaults):
+        report_on(run, defaults)
+        latest.append(os.path.exists(os.path.join(run, "step_0000003")))
+    monkeypatch.setattr(pretrain, "report_on", written)
+    run(tmp_path, *QUICK, "--data", world, "--steps", "3", "--workers", "0", "--eval_every", eval_every)
+    assert latest == [False] * (pages - 1) + [True]
+    assert "Mixture, after 3 steps" in (tmp_path / "out/small/pretrain/report.html").read_text()
+
+
 def test_a_new_run_keeps_the_old_one(tmp_path, world):
     for _ in range(2):
         text = run(tmp_path, *QUICK, "--data", world, "--steps", "1")[1]
@@ -195,8 +208,13 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path, world):
 
 
 @pytest.mark.parametrize("dtype, off", [("fp32", 1e-4), ("bf16", 1e-2)])
-def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off):
-    """Packed, and in the precision of training, against each line by itself."""
+def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off, monkeypatch):
+    """Packed, and in the precision of training, against each line by itself. The workers decode."""
+    def decode_elsewhere(plans, *args, **kw):
+        assert not plans or torch.utils.data.get_worker_info()
+        return decode(plans, *args, **kw)
+    decode = pretrain.decode
+    monkeypatch.setattr(pretrain, "decode", decode_elsewhere)
     run(tmp_path, *QUICK, "--data", world, "--eval_data", world, "--steps", "1", "--dtype", dtype)
     folder = tmp_path / "out/small/pretrain/latest"
     model = pretrain.Molmo2.from_pretrained(folder)
@@ -221,7 +239,7 @@ def test_held_out_lines_that_are_no_good_are_told_at_once(tmp_path, world):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such JSONL file"), (["--resume"], "no checkpoint under"),
-    (["--init_from", "nowhere"], "nowhere"), (["--device", "cuda"], "no CUDA device")])
+    (["--init_from", "nowhere"], "nowhere"), (["--device", "cuda"], "--device cuda: ")])
 def test_mistakes_are_one_line(tmp_path, world, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")

@@ -1,7 +1,10 @@
 """The engine as a whole: index, mixtures, one stream for any workers and any stop, and a corpus in which
 everything is broken."""
+import functools
+import itertools
 import json
 import multiprocessing
+import os
 import random
 import signal
 import socket
@@ -10,11 +13,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from conftest import picture, poison, video, write_lines
 
 from lib import media
-from data import Batches, Dataset, MIXTURES, Stream, collate, decode, find_datasets, mix, show_mixture
+from eval import load_questions
+from data import (Dataset, MIXTURES, RankStream, Stream, collate, decode, decode_packed, find_datasets, mix,
+                  show_mixture)
+from lib.distributed import make_loader
 from lib.records import line_index, parse_record, read_registry
 
 
@@ -44,6 +49,24 @@ def test_index_of_a_file_that_ends_in_one_letter(tmp_path):
     assert len(Dataset("a", [str(tmp_path / "a.jsonl")])) == 2
     (tmp_path / "b.jsonl").write_bytes(b"")
     assert len(Dataset("b", [str(tmp_path / "b.jsonl")])) == 0
+
+
+def test_media_are_beside_the_file_and_not_beside_a_link_to_it(tmp_path):
+    """A link to a file, a link to that link, a file in a folder that is a link; whoever reads: training, eval.py and
+    tools.show all read through Dataset. The index of a file stands beside the name under which it was opened."""
+    picture(tmp_path / "disk" / "a.png", "red")
+    record = dict(image="a.png", annotations=[dict(task="image_caption", answer="red")])
+    write_lines(tmp_path / "disk" / "rows.jsonl", [record])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "disk" / "rows.jsonl")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "link.jsonl").symlink_to("../link.jsonl")
+    (tmp_path / "folder").symlink_to("disk")
+    for name in ("disk/rows.jsonl", "link.jsonl", "again/link.jsonl", "folder/rows.jsonl"):
+        dataset, = find_datasets([str(tmp_path / name)])[0]
+        _, folder, where = dataset.line(0)
+        assert os.path.samefile(folder, tmp_path / "disk") and where == f"{tmp_path / name}:1"
+        question, = load_questions([dataset])
+        assert os.path.samefile(question.path, tmp_path / "disk" / "a.png")
 
 
 # ---- mixtures ----------------------------------------------------------------------------------------------
@@ -122,9 +145,8 @@ def test_draws_follow_the_table(tmp_path, planner):
 # ---- one stream --------------------------------------------------------------------------------------------
 
 def batches(stream, n, workers=0, state=None, rank=0, world=1):
-    loader = torch.utils.data.DataLoader(Batches(stream, state, rank, world), batch_size=None,
-                                         num_workers=workers, collate_fn=tuple)
-    return [r for r, _ in zip(loader, range(n))]
+    convert = functools.partial(decode_packed, cfg=stream.planner.cfg, seq_len=stream.planner.seq_len)
+    return list(itertools.islice(make_loader(RankStream(stream, state, rank, world), workers, workers, convert), n))
 
 
 def same(a, b):
@@ -178,7 +200,7 @@ def test_a_worker_is_ended_by_its_parent_alone(many):
     """What is sent to all processes of a run comes to the workers too, while the step still needs them; and a worker
     that could not be ended would keep its parent from ending."""
     others = multiprocessing.active_children()  # of loaders that a test before left to the garbage collector
-    rows = iter(torch.utils.data.DataLoader(Batches(many()), batch_size=None, num_workers=1, collate_fn=tuple))
+    rows = make_loader(RankStream(many()), 1, 1)
     next(rows)
     worker, = [p for p in multiprocessing.active_children() if p not in others]
     for name in ("INT", "TERM"):

@@ -15,7 +15,8 @@ import pretrain
 from lib import weights
 from lib.errors import BadCheckpoint
 from lib.text import SMALL_TOKENIZER
-from lib.weights import hub_config, parse_config, processor_configs, read_safetensors, write_safetensors
+from lib.weights import (hub_config, parse_config, pick_device, processor_configs, read_safetensors,
+                         write_safetensors)
 from model import ModelConfig, Molmo2, PRESETS
 
 
@@ -701,3 +702,19 @@ def test_what_is_saved_says_what_the_published_files_say():
     assert all(c["image_mean"] == c["image_std"] == [0.5] * 3 and c["resample"] == 2 for c in (image, film))
     assert processor_configs(PRESETS["4b"], 64, 4)["video_preprocessor_config.json"]["num_frames"] == 64
     assert processor_configs(PRESETS["4b"], 64, 4)["preprocessor_config.json"]["max_crops"] == 4
+
+
+# ---- where they go -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("device, rank, card", [("cuda", None, "cuda"), ("cuda", "3", "cuda:3"),
+                                                ("auto", "3", "cuda:3"), ("cuda:1", "3", "cuda:1"), ("cpu", "3", "cpu")])
+def test_a_rank_takes_no_memory_of_another_ones_card(monkeypatch, device, rank, card):
+    """What touches a card takes half a gigabyte of it; eight ranks would take four of the first one's."""
+    touched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch, "zeros", lambda *a, device: touched.append(device))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert pick_device(device)[0] == ("cuda" if device == "auto" else device) and touched == [card]

@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 from data import find_datasets
 from lib.errors import BadMedia, BadRecord, UserError
-from lib.media import image_size, inside_folder, load_frames, load_image, open_video, video_duration
+from lib.media import (image_size, inside_folder, load_frames, load_image, open_video, video_duration,
+                       video_size)
 from lib.records import line_index, parse_record, read_registry
 from tools.prepare import convert
 from tools.prepare.convert import EVALS, RECIPES, Skip
@@ -692,16 +693,18 @@ class Maker:
         return record | dict(annotations=annotations)
 
     def video_fields(self, item, found, frames):
-        """(fields of a video's record, from its header; the annotations). Where the clip is part of the file, times
-        are shifted: they count from the start of the file."""
+        """(fields of a video's record, from its header and first frame; the annotations). Where the clip is part of
+        the file, times are shifted: they count from the start of the file."""
         if os.path.isdir(os.path.join(self.root, found)):
             found = encode(self.root, found, item["fps"], *(frames or ()))
             frames = None
         path = inside_folder(self.root, found)
+        width, height = video_size(path)  # as it is seen: a phone held upright writes it lying, with a note to turn it
         container, stream = open_video(path)
         with container:
-            fields = dict(video=found, width=stream.width, height=stream.height,
-                          duration=round(video_duration(path), 3), fps=round(float(stream.average_rate or 0), 3))
+            rate = float(stream.average_rate or 0)
+        fields = dict(video=found, width=width, height=height, duration=round(video_duration(path), 3),
+                      fps=round(rate, 3))
         for field in ("start", "end", "subtitles"):
             if field in item:
                 fields[field] = item[field]
@@ -890,13 +893,9 @@ def inspect(path, as_video):
         if not as_video:
             height, width, _ = load_image(path).shape
             return MediaFile(width, height, None, file_digest(path))
-        container, stream = open_video(path)
-        with container:
-            width = stream.width
-            height = stream.height
         seconds = video_duration(path)
         # both ends: a file that was cut short fails at its last frame
-        load_frames(path, [0.0, seconds])
+        height, width, _ = load_frames(path, [0.0, seconds])[0].shape
         return MediaFile(width, height, seconds, file_digest(path))
     except (BadMedia, OSError, MemoryError) as e:
         return reason_of(e)
