@@ -53,6 +53,7 @@ from lib.distributed import (Log, Progress, Report, check_init_from, check_resum
                              check_same_model, clip_gradients, gather_full_model, make_loader, next_samples,
                              show_config, start_over, throughput)
 from lib.errors import BadRecord, UserError
+from lib.progress import progress
 from lib.records import BadRecords
 from lib.report import report_on
 from lib.text import SMALL_TOKENIZER, Tokenizer
@@ -408,7 +409,8 @@ def held_out_sequences(cfg, planner):
 def held_out_loss(cfg, model, planner, sequences, world):
     """The loss per unit of loss weight, over all ranks."""
     sums = torch.zeros(2, device=world.device)  # loss, weight
-    for i in range(world.dp_rank, len(sequences) + world.dp_rank, world.dp):  # all ranks run the model equally often
+    turns = range(world.dp_rank, len(sequences) + world.dp_rank, world.dp)  # all ranks run the model equally often
+    for i in progress(turns, "held-out sequences evaluated", shown=world.is_main):
         decoded = decode(sequences[i] if i < len(sequences) else [], planner.cfg, cfg.seq_len)
         for _, where, reason, detail in decoded[-1]:
             print(f"--eval_data: {where}: {reason}: {detail}", file=sys.stderr)

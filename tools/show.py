@@ -27,6 +27,7 @@ from data import Packer, Planner, Stream, find_datasets
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.media import load_crops
 from lib.page import STYLE, image_tag, table
+from lib.progress import progress
 from lib.records import AT_FRAME, count, media_kind, parse_record
 from lib.report import run_folder, write_report
 from lib.text import SMALL_TOKENIZER, Tokenizer
@@ -261,7 +262,7 @@ def check(dataset, planner):
     sizes, refused = {}, {}
     examples = 0
     counts = {"bad": {}, "left out": {}}  # {reason: n}
-    for k in range(len(dataset)):
+    for k in progress(range(len(dataset)), f"records of {dataset.name} planned"):
         try:
             plans, left_out = stream.plans(dataset.name, k)
         except BadRecord as e:
