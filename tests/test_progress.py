@@ -1,7 +1,10 @@
 """lib/progress: what takes long says how far it is, once; what is quick says nothing."""
+import fcntl
 import os
 import pty
+import struct
 import sys
+import termios
 
 import pytest
 
@@ -41,13 +44,14 @@ def test_one_line_after_two_seconds_and_none_for_what_is_quick(clock, capsys):
 
 def test_a_bar_on_a_terminal(clock, monkeypatch):
     end, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     with os.fdopen(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        go(clock, 30, 0.1)
+        go(clock, 30, 0.125)
         stderr.flush()
         text = os.read(end, 10_000).decode()
     os.close(end)
-    assert "scenes drawn: " in text and " 20/30 " in text and "after" not in text
+    assert "scenes drawn: " in text and " 16/30 " in text and "after" not in text
     assert text.rstrip(" ").endswith("\r")  # and it goes when all is done
 
 
