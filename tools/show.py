@@ -202,13 +202,14 @@ def index_html(dataset, sizes, limits):
     rows = []
     for name, values, limit in (("tokens", tokens, limits[0]), ("crops", crops, limits[1]), ("points", points, None)):
         middle = int(np.median(values))
-        rows.append((name, min(values), middle, max(values), f"{middle / limit:.0%} of {limit}" if limit else ""))
+        share = f"{middle / limit:.0%}, at most {max(values) / limit:.0%} of {limit:,}" if limit else ""
+        rows.append((name, min(values), middle, max(values), share))
     boxes = []
     counts, edges = np.histogram(tokens, 10)
     for n, low, high in zip(counts, edges, edges[1:]):
         boxes.append((f"{low:.0f} to {high:.0f}", "\u2588" * round(12 * n / max(counts)), n))
     return (table(("media, tasks", "records, annotations"), found.items())
-            + table(("of a record", "least", "middle", "most", "middle of limit"), rows)
+            + table(("of a record", "least", "middle", "most", "share of the limit: middle, most"), rows)
             + table(("tokens", "", "records"), boxes))
 
 
