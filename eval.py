@@ -42,6 +42,7 @@ from lib.draw import contact_sheet, load_segmenter
 from lib.errors import BadRecord, UserError
 from lib.judge import Judge, JudgeError
 from lib.media import image_size, inside_folder, load_frames, video_duration, video_size
+from lib.progress import progress
 from lib.records import media_kind, parse_record
 from lib.tasks import TASKS, multiple_choice, prompt_of
 from lib.text import NOTHING
@@ -492,7 +493,8 @@ def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, ma
     texts = answers(model, planner, prompts, limit, batch, world, unusable)
     values = {}  # "task metric" -> a value per question
     results = []
-    for q, text in zip(questions, texts):
+    shown = not world or world.is_main
+    for q, text in progress(zip(questions, texts), "answers scored", len(questions), shown):
         if text is None:
             continue
         try:
@@ -564,7 +566,7 @@ def scene_cells(questions, texts, n=24):
     for q, text in zip(questions, texts):
         if q.task in cells_of:
             points = parse_points(text)
-            summary = f"{len(points)} points" if points else text
+            summary = f"{len(points)} {'point' if len(points) == 1 else 'points'}" if points else text
             drawn = points if q.task == "image_pointing" else []
             cells_of[q.task].append((q.path, q.prompt, summary, q.points, drawn))
     pointing, captions = cells_of.values()

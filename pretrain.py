@@ -54,6 +54,7 @@ from lib.distributed import (Log, Progress, Report, check_init_from, check_resum
 from lib.errors import BadRecord, UserError
 from lib.flags import check_each, check_together, flag, read_flags
 from lib.media import CropCache, load_crops
+from lib.progress import progress
 from lib.records import BadRecords
 from lib.report import report_on
 from lib.text import SMALL_TOKENIZER, Tokenizer
@@ -352,7 +353,8 @@ def held_out_loss(cfg, model, planner, sequences, world):
     rank_sequences = [*sequences, *[[]] * missing][world.dp_rank::world.dp]  # all ranks run the model equally often
     workers = min(cfg.workers, len(rank_sequences))
     convert = functools.partial(decode, cfg=planner.cfg, seq_len=cfg.seq_len)
-    for decoded in make_loader(rank_sequences, workers, workers, convert):
+    loader = make_loader(rank_sequences, workers, workers, convert)
+    for decoded in progress(loader, "held-out sequences evaluated", len(rank_sequences), world.is_main):
         for _, where, reason, detail in decoded[-1]:
             print(f"--eval_data: {where}: {reason}: {detail}", file=sys.stderr)
         batch, = make_batches([decoded], 1, 1, planner.cfg, cfg.seq_len)

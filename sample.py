@@ -35,6 +35,7 @@ from lib.draw import check_out, draw, load_segmenter
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.export import FORMATS
 from lib.media import container_format, open_image
+from lib.progress import Bar, progress
 from lib.results import Results
 from lib.text import Tokenizer
 from lib.weights import pick_device, read_json
@@ -131,7 +132,8 @@ def answers(model, planner, prompts, limit, batch=32, world=None, unusable=None,
     go there as {file:line: reason}, and the answer is None. sampling: as of `answer`."""
     batches = batches_by_task(prompts, batch)
     texts = {}  # index of a prompt -> its answer
-    for indices in batches[world.rank::world.size] if world else batches:
+    own = batches[world.rank::world.size] if world else batches
+    for indices in progress(own, "batches of questions answered", shown=not world or world.is_main):
         plans, asked = [], []
         for i in indices:
             prompt = prompts[i]
@@ -199,8 +201,16 @@ class Chat:
             raise BadMedia(failed[0][3])
         batch = to_device(batch, self.model.lm_head.weight.device)
         self.pool = batch["pool"]
-        with torch.inference_mode():
-            self.features = self.model.vision_backbone(batch["crops"], self.pool)
+        backbone = self.model.vision_backbone
+        bar = Bar("crops encoded", len(batch["crops"]))
+        last_block = backbone.image_vit.transformer.resblocks[-1]  # the ViT takes some crops at a time
+        hook = last_block.register_forward_hook(lambda block, inputs, x: bar.update(len(x)))
+        try:
+            with torch.inference_mode():
+                self.features = backbone(batch["crops"], self.pool)
+        finally:
+            hook.remove()
+            bar.close()
 
     def ask(self, question, max_new_tokens=256, temperature=0.0, seed=0, **sampling):
         """Yields the answer piece by piece. The media are encoded at the first question alone. sampling: as of

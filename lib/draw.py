@@ -2,10 +2,12 @@
 Drawing: the points and tracks of an answer on a copy of the image or the video, and contact sheets.
 """
 import colorsys
+import functools
 import importlib
 import io
 import math
 import os
+import textwrap
 
 import av
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from lib.errors import UserError
 from lib.media import load_frames, load_image, video_duration
+from lib.progress import progress
 
 
 def colour_of(i):
@@ -201,7 +204,7 @@ def draw_video(path, points, out, rate=10, segmenter=None):
             yield image
 
     save = save_gif if out.lower().endswith(".gif") else save_mp4
-    save(drawn_frames(), out, rate)
+    save(progress(drawn_frames(), "frames drawn", len(times)), out, rate)
     save_sheet(sheet, out + ".png")
 
 
@@ -237,15 +240,20 @@ def draw(kind, paths, points, out, segmenter=None):
     return files
 
 
-def contact_sheet(cells, path, columns=6, side=150, text_height=46):
+def contact_sheet(cells, path, columns=6, side=150):
     """A page of questions about images: true points as circles, predicted ones as crosses, prompt and answer below.
     cells: [(image file, prompt, answer, true points, predicted points)]."""
-    rows = math.ceil(len(cells) / columns)
-    page = Image.new("RGB", (columns * (side + 10), rows * (side + text_height)), "white")
+    wrap = functools.partial(textwrap.wrap, width=27, placeholder=" ...")  # as many characters as an image is wide
+    words = []  # (colour, line) below each image
+    for _, prompt, text, _, _ in cells:
+        words.append([((0, 80, 160), line) for line in wrap(prompt)]
+                     + [("black", line) for line in wrap(text, max_lines=4)])
+    height = side + 13 * max(map(len, words), default=0) + 7
+    page = Image.new("RGB", (columns * (side + 10), math.ceil(len(cells) / columns) * height), "white")
     pen = ImageDraw.Draw(page)
-    for k, (file, prompt, text, true, predicted) in enumerate(cells):
+    for k, (file, _, _, true, predicted) in enumerate(cells):
         left = k % columns * (side + 10) + 5
-        top = k // columns * (side + text_height) + 3
+        top = k // columns * height + 3
         with Image.open(file) as image:
             page.paste(image.convert("RGB").resize((side, side)), (left, top))
         for p in true:
@@ -259,7 +267,7 @@ def contact_sheet(cells, path, columns=6, side=150, text_height=46):
             for colour, width in (("black", 4), ("white", 2)):
                 pen.line([x - 5, y, x + 5, y], colour, width)
                 pen.line([x, y - 5, x, y + 5], colour, width)
-        for line, words in enumerate([prompt[:27], text[:27], text[27:54]]):
-            pen.text((left, top + side + 1 + 13 * line), words, fill="black" if line else (0, 80, 160))
+        for line, (colour, text) in enumerate(words[k]):
+            pen.text((left, top + side + 1 + 13 * line), text, colour)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     page.save(path)

@@ -17,6 +17,7 @@ import numpy as np
 
 from lib.errors import BadRecord
 from lib.media import MAX_PIXELS
+from lib.progress import progress
 from lib.tasks import MEDIA, PLACES, check_annotation, is_index, is_list_of, is_number, is_text, is_time, wrong_field
 
 # Reasons to leave a record out on purpose: it is counted, but does not stop a run.
@@ -202,7 +203,8 @@ def build_index(path, version):
     size = 0
     n_written = 0
     with open(path, "rb") as f:
-        for chunk in iter(lambda: f.read(1 << 24), b""):
+        chunks = iter(lambda: f.read(1 << 24), b"")
+        for chunk in progress(chunks, f"pieces of {path} indexed", math.ceil(version[0] / (1 << 24))):
             digest.update(chunk)
             codes = np.frombuffer(chunk, np.uint8)
             places = np.flatnonzero(codes == 10)

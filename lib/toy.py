@@ -33,6 +33,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lib.progress import progress
+
 COLOURS = {"red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 215), "yellow": (240, 205, 40),
            "purple": (150, 50, 180), "white": (246, 246, 246)}
 SHAPES = ("circle", "star", "bar")
@@ -618,7 +620,7 @@ def write_world(folder, scenes=4000, held_out=320, texts=1000, seed=0):
     drawn = []  # (image, scene), the held-out ones first, so that no later one repeats them
     train = {"captions": [], "points": [], "text": text_records(texts, seed)}
     held_out_records = []
-    for i in range(held_out + scenes):
+    for i in progress(range(held_out + scenes), "scenes drawn"):
         rng = random.Random(f"toy {seed} scene {i}")
         scene = new_scene(rng, seen)
         name = f"images/{i:05d}.{'png' if rng.random() < 0.5 else 'jpg'}"
@@ -695,7 +697,7 @@ def write_clips(folder, clips=4000, held_out=200, seconds=2.5, seed=0, prefix=""
         jobs.append((parent, f"video/{i:05d}.mp4", f"toy {seed} clip {seconds}", i, held_out, seconds))
     # spawned, not forked: a copy of a process with threads can wait for ever for a lock that one of them held
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        records = list(pool.map(film, jobs, chunksize=64))  # three of each clip
+        records = list(progress(pool.map(film, jobs, chunksize=64), "clips filmed", len(jobs)))  # three of each
     for name, of_all_clips in zip(("clips", "tracks", "stills"), zip(*records)):
         file = f"{prefix}{name}.jsonl"
         write_lines(os.path.join(temporary, file), of_all_clips[held_out:], trains=True)

@@ -21,6 +21,7 @@ import weakref
 import torch
 
 from lib.errors import BadCheckpoint, UserError
+from lib.progress import progress
 from model import EXTRA, IMAGE, ModelConfig, READ_ONLY, empty_model
 
 
@@ -147,7 +148,7 @@ def write_safetensors(path, tensors):
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
+        for t in progress(tensors.values(), f"tensors of {path} written"):
             f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         f.flush()
         os.fsync(f.fileno())
@@ -562,7 +563,8 @@ def fill(model, found, folder, new=(), dtype=torch.float32):
         fused = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
         if fused != wanted[name].shape or any(shape[1:] != fused[1:] for shape in shapes):
             raise BadCheckpoint(f"{folder}: {name} is {fused}, the model needs {tuple(wanted[name].shape)}")
-    state = {name: copy_of(tensors, dtype) for name, tensors in pieces.items()}
+    read = progress(pieces.items(), f"tensors of {folder} read")
+    state = {name: copy_of(tensors, dtype) for name, tensors in read}
     state |= {name: torch.empty(wanted[name].shape, dtype=dtype) for name in new}
     model.load_state_dict(state, strict=False, assign=True)
     if cfg.tie:

@@ -79,7 +79,7 @@ def test_values_read_off_the_curves_are_those_of_the_log(tmp_path):
     read = values_of(loss, "raw")
     assert [step for step, _ in read] == pytest.approx(range(1, 251), abs=0.02)
     assert [value for _, value in read] == pytest.approx(losses, rel=2e-3)
-    assert f"from {losses[0]:.4g} at step 1 to {losses[-1]:.4g} at step 250" in loss  # for who cannot see it
+    assert f"from {losses[0]:.4g} at 1 to {losses[-1]:.4g} at 250 optimiser steps" in loss  # for who cannot see it
     rates = values_of(figure(page, "Learning rate"), "")  # linear, and equally far apart
     assert [value for _, value in rates] == pytest.approx([1e-4 * step for step in range(1, 251)], abs=5e-6)
     mean = values_of(loss, "")
@@ -140,7 +140,7 @@ def test_runs_over_each_other_and_a_log_that_is_cut(tmp_path):
     loss = figure(page, "Loss")
     assert [round(value, 2) for _, value in values_of(loss, "raw")] == [4.0, 2.0] and 'class="c1 raw"' in loss
     hit = figure(page, "eval hit")
-    assert 'class="c0  dots"' in hit and "first eval hit from 0.25 at step 3" in hit
+    assert 'class="c0  dots"' in hit and "first eval hit from 0.25 at 3 to" in hit
     rows = rows_of(page)
     assert ["eval hit", "0.25", "0.5 \u2192 0.75"] in rows and ["loss", "2", "1"] in rows
     assert "scenes" not in page and "not there yet" in page

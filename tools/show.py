@@ -5,6 +5,7 @@ Show data: is every record usable, and what will the model see of it. Show runs:
     python -m tools.show data/my.jsonl --show 8     # and writes data.html: what is in it, bad records, eight good ones
     python -m tools.show out/small/sft              # writes report.html into the folder of that run
     python -m tools.show out/small/pretrain out/small/sft     # several over each other: runs.html
+    python -m tools.show --figures out/small        # draws the pictures of the README, into assets/
 
 It judges data as training would: with the tokens, crops and frames of --config and --stage.
 """
@@ -27,11 +28,13 @@ from data import Packer, Planner, Stream, find_datasets
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.media import load_crops
 from lib.page import STYLE, image_tag, table
+from lib.progress import progress
 from lib.records import AT_FRAME, count, media_kind, parse_record
 from lib.report import run_folder, write_report
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
 from sample import bounded
+from tools.figures import write_figures
 
 
 def colour_of(k, saturation, lightness):
@@ -199,13 +202,14 @@ def index_html(dataset, sizes, limits):
     rows = []
     for name, values, limit in (("tokens", tokens, limits[0]), ("crops", crops, limits[1]), ("points", points, None)):
         middle = int(np.median(values))
-        rows.append((name, min(values), middle, max(values), f"{middle / limit:.0%} of {limit}" if limit else ""))
+        share = f"{middle / limit:.0%}, at most {max(values) / limit:.0%} of {limit:,}" if limit else ""
+        rows.append((name, min(values), middle, max(values), share))
     boxes = []
     counts, edges = np.histogram(tokens, 10)
     for n, low, high in zip(counts, edges, edges[1:]):
         boxes.append((f"{low:.0f} to {high:.0f}", "\u2588" * round(12 * n / max(counts)), n))
     return (table(("media, tasks", "records, annotations"), found.items())
-            + table(("of a record", "least", "middle", "most", "middle of limit"), rows)
+            + table(("of a record", "least", "middle", "most", "share of the limit: middle, most"), rows)
             + table(("tokens", "", "records"), boxes))
 
 
@@ -261,7 +265,7 @@ def check(dataset, planner):
     sizes, refused = {}, {}
     examples = 0
     counts = {"bad": {}, "left out": {}}  # {reason: n}
-    for k in range(len(dataset)):
+    for k in progress(range(len(dataset)), f"records of {dataset.name} planned"):
         try:
             plans, left_out = stream.plans(dataset.name, k)
         except BadRecord as e:
@@ -297,10 +301,11 @@ def has_video(dataset):
 def main():
     parser = argparse.ArgumentParser("python -m tools.show", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help="JSONL files, or folders of them; or the folders of runs")
+    parser.add_argument("data", nargs="*", help="JSONL files, or folders of them; or the folders of runs")
+    parser.add_argument("--figures", metavar="RUNS", help="draw the pictures of the README from the runs in RUNS")
     parser.add_argument("--show", type=int, default=0, metavar="N",
                         help="write a page with N records of each file, and N that cannot be used before them")
-    parser.add_argument("--out", help="where the page goes [data.html; report.html in the run, runs.html of several]")
+    parser.add_argument("--out", help="where the page goes [data.html; report.html in the run, runs.html of several; assets]")
     parser.add_argument("--config", default="small", choices=list(PRESETS), help="whose crops and patches [small]")
     parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
     parser.add_argument("--stage", choices=list(STAGES), help="whose limits [sft of videos, else pretrain]")
@@ -309,7 +314,12 @@ def main():
     args = parser.parse_args()
     cfg = PRESETS[args.config]
     runs = list(map(run_folder, args.data))
+    if not args.data and not args.figures:
+        parser.error("name JSONL files, folders of them, or the folders of runs")
     try:
+        if args.figures:
+            print(f"{write_figures(args.figures, args.out or 'assets')} has the pictures")
+            return
         if any(runs):
             if not all(runs):
                 raise UserError(f"{args.data[runs.index(None)]}: not a run (there is no log.jsonl); runs and data have "
