@@ -11,7 +11,11 @@ import hashlib
 import http.server
 import io
 import json
+import math
+import os
 import re
+import select
+import socket
 import sys
 import urllib.parse
 
@@ -96,6 +100,37 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Content-Type") != "application/json":
             raise ValueError("the body must be application/json")
         return json.loads(body)
+
+    def receive(self, files, folder):
+        """Write a body that is some files, one after the other, to folder/0/NAME, folder/1/NAME, ...: their paths.
+        files: [[name, bytes]], as many bytes as the body has. Of a name only letters, digits, _, . and - are kept."""
+        if sum(size for _, size in files) != self.length(math.inf) or min(size for _, size in files) < 0:
+            raise ValueError(f"{files} are not as long as the body")
+        paths = []
+        for k, (name, size) in enumerate(files):
+            name = re.sub(r"[^\w.-]", "_", os.path.basename(name))[-60:].lstrip(".") or "file"
+            paths.append(os.path.join(folder, str(k), name))
+            os.mkdir(os.path.dirname(paths[-1]))
+            with open(paths[-1], "wb") as f:
+                while size:
+                    part = self.rfile.read(min(size, 1 << 20))
+                    if not part:
+                        raise ConnectionError("the upload broke off")
+                    f.write(part)
+                    size -= len(part)
+        return paths
+
+    def send_line(self, event):
+        """Send the next line of a response of unknown length, as JSON."""
+        self.wfile.write(json.dumps(event).encode() + b"\n")
+
+    def has_gone(self):
+        """Whether the page has closed the connection: it does so to stop an answer, and when it is closed itself."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        try:
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        except ConnectionError:
+            return True
 
     def guarded(self, work):
         """Do it, if it may be done; what is wrong with a request goes back to the page as one line."""
