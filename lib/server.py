@@ -11,7 +11,6 @@ import hashlib
 import http.server
 import io
 import json
-import math
 import os
 import re
 import select
@@ -22,6 +21,8 @@ import urllib.parse
 from PIL import Image
 
 from lib.errors import UserError
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def jpeg(pixels, side):
@@ -74,9 +75,10 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def page(self, path):
-        """Send an HTML file. Only its own <script> runs in it, whatever text it comes to show."""
-        with open(path, "rb") as f:
-            text = f.read()
+        """Send an HTML file, page.js at the beginning of its <script>. No other script runs in it, whatever text it
+        comes to show."""
+        with open(path, "rb") as f, open(os.path.join(HERE, "page.js"), "rb") as g:
+            text = f.read().replace(b"<script>", b"<script>" + g.read())
         script = re.search(b"<script>(.*)</script>", text, re.S)[1]
         digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
         self.respond(200, text, "text/html; charset=utf-8", policy=f"default-src 'self'; script-src 'sha256-{digest}'; "
@@ -101,10 +103,10 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
             raise ValueError("the body must be application/json")
         return json.loads(body)
 
-    def receive(self, files, folder):
+    def receive(self, files, folder, limit):
         """Write a body that is some files, one after the other, to folder/0/NAME, folder/1/NAME, ...: their paths.
         files: [[name, bytes]], as many bytes as the body has. Of a name only letters, digits, _, . and - are kept."""
-        if sum(size for _, size in files) != self.length(math.inf) or min(size for _, size in files) < 0:
+        if sum(size for _, size in files) != self.length(limit) or min(size for _, size in files) < 0:
             raise ValueError(f"{files} are not as long as the body")
         paths = []
         for k, (name, size) in enumerate(files):

@@ -32,29 +32,26 @@ import lib  # noqa: F401: before torch, which reads the environment that it sets
 import torch
 
 from lib import toy
-from lib.draw import draw_points, draw_video
+from lib.draw import draw
 from lib.errors import UserError
 from lib.media import inside_folder, load_frames, load_image, sample_times, video_duration
 from lib.page import STYLE
 from lib.records import media_kind, parse_record
-from lib.results import label_of, points_of, to_annotation
+from lib.results import points_of, to_annotation
 from lib.server import LocalServer, PageHandler, jpeg
 from model import PRESETS
 from sample import Chat, add_device_flags, bounded, load
 from tools.show import media_html, tokens_html
 
 UPLOAD = 200 << 20   # bytes of the files of one talk
-UPLOADS = 1 << 30    # bytes of all talks
-TALKS = 16           # the oldest ones are dropped; each may hold 200 MB of an encoded video
+UPLOADS = 1 << 30    # bytes of the files of all talks; the oldest talks are dropped
+TALKS = 16           # each may hold 200 MB of an encoded video
 FRAMES = 300         # pictures of a video that the page plays, at most 10 a second
 CHUNK = 20           # of them, decoded at a time
-LIMITS = dict(temperature=bounded(float, 0, 10), length=bounded(int, 1, 8192))
 
 
 def plain(error, paths):
     """An error in words for the page, which names files as the person does."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the card's memory is full: try fewer images, or start with smaller --tiles or --max_frames"
     words = str(error)
     for path in paths:
         words = words.replace(path, os.path.basename(path))
@@ -62,32 +59,28 @@ def plain(error, paths):
 
 
 class Talk:
-    """One conversation: its media, and what was asked and answered. folder, n_bytes: of files that were uploaded;
-    prompts: what may be asked."""
+    """One conversation: its media, and what was asked and answered. folder: of files that were uploaded, which goes
+    with the talk; prompts: what may be asked."""
 
-    def __init__(self, model, planner, paths, folder=None, n_bytes=0, prompts=()):
+    def __init__(self, model, planner, paths, folder=None, prompts=()):
         self.name = secrets.token_urlsafe(12)  # whoever knows it may read the talk
         self.paths = paths
+        self.names = [os.path.basename(path) for path in paths]
         self.folder = folder
-        self.n_bytes = n_bytes
-        self.prompts = prompts
+        self.n_bytes = sum(map(os.path.getsize, paths)) if folder else 0
         self.turns = []  # dicts, as the page gets them
         self.chat = Chat(model, planner, paths)
         self.kind = self.chat.kind
         self.times = []  # of the frames that the page plays, in seconds
         if self.kind == "video":
             self.times = sample_times(video_duration(paths[0]), FRAMES, 10.0).tolist()
+        self.shown = dict(talk=self.name, names=self.names, times=self.times, prompts=prompts, turns=self.turns)
         self.pictures = {}  # k -> JPEG of a frame or an image
         self.lock = threading.Lock()
         # What is broken or too much for the model is refused now, and not at the first question.
         for k in range(1 if self.times else len(paths)):
             self.picture(k)
         self.plan([], "")
-
-    def describe(self):
-        """What the page shows of it."""
-        names = [os.path.basename(path) for path in self.paths]
-        return dict(talk=self.name, names=names, times=self.times, prompts=self.prompts, turns=self.turns)
 
     def picture(self, k):
         """JPEG bytes of the k-th frame of the video, or of the k-th image."""
@@ -105,9 +98,11 @@ class Talk:
         return self.chat.planner.question(self.chat.record, None, [*before, dict(role="user", content=question)])
 
     def answer(self, question, length, temperature):
-        """Ask. Yields dict(text=, points=): what has come since the last one; and at the end the turn."""
-        turn = dict(question=question, answer="", points=[], state="stopped", before=len(self.chat.messages))
+        """Ask. Yields the number of the turn, then dict(text=, points=): what has come since; at the end the turn."""
+        turn = dict(turn=len(self.turns), question=question, answer="", points=[], state="stopped",
+                    before=len(self.chat.messages))
         self.turns.append(turn)
+        yield dict(turn=turn["turn"])
         try:
             # another seed each time: above temperature 0 one may ask again for another answer
             for piece in self.chat.ask(question, length, temperature, seed=len(self.turns)):
@@ -129,32 +124,24 @@ class Talk:
                 "visual token; circles: points of the answer. Tokens: the media in grey, then the talk up to the "
                 f"question.</p>{media}{tokens_html(plan, planner.tokenizer)}")
 
-    def record(self, turn):
-        """A turn as a record, as in the results.jsonl of sample.py."""
-        names = [os.path.basename(path) for path in self.paths]
+    def record(self, turn, checkpoint):
+        """("results.jsonl", bytes): a turn as the line that sample.py would write."""
+        media = self.names
+        annotation = dict(task="multi_image_qa", prompt=turn["question"], answer=turn["answer"])
         if self.kind != "images":
+            media = self.names[0]
             annotation = to_annotation(self.kind, turn["question"], turn["answer"], self.chat.planner.cfg.point_format)
-        else:
-            annotation = dict(task="multi_image_qa", prompt=turn["question"], answer=turn["answer"])
-            if turn["points"]:
-                label = label_of(turn["question"])
-                annotation = dict(task="multi_image_pointing", prompt=turn["question"], label=label,
-                                  points=turn["points"])
-        return {"id": names[0], self.kind: names if self.kind == "images" else names[0], "annotations": [annotation]}
+        record = {"id": self.names[0], self.kind: media, "annotations": [annotation],
+                  "provenance": [dict(step="answer", by=checkpoint)]}
+        return "results.jsonl", json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
     def drawn(self, turn, k):
         """(name, bytes): the video, or the k-th image, with the points of a turn."""
-        stem = os.path.splitext(os.path.basename(self.paths[k]))[0]
-        ending = ".mp4" if self.times else ".png"
         with tempfile.TemporaryDirectory() as aside:
-            path = os.path.join(aside, "drawn" + ending)
-            if self.times:
-                draw_video(self.paths[0], turn["points"], path)
-            else:
-                points = [p for p in turn["points"] if p.get("image", k) == k]
-                draw_points(load_image(self.paths[k]), points).save(path)
+            out = os.path.join(aside, "answer.mp4" if self.times else "answer.png")
+            path = draw(self.kind, self.paths, turn["points"], out)[k]
             with open(path, "rb") as f:
-                return f"{stem}_answer{ending}", f.read()
+                return os.path.basename(path), f.read()
 
 
 def read_examples(folder):
@@ -184,48 +171,30 @@ class Demo(LocalServer):
         self.planner = planner
         self.folder = folder
         self.examples = examples
-        self.talks = {}    # by name; the one used last is at the end
-        self.n_bytes = 0   # of uploads, also of those on their way
-        self.lock = threading.Lock()  # of the three
-        self.line = []     # tickets of the questions in their order; the first one is being answered
+        self.talks = {}  # by name; the one used last is at the end
+        self.lock = threading.Lock()  # of the talks
+        self.line = []   # tickets of the questions in their order; the first one is being answered
         super().__init__(Handler, port)
-
-    def describe(self):
-        """What the page shows before there is a talk."""
-        examples = [dict(name=os.path.basename(paths[0]), prompt=prompts[0]) for paths, prompts in self.examples]
-        return dict(checkpoint=self.checkpoint, examples=examples, limit=UPLOAD)
-
-    def thumbnail(self, k):
-        path = self.examples[k][0][0]
-        return jpeg(load_frames(path, [1.0])[0] if path.endswith(".mp4") else load_image(path), 240)
 
     def talk(self, name):
         with self.lock:
             if name not in self.talks:
-                raise UserError("this conversation is gone: newer ones took its place, or the program was started again")
+                raise UserError("this conversation is gone: newer ones took its place, or the program began again")
             self.talks[name] = self.talks.pop(name)
             return self.talks[name]
 
-    def begin(self, paths, **more):
-        """A new talk about some files."""
+    def begin(self, paths, folder=None, prompts=()):
+        """A new talk about some files. The oldest ones make room for it."""
         try:
-            talk = Talk(self.model, self.planner, paths, **more)
+            talk = Talk(self.model, self.planner, paths, folder, prompts)
         except UserError as e:
             raise UserError(plain(e, paths)) from None
         with self.lock:
             self.talks[talk.name] = talk
-        self.make_room(0)
+            while len(self.talks) > TALKS or sum(talk.n_bytes for talk in self.talks.values()) > UPLOADS:
+                oldest = self.talks.pop(next(iter(self.talks)))
+                shutil.rmtree(oldest.folder or "", ignore_errors=True)
         return talk
-
-    def make_room(self, n_bytes):
-        """Count an upload of so many bytes, and drop the oldest talks while all are too much."""
-        with self.lock:
-            self.n_bytes += n_bytes
-            for talk in list(self.talks.values()):
-                if len(self.talks) > TALKS or self.n_bytes > UPLOADS and talk.folder:
-                    del self.talks[talk.name]
-                    self.n_bytes -= talk.n_bytes
-                    shutil.rmtree(talk.folder or "", ignore_errors=True)
 
 
 class Handler(PageHandler):
@@ -236,33 +205,32 @@ class Handler(PageHandler):
         if path == "/":
             return self.page(os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo.html"))
         if path == "/start":
-            return self.respond(200, demo.describe())
+            examples = [dict(name=os.path.basename(paths[0]), prompt=prompts[0]) for paths, prompts in demo.examples]
+            return self.respond(200, dict(checkpoint=demo.checkpoint, examples=examples, limit=UPLOAD))
         if path == "/thumbnail":
-            return self.respond(200, demo.thumbnail(int(query["k"])), "image/jpeg")
+            path = demo.examples[int(query["k"])][0][0]
+            pixels = load_frames(path, [1.0])[0] if path.endswith(".mp4") else load_image(path)
+            return self.respond(200, jpeg(pixels, 240), "image/jpeg")
         if path not in ("/talk", "/frame", "/saw", "/record", "/drawn"):
             return self.not_here(path)
         talk = demo.talk(query["talk"])
         if path == "/talk":
-            return self.respond(200, talk.describe())
+            return self.respond(200, talk.shown)
         if path == "/frame":
             return self.respond(200, talk.picture(int(query["k"])), "image/jpeg")
         turn = talk.turns[int(query["turn"])]
         if path == "/saw":
             return self.respond(200, talk.saw(turn).encode(), "text/html; charset=utf-8", "default-src 'none'; "
-                                "img-src data:; style-src 'unsafe-inline'; frame-ancestors 'self'")
-        if path == "/record":
-            record = dict(talk.record(turn), provenance=[dict(step="answer", by=demo.checkpoint)])
-            name, body = "results.jsonl", json.dumps(record).encode() + b"\n"
-        else:
-            name, body = talk.drawn(turn, int(query["k"]))
-        self.respond(200, body, "application/octet-stream", X_Name=name.encode("ascii", "replace").decode())
+                                "img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'")
+        name, body = talk.drawn(turn, int(query["k"])) if path == "/drawn" else talk.record(turn, demo.checkpoint)
+        self.respond(200, body, "application/octet-stream", Content_Disposition=f"attachment; filename={name}")
 
     def post(self, path, query):
         if path == "/media":
-            self.respond(200, self.upload(json.loads(query["files"])).describe())
+            self.respond(200, self.upload(json.loads(query["files"])).shown)
         elif path == "/example":
             paths, prompts = self.server.examples[self.json_body()["k"]]
-            self.respond(200, self.server.begin(paths, prompts=prompts).describe())
+            self.respond(200, self.server.begin(paths, prompts=prompts).shown)
         elif path == "/ask":
             self.ask(self.json_body())
         else:
@@ -271,14 +239,10 @@ class Handler(PageHandler):
 
     def upload(self, files):
         """A talk about the files of the body."""
-        demo = self.server
-        n_bytes = self.length(UPLOAD)
-        demo.make_room(n_bytes)
-        folder = tempfile.mkdtemp(dir=demo.folder)
+        folder = tempfile.mkdtemp(dir=self.server.folder)
         try:
-            return demo.begin(self.receive(files, folder), folder=folder, n_bytes=n_bytes)
+            return self.server.begin(self.receive(files, folder, UPLOAD), folder)
         except BaseException:
-            demo.make_room(-n_bytes)
             shutil.rmtree(folder)
             raise
 
@@ -288,12 +252,10 @@ class Handler(PageHandler):
         talk = self.server.talk(request["talk"])
         question = request["question"].strip()
         question.encode()  # a ValueError if there is half a character in it
-        if not question:
-            raise UserError("the question is empty")
-        try:
-            limits = {name: read(request[name]) for name, read in LIMITS.items()}
-        except argparse.ArgumentTypeError as e:
-            raise UserError(f"temperature or length: {e}") from None
+        temperature = float(request["temperature"])
+        length = int(request["length"])
+        if not question or not 0 <= temperature <= 10 or not 1 <= length <= 8192:
+            raise UserError("a question may not be empty, its temperature be from 0 to 10, its length from 1 to 8192")
         self.close_connection = True  # its end is the end of the answer
         self.begin(200, "application/x-ndjson")
         line = self.server.line
@@ -309,7 +271,7 @@ class Handler(PageHandler):
                     return
                 else:
                     time.sleep(0.02)
-            with contextlib.closing(talk.answer(question, **limits)) as events:
+            with contextlib.closing(talk.answer(question, length, temperature)) as events:
                 for event in events:
                     if self.has_gone():
                         return
