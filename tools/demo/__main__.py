@@ -52,7 +52,7 @@ CHUNK = 20           # of them, decoded at a time
 
 def plain(error, paths):
     """An error in words for the page, which names files as the person does."""
-    words = str(error)
+    words = str(error).replace("not a readable image", "neither an image nor a video that can be read")
     for path in paths:
         words = words.replace(path, os.path.basename(path))
     return words
