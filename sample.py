@@ -213,10 +213,10 @@ class Chat:
             bar.close()
 
     def ask(self, question, max_new_tokens=256, temperature=0.0, seed=0, **sampling):
-        """Yields the answer piece by piece. The media are encoded at the first question alone. sampling: as of
-        `answer`."""
-        self.messages.append(dict(role="user", content=question))
-        plan = self.planner.question(self.record, None, self.messages)
+        """Yields the answer piece by piece. The media are encoded at the first question alone. An answer of which no
+        more is asked for (`close`) is kept as far as it came. sampling: as of `answer`."""
+        said = dict(role="user", content=question)
+        plan = self.planner.question(self.record, None, [*self.messages, said])
         self.encode(plan)
         tok = self.planner.tokenizer
         device = self.features.device
@@ -224,6 +224,8 @@ class Chat:
         pos = torch.from_numpy(plan.pos)[None].to(device)
         branch = torch.from_numpy(plan.branch)[None].to(device)
         generator = torch.Generator(device).manual_seed(seed)
+        reply = dict(role="assistant", content="")
+        self.messages += [said, reply]
         ids = []
         yielded = 0  # characters
         for new in self.model.generate(tokens, None, self.pool, max_new_tokens, temperature, (tok.eos,), pos,
@@ -232,12 +234,11 @@ class Chat:
                 break
             ids.append(int(new))
             text = tok.decode(ids)
+            reply["content"] = text
             if not text.endswith("\ufffd"):  # half a character: wait for the rest of its bytes
                 yield text[yielded:]
                 yielded = len(text)
-        text = tok.decode(ids)
-        self.messages.append(dict(role="assistant", content=text))
-        yield text[yielded:]
+        yield reply["content"][yielded:]
 
 
 # ---- the flags, as functions take them ---------------------------------------------------------------------

@@ -8,12 +8,14 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zlib
 
 import av
@@ -394,3 +396,102 @@ def run_ranks(fn, ranks, *args, joined=True):
         free.close()
         meeting = os.path.join(folder, "meeting") if joined else port
         torch.multiprocessing.start_processes(_rank, (ranks, meeting, fn, args), ranks, start_method="forkserver")
+
+
+# ---- a page, in a browser ----------------------------------------------------------------------------------
+
+NAMES = "chromium", "chromium-browser", "google-chrome", "chromium-headless-shell"
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Browser:
+    """A headless Chromium, spoken to over pipes: JSON messages, a zero byte after each, on its fds 3, 4."""
+
+    def __init__(self, folder):
+        to_browser, self.write = os.pipe()
+        self.read, from_browser = os.pipe()
+
+        def arrange():
+            os.dup2(to_browser, 30), os.dup2(from_browser, 31)  # out of the way: either may be 3 or 4 now
+            os.dup2(30, 3), os.dup2(31, 4)
+        flags = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-dev-shm-usage",
+                 "remote-debugging-pipe", f"user-data-dir={folder}", "window-size=1400,800")
+        self.process = subprocess.Popen(
+            [BROWSER, *("--" + f for f in flags), "about:blank"], preexec_fn=arrange, close_fds=False,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(to_browser), os.close(from_browser)
+        self.number, self.rest, self.session = 0, b"", None
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def ask(self, method, **params):
+        """The browser's reply to a command, {result} or {error}."""
+        self.number += 1
+        message = dict(id=self.number, method=method, params=params)
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                part = os.read(self.read, 1 << 20)
+                assert part, "the browser ended"
+                self.rest += part
+            line, self.rest = self.rest.split(b"\0", 1)
+            if json.loads(line).get("id") == self.number:
+                return json.loads(line)
+
+    def __call__(self, method, **params):
+        reply = self.ask(method, **params)
+        assert "error" not in reply, reply
+        return reply["result"]
+
+    def js(self, expression):
+        """The value of an expression in the page."""
+        r = self("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in r, r
+        return r["result"].get("value")
+
+    def until(self, expression):
+        """Wait until an expression is true in the page, which may be on its way to another one."""
+        deadline = time.time() + 300
+        while time.time() < deadline:
+            r = self.ask("Runtime.evaluate", expression=f"!!({expression})", returnByValue=True)
+            if r.get("result", {}).get("result", {}).get("value") is True:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"never: {expression}")
+
+    def open(self, url):
+        self("Page.navigate", url=url)
+        self.until("document.body && document.body.dataset.ready === 'yes'")
+
+    def key(self, key):
+        for kind in ("keyDown", "keyUp"):
+            typed = {"text": key} if len(key) == 1 and kind == "keyDown" else {}
+            typed |= {"text": "\r", "windowsVirtualKeyCode": 13} if key == "Enter" and kind == "keyDown" else {}
+            self("Input.dispatchKeyEvent", type=kind, key=key, **typed)
+
+    def type(self, text):
+        self("Input.insertText", text=text)
+
+    def click(self, name, x=0.5, y=0.5):
+        """A real click at shares of an element's box."""
+        left, top, w, h = self.js("(r => [r.left, r.top, r.width, r.height])"
+                                  f"($({name!r}).getBoundingClientRect())")
+        at = dict(x=left + x * w, y=top + y * h, button="left", clickCount=1)
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, **at)
+
+    def close(self):
+        with contextlib.suppress(OSError, AssertionError):
+            self("Browser.close")
+        self.process.wait(300)
+        os.close(self.write), os.close(self.read)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not BROWSER:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    b = Browser(tmp_path / "profile")
+    yield b
+    b.close()

@@ -13,20 +13,15 @@ overwritten, so FILE can be written again at any time. The page itself is review
 import collections
 import datetime
 import hashlib
-import http.server
-import io
 import json
 import os
 import re
-import sys
 import threading
-import urllib.parse
 
-from PIL import Image
-
-from lib.errors import BadMedia, BadRecord, UserError
+from lib.errors import BadRecord, UserError
 from lib.media import inside_folder, load_frames, load_image, sample_times, video_duration
 from lib.records import parse_record
+from lib.server import LocalServer, PageHandler, jpeg
 from lib.tasks import MEDIA, check_annotation
 
 
@@ -49,15 +44,6 @@ def write_whole(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
-
-
-def jpeg(pixels, side):
-    """JPEG bytes of (H, W, 3) uint8, its longer side at most `side`."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=90)
-    return buffer.getvalue()
 
 
 def kind_of(record):
@@ -206,9 +192,8 @@ def settled(record, decisions):
 
 # ---- the page ----------------------------------------------------------------------------------------------
 
-class Reviewer(http.server.ThreadingHTTPServer):
+class Reviewer(LocalServer):
     """The page, the records, their frames and the decisions, for browsers on this machine."""
-    daemon_threads = True
 
     def __init__(self, file, who, port):
         self.work = Work(file)
@@ -217,16 +202,7 @@ class Reviewer(http.server.ThreadingHTTPServer):
         self.records = self.work.records()
         self.decisions = self.work.decisions()
         self.media = os.path.dirname(os.path.abspath(file))
-        try:
-            super().__init__(("127.0.0.1", port), Handler)
-        except OSError as e:
-            raise UserError(f"--port {port}: {e.strerror}; without --port a free one is taken") from None
-        self.hosts = {f"127.0.0.1:{self.server_port}", f"localhost:{self.server_port}"}
-
-    def handle_error(self, request, client_address):
-        """A browser that went on to another record and did not wait is no error."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
+        super().__init__(Handler, port)
 
     def settled(self, record):
         return list(settled(record, self.decisions.get(record["name"], {})))
@@ -296,49 +272,13 @@ class Reviewer(http.server.ThreadingHTTPServer):
             self.decisions[record["name"]][key] = decision
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers the page alone: no other site's page may ask (Origin), nor anyone under another name (Host)."""
-    protocol_version = "HTTP/1.1"
-
-    def respond(self, status, body, kind="application/json", **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = dict(Content_Type=kind, Content_Length=len(body), X_Content_Type_Options="nosniff",
-                       Cross_Origin_Resource_Policy="same-origin", Cache_Control="no-store", **headers,
-                       Content_Security_Policy="default-src 'self' 'unsafe-inline'; frame-ancestors 'none'")
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def guarded(self, work):
-        """Do it, if it may be done; what is wrong with a request goes back to the page as one line."""
-        host = self.headers.get("Host")
-        origin = self.headers.get("Origin")
-        foreign = origin is not None and origin.removeprefix("http://") not in self.server.hosts
-        if host not in self.server.hosts or foreign or self.headers.get("Sec-Fetch-Site") == "cross-site":
-            self.close_connection = True
-            error = f"Host {host}, Origin {origin}: this is for this machine alone"
-            return self.respond(403, dict(error=error))
-        url = urllib.parse.urlsplit(self.path)
-        try:
-            work(url.path, dict(urllib.parse.parse_qsl(url.query)))
-        except (BadRecord, BadMedia) as e:
-            self.respond(422, dict(error=str(e)))
-        except (LookupError, ValueError, TypeError, AttributeError) as e:
-            self.respond(400, dict(error=f"{type(e).__name__}: {e}"))
-
-    def do_GET(self):
-        self.guarded(self.get)
-
-    def do_POST(self):
-        self.guarded(self.post)
+class Handler(PageHandler):
+    """What the page asks for."""
 
     def get(self, path, query):
         server = self.server
         if path == "/":
-            with open(os.path.join(HERE, "review.html"), "rb") as f:
-                self.respond(200, f.read(), "text/html; charset=utf-8")
+            self.page(os.path.join(HERE, "review.html"))
         elif path == "/rows":
             self.respond(200, server.overview())
         elif path == "/row":
@@ -348,7 +288,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path == "/video":
             self.video(inside_folder(server.media, server.records[int(query["i"])]["video"]))
         else:
-            self.respond(404, dict(error=f"{path}: not here"))
+            self.not_here(path)
 
     def video(self, path):
         """A file, or the part of it that a player asks for, at most 8 MiB of it at a time."""
@@ -363,15 +303,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(206, body, "video/mp4", Content_Range=f"bytes {first}-{last}/{size}")
 
     def post(self, path, query):
-        length = int(self.headers.get("Content-Length", -1))
-        if not 0 <= length < 1 << 24:
-            self.close_connection = True
-            raise ValueError(f"a body of {length} bytes")
-        body = self.rfile.read(length)
-        if path != "/decide" or self.headers.get("Content-Type") != "application/json":
-            return self.respond(404, dict(error=f"{path}: not here"))
-        self.server.decide(json.loads(body))
+        request = self.json_body()
+        if path != "/decide":
+            return self.not_here(path)
+        self.server.decide(request)
         self.respond(200, {})
-
-    def log_message(self, *args):
-        """Say nothing: the terminal is for people."""
