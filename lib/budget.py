@@ -393,7 +393,7 @@ def memory_of_asking(config, frames):
     model = empty_model(config).bfloat16()
     weights = sum(p.nbytes for p in model.parameters())
     count_bytes(model, recompute=False, sharded=False, cuda=True)
-    with torch.device("meta"), torch.no_grad(), Alive(model.parameters()) as alive:
+    with torch.device("meta"), torch.inference_mode(), Alive(model.parameters()) as alive:
         pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
         features = model.vision_backbone(pixels, torch.empty(windows, pooled ** 2, dtype=torch.long))
         pos = torch.empty(1, tokens, dtype=torch.long)
