@@ -203,11 +203,10 @@ def attend(q, k, v, mask=None):
     if isinstance(mask, tuple):
         spans = torch.arange(q.shape[2], device=q.device).split(QUERIES)
         return torch.cat([attend(q[:, :, t], k, v, dense_mask(*mask, t)) for t in spans], 2)
-    fewer = q.shape[1] != k.shape[1]
-    if fewer and mask is not None and q.is_cuda:  # no fused kernel takes both, and the others write out all scores
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        fewer = False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=fewer)
+    queries_per_key = q.shape[1] // k.shape[1]  # heads
+    if queries_per_key > 1 and mask is not None and q.is_cuda:  # no fused kernel takes both
+        k, v = (x.repeat_interleave(queries_per_key, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def random_drop(x, p):
@@ -282,7 +281,7 @@ class ViT(nn.Module):
             crops = (crops.float() / 255 * 2 - 1).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(crops)
         x = x + self.positional_embedding.to(x.dtype)  # or fp32 places would make everything after them fp32
-        outputs = {}  # without the others, which are half a gigabyte a block for 384 frames
+        outputs = {}  # those handed on alone: one is half a gigabyte for 384 frames
         for i, block in enumerate(self.transformer["resblocks"]):
             x = block(x)
             if i in self.features:
@@ -346,8 +345,7 @@ class Embedding(nn.Module):
         self.new_embedding = nn.Parameter(torch.empty(EXTRA, cfg.width))
 
     def forward(self, tokens):
-        # Two look-ups: joining the tables would copy all of them for every generated token.
-        V = len(self.embedding)
+        V = len(self.embedding)  # two look-ups, as one table of both would be a copy of gigabytes
         x = F.embedding(tokens.clamp(max=V - 1), self.embedding)
         new = F.embedding((tokens - V).clamp(min=0), self.new_embedding)
         return torch.where((tokens < V)[..., None], x, new)
