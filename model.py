@@ -203,11 +203,10 @@ def attend(q, k, v, mask=None):
     if isinstance(mask, tuple):
         spans = torch.arange(q.shape[2], device=q.device).split(QUERIES)
         return torch.cat([attend(q[:, :, t], k, v, dense_mask(*mask, t)) for t in spans], 2)
-    fewer = q.shape[1] != k.shape[1]
-    if fewer and mask is not None and q.is_cuda:  # no fused kernel takes both, and the others write out all scores
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        fewer = False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=fewer)
+    queries_per_key = q.shape[1] // k.shape[1]  # heads
+    if queries_per_key > 1 and mask is not None and q.is_cuda:  # no fused kernel takes both
+        k, v = (x.repeat_interleave(queries_per_key, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def random_drop(x, p):
@@ -275,14 +274,14 @@ class ViT(nn.Module):
 
     def forward(self, crops):
         """(N, P, patch·patch·3) uint8 or already in [-1, 1] -> (N, P, features · width)."""
-        most = max(self.AT_ONCE["cuda" if crops.is_cuda else "cpu"] // crops.shape[1], 1)
+        most = max(self.AT_ONCE["cpu" if crops.is_cpu else "cuda"] // crops.shape[1], 1)
         if torch.is_inference_mode_enabled() and len(crops) > most:  # in training all ranks must run the same modules
             return torch.cat([ViT.forward(self, group) for group in crops.split(most)])
         if crops.dtype == torch.uint8:  # pixels travel as bytes, a quarter of the traffic
             crops = (crops.float() / 255 * 2 - 1).to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(crops)
         x = x + self.positional_embedding.to(x.dtype)  # or fp32 places would make everything after them fp32
-        outputs = {}  # without the others, which are half a gigabyte a block for 384 frames
+        outputs = {}  # those handed on alone: one is half a gigabyte for 384 frames
         for i, block in enumerate(self.transformer["resblocks"]):
             x = block(x)
             if i in self.features:
@@ -314,14 +313,16 @@ class VisionBackbone(nn.Module):
 
     def forward(self, crops, pool):
         """crops: (N, P, ·); pool: (M, K) indices into the N·P patches, -1 = none -> (M, D)."""
-        patches = self.image_vit(crops).flatten(0, 1)  # (N·P, F)
+        return self.image_projector(self.gather(self.image_vit(crops).flatten(0, 1), pool))
+
+    def gather(self, patches, pool):
+        """patches: (N·P, F) -> (M, ·), one vector of each window."""
         valid = pool >= 0
         windows = patches.index_select(0, pool.clamp(min=0).flatten()).unflatten(0, pool.shape)  # (M, K, F)
         windows = windows * valid[..., None]
         # The query is the mean of the valid patches: a window over the edge of a crop has fewer than K.
         query = windows.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
-        pooled = self.image_pooling_2d(query, windows, valid[:, None, None])  # (M, 1, ·)
-        return self.image_projector(pooled[:, 0])
+        return self.image_pooling_2d(query, windows, valid[:, None, None])[:, 0]  # (M, ·)
 
 
 def waves(n, dim):
@@ -344,8 +345,7 @@ class Embedding(nn.Module):
         self.new_embedding = nn.Parameter(torch.empty(EXTRA, cfg.width))
 
     def forward(self, tokens):
-        # Two look-ups: joining the tables would copy all of them for every generated token.
-        V = len(self.embedding)
+        V = len(self.embedding)  # two look-ups, as one table of both would be a copy of gigabytes
         x = F.embedding(tokens.clamp(max=V - 1), self.embedding)
         new = F.embedding((tokens - V).clamp(min=0), self.new_embedding)
         return torch.where((tokens < V)[..., None], x, new)
@@ -510,8 +510,8 @@ class ChunkedNLL(torch.autograd.Function):
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 def without_cudnn(device):
-    """Keep SDPA on CUDA away from cuDNN, which plans its attention anew for each number of keys, so each token: in
-    bf16 that took 84 ms a token, busy 3 % of it, against 15 ms in fp32 (H200, 1b, a prompt of 3,517 tokens)."""
+    """Keep SDPA on CUDA away from cuDNN, which plans its attention anew for each number of keys, so for each token: in
+    bf16 a token took 84 ms, against 15 ms in fp32 (H200, 1b, a prompt of 3,517 tokens)."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
@@ -524,6 +524,14 @@ def likeliest(p, share):
     ordered, order = p.sort(-1, descending=True)
     likelier = ordered.cumsum(-1) - ordered  # what those before it have together
     return torch.zeros_like(p).scatter(-1, order, ordered * (likelier < share))
+
+
+def choose(logits, temperature, top_p, generator):
+    """The next ids (B,), by logits (B, V): the largest at temperature 0, else drawn from the likeliest ones."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = likeliest((logits / temperature).softmax(-1), top_p)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 class Molmo2(nn.Module):
@@ -695,19 +703,12 @@ class Molmo2(nn.Module):
         # 3. Token by token.
         stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
         done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-        ids = None
+        ids = tokens[each, last]
         penalty = torch.zeros(B, self.cfg.vocab, device=tokens.device)
         for S in range(T + 1, T + max_new_tokens + 1):  # keys in the cache, once this step's token is read
             logits = self.lm_head(x).float()  # (B, V)
-            if frequency_penalty and ids is not None:
-                penalty.scatter_add_(1, ids[:, None], torch.full_like(penalty[:, :1], frequency_penalty))
-                logits = logits - penalty
-            if temperature > 0:
-                p = likeliest((logits / temperature).softmax(-1), top_p)
-                new_ids = torch.multinomial(p, 1, generator=generator)[:, 0]
-            else:
-                new_ids = logits.argmax(-1)
-            ids = new_ids if ids is None else torch.where(done, ids, new_ids)
+            ids = torch.where(done, ids, choose(logits - penalty, temperature, top_p, generator))
+            penalty.scatter_add_(1, ids[:, None], torch.full_like(penalty[:, :1], frequency_penalty))
             done = done | torch.isin(ids, stop_ids)
             yield ids.clone()
             if S == T + max_new_tokens or bool(done.all()):

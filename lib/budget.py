@@ -393,7 +393,7 @@ def memory_of_asking(config, frames):
     model = empty_model(config).bfloat16()
     weights = sum(p.nbytes for p in model.parameters())
     count_bytes(model, recompute=False, sharded=False, cuda=True)
-    with torch.device("meta"), torch.no_grad(), Alive(model.parameters()) as alive:
+    with torch.device("meta"), torch.inference_mode(), Alive(model.parameters()) as alive:
         pixels = torch.empty(crops, cfg.patches, cfg.patch ** 2 * 3, dtype=torch.uint8)
         features = model.vision_backbone(pixels, torch.empty(windows, pooled ** 2, dtype=torch.long))
         pos = torch.empty(1, tokens, dtype=torch.long)
@@ -415,18 +415,22 @@ def memory_of_training(config, cfg, cards):
     return sum(memory(model, optimizers, shape, bf16=True, recompute=True, ranks=cards).values())
 
 
+def smallest_card(n):
+    """The smallest card that has room for n bytes, and in brackets how many gigabytes that is."""
+    gigabytes = n / 2 ** 30
+    card = next((card for card in CARDS if fits(gigabytes, card)), "none")
+    return f"{card} ({gigabytes:.1f})"
+
+
 def gpu_table():
-    """A table in Markdown: the smallest card that does, and in brackets the gigabytes it has to hold."""
+    """A table in Markdown: the smallest card that does, and for training also the smallest of which eight do."""
     lines = ["| | " + " | ".join([*ASK, *TRAIN]) + " |", "|---" * (1 + len(ASK) + len(TRAIN)) + "|"]
     for config in PRESETS:
-        asking = [memory_of_asking(config, frames) for frames in ASK.values()]
-        for cards, where in ((1, "1 card"), (8, "each of 8")):
-            cells = []
-            for n in [*asking, *(memory_of_training(config, cfg, cards) for cfg in TRAIN.values())]:
-                gigabytes = n / 2 ** 30
-                card = next((str(card) for card in CARDS if fits(gigabytes, card)), "none")
-                cells.append(f"{card} ({gigabytes:.1f})")
-            lines.append(f"| {config}, {where} | " + " | ".join(cells) + " |")
+        cells = [smallest_card(memory_of_asking(config, frames)) for frames in ASK.values()]
+        for cfg in TRAIN.values():
+            one, eight = [smallest_card(memory_of_training(config, cfg, cards)) for cards in (1, 8)]
+            cells.append(f"{one}, 8 x {eight}")
+        lines.append(f"| {config} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

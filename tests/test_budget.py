@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, finish, log_of, start
 
-from lib import budget, lora
+from lib import budget, distributed, flex, lora
 import longctx
 import pretrain
-from model import ModelConfig, Molmo2, PRESETS, empty_model
+from model import ModelConfig, Molmo2, PRESETS, ViT, empty_model
 
 
 def told(text):
@@ -115,10 +115,9 @@ def test_the_smallest_card_that_does_is_named(monkeypatch):
     monkeypatch.setattr(budget, "PRESETS", {"1b": PRESETS["1b"]})
     monkeypatch.setattr(budget, "memory_of_asking", lambda config, frames: (11.3 + frames) * 2 ** 30)
     monkeypatch.setattr(budget, "memory_of_training", lambda config, cfg, cards: (22.81 + 8 * cards) * 2 ** 30)
-    first, _, one, eight = budget.gpu_table().splitlines()
+    first, _, row = budget.gpu_table().splitlines()
     assert first == "| | ask, 1 image | ask, 384 frames | `--lora 64` | connector alone | everything |"
-    assert one == "| 1b, 1 card | 12 (11.3) | none (395.3) | 48 (30.8) | 48 (30.8) | 48 (30.8) |"
-    assert eight == "| 1b, each of 8 | 12 (11.3) | none (395.3) | 141 (86.8) | 141 (86.8) | 141 (86.8) |"
+    assert row == "| 1b | 12 (11.3) | none (395.3) |" + 3 * " 48 (30.8), 8 x 141 (86.8) |"
 
 
 def test_workers_that_keep_up():
@@ -176,6 +175,46 @@ def test_readmes_table_of_gpus_begins_as_the_command_prints_it(monkeypatch):
 @pytest.mark.slow
 def test_readmes_table_of_gpus_is_what_the_command_prints():
     assert readme_table() == budget.gpu_table()
+
+
+@pytest.mark.parametrize("frames", budget.ASK.values())
+def test_asking_small_takes_what_the_table_says(frames, monkeypatch):
+    """All tensors that live at once while it reads a prompt of as many tokens, with room for an answer of 2,048."""
+    monkeypatch.setattr(ViT, "AT_ONCE", dict(cpu=ViT.AT_ONCE["cuda"]))
+    model = Molmo2("small").bfloat16().eval()
+    crops, windows, K = (384, 384 * 9, 9) if frames else (1, 16, 4)
+    tokens = torch.full((1, windows + 8 * frames + 256), 7)
+    tokens[0, :windows] = model.cfg.image_token
+    pixels = torch.zeros(crops, 64, 8 * 8 * 3, dtype=torch.uint8)
+    with budget.Alive(model.parameters()) as alive:
+        next(model.generate(tokens, pixels, torch.zeros(windows, K, dtype=torch.long), max_new_tokens=2048))
+    took = alive.peak + sum(p.nbytes for p in model.parameters())
+    assert budget.memory_of_asking("small", frames) == pytest.approx(took, rel=0.15)
+
+
+@pytest.mark.parametrize("name", budget.TRAIN)
+def test_training_small_takes_what_the_table_says(name):
+    """All tensors that live at once in two steps on a sequence of 39 frames and 96 tokens of an answer."""
+    cfg = budget.TRAIN[name]
+    model = lora.freeze(lora.install(Molmo2("small"), cfg), cfg, bf16=True)
+    flex.install(model)
+    distributed.shard_model(model, distributed.World("cpu"), compile_blocks=False, recompute=True, bf16=True)
+    optimizer = torch.optim.AdamW(budget.trained_parameters(model), fused=True)
+    tokens = torch.full((1, 768), 7)
+    tokens[0, :39 * 9] = model.cfg.image_token
+    weights = torch.zeros(1, 768)
+    weights[0, -96:] = 1
+    batch = dict(tokens=tokens, targets=tokens * 0, weights=weights, pool=torch.zeros(39 * 9, 9, dtype=torch.long),
+                 crops=torch.zeros(39, 64, 8 * 8 * 3, dtype=torch.uint8))
+    with budget.Alive(model.parameters()) as alive:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    took = alive.peak + sum(p.nbytes for p in model.parameters())
+    assert budget.memory_of_training("small", cfg, 1) == pytest.approx(took, rel=0.15)
 
 
 @pytest.mark.slow

@@ -70,6 +70,31 @@ def test_merged_is_adapted(style):
     assert torch.equal(merged.lm_head.weight, base.lm_head.weight) and len(targets) == len(weights)
 
 
+@pytest.mark.parametrize("parts", [PARTS, ("decoder",)])
+def test_a_merged_checkpoint_is_in_transformers_what_the_adapted_model_is_here(tmp_path, parts):
+    theirs = pytest.importorskip("transformers.models.molmo2.modeling_molmo2", reason="no transformers 5 with Molmo2")
+    model, base = adapted(parts=parts)
+    distributed.gather_full_model(model, "cpu").save_pretrained(tmp_path)
+    other, report = theirs.Molmo2ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32,
+                                                                          output_loading_info=True)
+    assert not any(report.values())  # no tensor is missing, unknown, or of another shape
+    cfg = model.cfg
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, cfg.vocab, (1, 24), generator=rng)
+    tokens[0, 1:10] = cfg.image_token  # 3 x 3 windows of a crop of 5 x 5 patches
+    corners = torch.tensor([5 * y + x for y in (0, 2, 4) for x in (0, 2, 4)])
+    pool = torch.stack([corners, *torch.full((3, 9), -1)], 1)  # of each window one patch
+    crops = torch.randint(0, 256, (1, cfg.patches, cfg.patch ** 2 * 3), dtype=torch.uint8, generator=rng)
+    inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), image_token_pooling=pool,
+                  mm_token_type_ids=(tokens == cfg.image_token).long(), pixel_values=crops / 127.5 - 1,
+                  image_grids=torch.tensor([[0, 0, 3, 3]]), image_num_crops=torch.ones(1, dtype=torch.long))
+    with torch.inference_mode():
+        logits = other(**inputs).logits
+        want = model(tokens, crops, pool)
+        before = base(tokens, crops, pool)
+    assert (logits - want).abs().max() < 1e-4 * want.abs().max() < 1e-2 * (want - before).abs().max()
+
+
 @pytest.mark.parametrize("parts", [("vit",), ("connector",), ("decoder",), ("decoder", "vit")])
 def test_nothing_but_adapters_of_the_named_parts_learns(parts):
     model, _ = adapted(parts=parts)
