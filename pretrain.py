@@ -133,7 +133,7 @@ class Config:
 
 # A preset is what --config NAME changes in the stage's defaults, beside the model.
 PRESETS = {
-    "small": dict(data=("toy",), steps=500, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
+    "small": dict(data=("toy",), steps=550, global_batch=24, micro_batch=12, seq_len=256, tiles=0, max_crops=16,
                   max_frames=16, optimizer="muon", adam_share=1.0, lr_vit=4e-3, lr_connector=2e-3, lr_decoder=2e-3,
                   warmup_vit=30, warmup_connector=30, warmup_decoder=30, lr_end=0.0, response_dropout=0.0,
                   save_every=200, eval_every=100, workers=1, cache=1.0),

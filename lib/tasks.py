@@ -6,7 +6,7 @@ Tasks: what can be asked about media, and how it is answered. An annotation is o
          │                          └ one of its prompts, drawn ─► "Point to the wheels."
          └ TASKS: media, kind of answer, loss weight, share in a mixture, length and metric of an answer
 
-A new task is one more entry of TASKS; its metric stands in eval.METRICS (README, "Changing things").
+A new task is one more entry of TASKS; its metric stands in eval.METRICS (lib/README.md).
 """
 import math
 from typing import Callable, NamedTuple

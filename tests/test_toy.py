@@ -209,8 +209,8 @@ def scenes_of(whole):
 
 def test_no_held_out_scene_can_be_learned_by_heart(whole):
     trained, kept = ([tuple(s) for s in scenes.values()] for scenes in scenes_of(whole))
-    assert len(trained) == 4000 and len(kept) == 320
-    assert not set(trained) & set(kept) and len({*trained, *kept}) == 4320
+    assert len(trained) == 10000 and len(kept) == 320
+    assert not set(trained) & set(kept) and len({*trained, *kept}) == 10320
 
 
 def test_no_held_out_clip_can_be_learned_by_heart(whole):
@@ -220,7 +220,7 @@ def test_no_held_out_clip_can_be_learned_by_heart(whole):
         ways = [json.dumps(a["points"]) for a in tracks["annotations"] if a["label"] != "shapes"]
         colours = [(re.search("|".join(toy.COLOURS), label)[0], label.split("when")[1], p) for label, p in moments]
         return clips["annotations"][0]["answer"], tuple(sorted(colours)), tuple(sorted(ways))
-    for kind, n, n_held in (("clips/", 4000, 200), ("long_", 1500, 100)):
+    for kind, n, n_held in (("clips/", 8000, 200), ("long_", 1500, 100)):
         trained, kept = ([seen(c, t) for c, t in zip(named_in(files, kind + "clips.jsonl"),
                                                      named_in(files, kind + "tracks.jsonl"), strict=True)]
                          for files in ({f.replace("eval/", ""): r for f, r in part.items()} for part in whole[1:]))
@@ -236,7 +236,7 @@ def test_training_reads_no_file_of_the_evaluation(whole):
                      for part in (train, held))
     assert all("/eval/" in f for f in held) and all("/eval/" in path for path in kept)
     assert not any("/eval/" in path.removeprefix(folder) for path in [*train, *trained])
-    assert len(trained) == 4000 + 4000 + 1500 and len(kept) == 320 + 200 + 100
+    assert len(trained) == 10000 + 8000 + 1500 and len(kept) == 320 + 200 + 100
     assert {os.path.basename(f)[:-6] for f in train} == {"captions", "points", "text", "pairs", "clips", "tracks",
                                                          "stills", "long_clips", "long_tracks"} == {*toy.FACTORS}
     for f, lines in (train | held).items():
