@@ -710,7 +710,8 @@ def make_loader(samples, workers, ahead, convert=identity):
     if workers < 2 or isinstance(samples, list):
         yield from load(samples, workers, convert)
     else:
-        yield from load(Given(), workers, convert, load(samples, 1, identity))
+        planned = iter(load(samples, 1, identity))  # not the loader: the other one calls iter() on it twice
+        yield from load(Given(), workers, convert, planned)
 
 
 def next_samples(loader, n):

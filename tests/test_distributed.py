@@ -312,7 +312,7 @@ def test_a_list_of_sums_that_was_cut_is_not_taken_for_a_shorter_one(tmp_path):
     subprocess.run(["sha256sum", "--quiet", "--strict", "-c", "COMPLETE"], cwd=folder, check=True)
     for n in range(len(whole) - 1):  # without its last newline nothing is missing
         path.write_bytes(whole[:n])
-        assert str(path) in distributed.damage(folder), whole[:n]
+        assert str(folder) in (distributed.damage(folder) or ""), whole[:n]
     path.write_bytes(whole)
     assert distributed.damage(folder) is None
     path.write_bytes(whole.partition(b"\n")[2])  # as checkpoints were before
