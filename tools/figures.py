@@ -64,14 +64,15 @@ def scores(run, out):
         f'<g transform="translate(0 35)">{left}</g><g transform="translate(420 35)">{right}{"".join(names)}</g>'])
 
 
-def tree(out, cell=8, left=316, top=62):
+def tree(out, cell=7, left=316, top=62):
     """The mask of a small sequence: an image with two branches, and a text beside it."""
-    scene = toy.draw_scene(random.Random(2))
-    stars = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(toy.select(scene, None, "star"))]
+    scenes = (toy.draw_scene(random.Random(k)) for k in itertools.count())
+    scene = next(scene for scene in scenes if (len(scene["objects"]), len(toy.select(scene, None, "star"))) == (3, 2))
+    points = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(toy.select(scene, None, "star"))]
     records = [
         dict(image="scene.png", width=96, height=96, annotations=[
-            dict(task="counting", prompt="Count the shapes.", answer=str(len(scene["objects"]))),
-            dict(task="image_pointing", prompt="Point to the star.", points=stars)]),
+            dict(task="counting", prompt="Count the shapes.", answer="3"),
+            dict(task="image_pointing", prompt="Point to the stars.", points=points)]),
         dict(annotations=[dict(task="text", prompt="What is 3 plus 4?", answer="7")])]
     cfg = PRESETS["small"]
     planner = Planner(Tokenizer(SMALL_TOKENIZER, cfg.vocab), cfg, seq_len=100)
@@ -89,7 +90,7 @@ def tree(out, cell=8, left=316, top=62):
         corners = " ".join(f"{left - 132 + 110 * x:.1f},{top + 24 + 110 * y:.1f}" for x, y in o["polygon"])
         parts.append(f'<polygon points="{corners}" style="fill: {o["colour"]}; stroke: #111; stroke-width: 2"/>')
     groups = [("pale", 1, (0,), "The trunk: an image"), ("c0", 1, (1,), "Branch 1: Count the shapes."),
-              ("c1", 1, (2,), "Branch 2: Point to the star."), ("c2", 2, (0, 1), "A text: What is 3 plus 4?")]
+              ("c1", 1, (2,), "Branch 2: Point to the stars."), ("c2", 2, (0, 1), "A text: What is 3 plus 4?")]
     for colour, e, branches, name in groups:
         group = (ids["example"] == e) & np.isin(ids["branch"], branches)
         (begin, end), = spans(group)
@@ -154,8 +155,7 @@ def landscape(w, h):
     for k, colour in enumerate([(150, 165, 190), (105, 130, 140), (60, 100, 80), (30, 62, 45)]):
         ridge = 0.5 + 0.13 * k + 0.07 * np.sin(x * (3 + 1.3 * k) + 2 * k) + 0.02 * np.sin(x * (13 + 4 * k) + k)
         image = np.where(y > ridge, np.array(colour) * (1 + 0.5 * (y - ridge)), image)
-    noise = np.random.default_rng(0).normal(0, 4, image.shape)
-    return (image + noise).clip(0, 255).astype(np.uint8)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def crops(out, side=189, gap=8, left=232, top=58):
