@@ -59,16 +59,18 @@ def scores(run, out):
     lines = [Line(name, f"c{k}", *values) for k, (name, values) in enumerate(points.items())]
     names = [text(190, 110 + 18 * k, line.name, line.style) for k, line in enumerate(lines)]
     left = plot("Loss, and its mean", "loss, nats per unit of loss weight", losses, True, "minutes")
-    right = plot("Scores", "share of scenes it has never seen", lines, False, "minutes")
-    save_svg(out, 840, 270, "Stage 1 of the small model, from random weights", [
-        f'<g transform="translate(0 35)">{left}</g><g transform="translate(420 35)">{right}{"".join(names)}</g>'])
+    right = plot("Scores", "share, of scenes that it has never seen", lines, False, "minutes")
+    save_svg(out, 840, 280, "Stage 1 of the small model, from random weights", [
+        f'<g transform="translate(0 46)">{left}</g><g transform="translate(420 46)">{right}{"".join(names)}</g>'])
 
 
-def tree(out, cell=7, left=316, top=62):
+def tree(out, cell=7, left=336, top=62):
     """The mask of a small sequence: an image with two branches, and a text beside it."""
     scenes = (toy.draw_scene(random.Random(k)) for k in itertools.count())
-    scene = next(scene for scene in scenes if (len(scene["objects"]), len(toy.select(scene, None, "star"))) == (3, 2))
-    points = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(toy.select(scene, None, "star"))]
+    stars = lambda scene: toy.select(scene, None, "star")
+    colours = lambda scene: {o["colour"] for o in scene["objects"]}
+    scene = next(scene for scene in scenes if (len(stars(scene)), len(colours(scene))) == (2, 3))
+    points = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(stars(scene))]
     records = [
         dict(image="scene.png", width=96, height=96, annotations=[
             dict(task="counting", prompt="Count the shapes.", answer="3"),
@@ -85,9 +87,9 @@ def tree(out, cell=7, left=316, top=62):
 
     parts = [text(left, top - 8, "Each token, a row, sees the coloured ones, the columns.", "pale"),
              text(left + T * cell + 16, top + T * cell - 3, "learned", "pale"),
-             box(left, top, T * cell, T * cell, "pale", 0.1), box(left - 132, top + 24, 110, 110, "pale", 0.4)]
+             box(left, top, T * cell, T * cell, "pale", 0.1), box(left - 122, top + 24, 100, 100, "pale", 0.4)]
     for o in scene["objects"]:  # the image
-        corners = " ".join(f"{left - 132 + 110 * x:.1f},{top + 24 + 110 * y:.1f}" for x, y in o["polygon"])
+        corners = " ".join(f"{left - 122 + 100 * x:.1f},{top + 24 + 100 * y:.1f}" for x, y in o["polygon"])
         parts.append(f'<polygon points="{corners}" style="fill: {o["colour"]}; stroke: #111; stroke-width: 2"/>')
     groups = [("pale", 1, (0,), "The trunk: an image"), ("c0", 1, (1,), "Branch 1: Count the shapes."),
               ("c1", 1, (2,), "Branch 2: Point to the stars."), ("c2", 2, (0, 1), "A text: What is 3 plus 4?")]
@@ -136,8 +138,8 @@ def packed(out, n=8, left=16):
                 parts.append(box(x + begin, y + height + 3, end - begin, 4, colour))
             x += plan.n_tokens
             parts.append(box(x - 1, y, 1, height, "bare"))
-        y += height + 4 if k else height + 34
-    parts.append(text(left, 132, "Learned of the first one: the answers. The others:", "pale"))
+        y += height + 4 if k else height + 36
+    parts.append(text(left, 134, "Learned of the first one: the answers. The others:", "pale"))
     n_examples = sum(map(len, sequences))
     fill = sum(plan.n_tokens for plans in sequences for plan in plans) / (n * cfg.seq_len)
     parts.append(text(left, y + 14, f"{n_examples} examples fill {fill:.1%}. As many sequences with one example each "
@@ -225,7 +227,7 @@ def ulysses_exchange(out, cell=26):
             begin = tops[rank] + (2 * piece + 1) * cell
             parts.append(f'<path class="c{rank}" d="M{side},{begin}C{side + turn},{begin} {x},{bend} {x},{y}"/>')
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(exchange, (folder,), 2)
+        torch.multiprocessing.start_processes(exchange, (folder,), 2, start_method="forkserver")
         for rank, name in itertools.product((0, 1), stations):
             left, words = stations[name]
             top = tops[rank] + (cell if name == "during" else 0)
@@ -240,8 +242,10 @@ def ulysses_exchange(out, cell=26):
 
 def answers(runs, out):
     """What the checkpoints of both stages answer: a sheet of held-out scenes, a clip with its track."""
+    sheet = os.path.join(out, "toy.png")
     evaluation.evaluate_scenes(*sample.load(os.path.join(runs, "pretrain", "latest")),
-                               os.path.join(toy.FOLDER, "eval"), 320, os.path.join(out, "toy.png"))
+                               os.path.join(toy.FOLDER, "eval"), 320, sheet)
+    Image.open(sheet).quantize(128).save(sheet, optimize=True)  # a third of the bytes
     clip = os.path.join(toy.FOLDER, "clips", "eval", "video", "00024.mp4")
     said = "".join(sample.Chat(*sample.load(os.path.join(runs, "sft", "latest")), [clip]).ask("Track the red circle."))
     _, sheet = draw("video", [clip], sample.parse_points(said, "video"), os.path.join(out, "track.gif"))
