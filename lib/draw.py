@@ -243,7 +243,7 @@ def draw(kind, paths, points, out, segmenter=None):
 def contact_sheet(cells, path, columns=6, side=150):
     """A page of questions about images: true points as circles, predicted ones as crosses, prompt and answer below.
     cells: [(image file, prompt, answer, true points, predicted points)]."""
-    wrap = functools.partial(textwrap.wrap, width=27, placeholder=" ...")  # as many characters as an image is wide
+    wrap = functools.partial(textwrap.wrap, width=29, placeholder=" ...")  # as many characters as an image is wide
     words = []  # (colour, line) below each image
     for _, prompt, text, _, _ in cells:
         words.append([((0, 80, 160), line) for line in wrap(prompt)]

@@ -3,10 +3,11 @@ import json
 import os
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
-from conftest import picture, write_lines
+from conftest import picture, video, write_lines
 from PIL import Image, ImageDraw
 
 import eval as evaluation
@@ -49,7 +50,7 @@ def test_the_mask_of_the_tree_is_the_rule_told_by_hand(tmp_path):
             same = group[row] == group[column] or group[column] == "pale" and group[row] != "c2"
             assert ((row, column) in sees) == (same and (causal or is_image)), (row, column)
             assert sees.get((row, column), group[column]) == group[column]
-    assert "There are none." not in words(svg) and any(word.startswith("<point") or "point" in word for word in words(svg))
+    assert "3" in words(svg) and "7" in words(svg) and any("&lt;point" in word for word in words(svg))
 
 
 def test_the_packed_sequences_hold_all_their_tokens(tmp_path, world, monkeypatch):
@@ -100,21 +101,30 @@ def test_the_crops_show_the_picture_at_both_resolutions(tmp_path):
 
 
 def test_figures_want_the_runs(tmp_path, monkeypatch, capsys):
-    for args, message in ((["--figures", str(tmp_path)], "there is no pretrain/latest in it"),
+    for args, message in ((["--figures", str(tmp_path)], "must hold the runs pretrain and sft of the toy world"),
                           ([], "name JSONL files, folders of them, or the folders of runs")):
         monkeypatch.setattr(sys, "argv", ["show", *args])
         with pytest.raises(SystemExit) as stopped:
             show.main()
         assert stopped.value.code == 2 and message in capsys.readouterr().err
     written = []
-    for name in ("scores", "tree", "packed", "crops", "ulysses_exchange", "answers"):
+    for name in ("scores", "tree", "packed", "crops", "ulysses_exchange"):
         monkeypatch.setattr(figures, name, lambda *args, name=name: written.append((name, *args)))
-    for stage in ("pretrain", "sft"):
-        os.makedirs(tmp_path / stage / "latest")
+    chat = types.SimpleNamespace(ask=lambda question: ["<point 0, 0.5, 0.5, 0> <point 0.5, 0.9, 0.5, 0>"])
+    monkeypatch.setattr(figures.sample, "load", lambda path: [path])
+    monkeypatch.setattr(figures.sample, "Chat", lambda path, clip: chat)
+    os.makedirs(tmp_path / "toy/clips/eval/video")
+    video(tmp_path / "toy/clips/eval/video/00024.mp4")
+    monkeypatch.setattr(figures.toy, "FOLDER", str(tmp_path / "toy"))
+    os.makedirs(tmp_path / "sft" / "latest")
+    for k in (100, 200):
+        picture(str(tmp_path / f"pretrain/samples/step_{k:07d}.png"), (k, 0, 0))
     monkeypatch.setattr(sys, "argv", ["show", "--figures", str(tmp_path), "--out", str(tmp_path / "new")])
     show.main()
-    assert len(written) == 6 and capsys.readouterr().out == f"{tmp_path}/new has the pictures\n"
-    assert json.dumps(written).count(str(tmp_path / "new")) == 6
+    assert len(written) == 5 and capsys.readouterr().out == f"{tmp_path}/new has the pictures\n"
+    assert json.dumps(written).count(str(tmp_path / "new")) == 5
+    assert sorted(os.listdir(tmp_path / "new")) == ["toy.png", "track.gif"]
+    assert Image.open(tmp_path / "new" / "toy.png").convert("RGB").getpixel((0, 0)) == (200, 0, 0)  # the last one
 
 
 # ---- contact sheets ----------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_refused_records_come_first_and_videos_are_strips(tmp_path, monkeypatch,
         (4, True), (5, True), (7, True), (1, False), (2, False), (3, False)]
     assert all(f'id="{where}"' in page for where, _ in links)
     assert page.count('<div class="strip">') == 1 and "<b>" not in page
-    assert "4 records to train on, 3 others" in page and "all of it is left out" in page
+    assert "of 7 records 4 can be used" in page and "all of it is left out" in page
     rows = rows_of(page)
     assert ["image", "3"] in rows and ["video", "1"] in rows and ["image_pointing", "3"] in rows
     assert ["points", "0", "1", "1", ""] in rows

@@ -5,8 +5,9 @@ The pictures of the README. They show what the code itself computes, and what th
 
     scores.svg    log.jsonl of stage 1 over minutes           packed.svg    data.Stream, Packer: sequences of stage 2
     tree.svg      model.may_attend: who sees whom             crops.jpg     lib.media.image_layout, image_crops
-    ulysses.svg   ulysses.all_to_all on two ranks             toy.png, track.gif    answers of the two checkpoints
+    ulysses.svg   ulysses.all_to_all on two ranks             toy.png, track.gif    answers of both models
 """
+import glob
 import itertools
 import json
 import os
@@ -16,10 +17,8 @@ import tempfile
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from PIL import Image, ImageDraw
 
-import eval as evaluation
 import pretrain
 import sample
 import sft
@@ -34,6 +33,9 @@ from lib.records import parse_record
 from lib.report import smooth
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
+
+SMALL = PRESETS["small"]
+TOKENIZER = Tokenizer(SMALL_TOKENIZER, SMALL.vocab)
 
 
 def spans(marked):
@@ -59,37 +61,37 @@ def scores(run, out):
     lines = [Line(name, f"c{k}", *values) for k, (name, values) in enumerate(points.items())]
     names = [text(190, 110 + 18 * k, line.name, line.style) for k, line in enumerate(lines)]
     left = plot("Loss, and its mean", "loss, nats per unit of loss weight", losses, True, "minutes")
-    right = plot("Scores", "share of scenes it has never seen", lines, False, "minutes")
-    save_svg(out, 840, 270, "Stage 1 of the small model, from random weights", [
-        f'<g transform="translate(0 35)">{left}</g><g transform="translate(420 35)">{right}{"".join(names)}</g>'])
+    right = plot("Scores", "share, of scenes that it has never seen", lines, False, "minutes")
+    save_svg(out, 840, 280, "Stage 1 of the small model, from random weights", [
+        f'<g transform="translate(0 46)">{left}</g><g transform="translate(420 46)">{right}{"".join(names)}</g>'])
 
 
-def tree(out, cell=8, left=316, top=62):
+def tree(out, cell=7, left=336, top=62):
     """The mask of a small sequence: an image with two branches, and a text beside it."""
-    scene = toy.draw_scene(random.Random(2))
-    stars = [dict(x=o["x"], y=o["y"], id=i) for i, o in enumerate(toy.select(scene, None, "star"))]
+    shapes = [("red", "star", 0.25, 0.7), ("purple", "star", 0.4, 0.25), ("yellow", "circle", 0.75, 0.65)]
+    points = [dict(x=x, y=y, id=i) for i, (_, _, x, y) in enumerate(shapes[:2])]
     records = [
         dict(image="scene.png", width=96, height=96, annotations=[
-            dict(task="counting", prompt="Count the shapes.", answer=str(len(scene["objects"]))),
-            dict(task="image_pointing", prompt="Point to the star.", points=stars)]),
+            dict(task="counting", prompt="Count the shapes.", answer=str(len(shapes))),
+            dict(task="image_pointing", prompt="Point to the stars.", points=points)]),
         dict(annotations=[dict(task="text", prompt="What is 3 plus 4?", answer="7")])]
-    cfg = PRESETS["small"]
-    planner = Planner(Tokenizer(SMALL_TOKENIZER, cfg.vocab), cfg, seq_len=100)
+    planner = Planner(TOKENIZER, SMALL, seq_len=100)
     plans = [planner.plan(parse_record(json.dumps(record).encode()), ".", random.Random(0))[0][0] for record in records]
     T = sum(plan.n_tokens for plan in plans)
-    ids, *_ = decode(plans, cfg, T, load=lambda *_: np.zeros((1, cfg.patches, 1), np.uint8))  # no pixel is needed
+    ids, *_ = decode(plans, SMALL, T, load=lambda *_: np.zeros((1, SMALL.patches, 1), np.uint8))  # no pixel is needed
     tokens, example, branch = (torch.from_numpy(ids[name]) for name in ("tokens", "example", "branch"))
     place = torch.arange(T)
-    sees = may_attend(place[:, None], place, example, branch, is_vision(tokens, cfg.vocab)).numpy()  # (T, T)
+    sees = may_attend(place[:, None], place, example, branch, is_vision(tokens, SMALL.vocab)).numpy()  # (T, T)
 
     parts = [text(left, top - 8, "Each token, a row, sees the coloured ones, the columns.", "pale"),
              text(left + T * cell + 16, top + T * cell - 3, "learned", "pale"),
-             box(left, top, T * cell, T * cell, "pale", 0.1), box(left - 132, top + 24, 110, 110, "pale", 0.4)]
-    for o in scene["objects"]:  # the image
-        corners = " ".join(f"{left - 132 + 110 * x:.1f},{top + 24 + 110 * y:.1f}" for x, y in o["polygon"])
-        parts.append(f'<polygon points="{corners}" style="fill: {o["colour"]}; stroke: #111; stroke-width: 2"/>')
+             box(left, top, T * cell, T * cell, "pale", 0.1), box(left - 122, top + 24, 100, 100, "pale", 0.4)]
+    for colour, shape, x, y in shapes:  # the image
+        corners = (toy.outline(shape, 20, 0.1) + (left - 122 + 100 * x, top + 24 + 100 * y)).round(1)
+        points = " ".join(map(str, corners.ravel()))
+        parts.append(f'<polygon points="{points}" style="fill: {colour}; stroke: #111; stroke-width: 2"/>')
     groups = [("pale", 1, (0,), "The trunk: an image"), ("c0", 1, (1,), "Branch 1: Count the shapes."),
-              ("c1", 1, (2,), "Branch 2: Point to the star."), ("c2", 2, (0, 1), "A text: What is 3 plus 4?")]
+              ("c1", 1, (2,), "Branch 2: Point to the stars."), ("c2", 2, (0, 1), "A text: What is 3 plus 4?")]
     for colour, e, branches, name in groups:
         group = (ids["example"] == e) & np.isin(ids["branch"], branches)
         (begin, end), = spans(group)
@@ -100,8 +102,7 @@ def tree(out, cell=8, left=316, top=62):
                 parts.append(box(left + first * cell, top + row * cell, (last - first) * cell, cell, colour))
         for first, last in spans(group & (ids["weights"] > 0)):  # its last target ends the answer
             parts += [box(left + T * cell + 6, top + first * cell, 5, (last - first) * cell - 1, colour),
-                      text(left - 22, y + 30, planner.tokenizer.decode(ids["targets"][first:last - 1].tolist()),
-                           "code", "end")]
+                      text(left - 22, y + 30, TOKENIZER.decode(ids["targets"][first:last - 1].tolist()), "code", "end")]
     lines = "".join(f"M{left + k * cell},{top}v{T * cell}M{left},{top + k * cell}h{T * cell}" for k in range(T + 1))
     parts.append(f'<path d="{lines}" class="bare" style="stroke-width: 1"/>')
     save_svg(out, left + T * cell + 80, top + T * cell + 20, "A message tree in a sequence, and its mask", parts)
@@ -110,9 +111,7 @@ def tree(out, cell=8, left=316, top=62):
 def packed(out, n=8, left=16):
     """The first sequences of the small model's stage 2, a pixel a token; below the first one, what is learned."""
     cfg = pretrain.parse(sft.DEFAULTS, sft.PRESETS, [])
-    model = PRESETS[cfg.config]
-    planner = Planner(Tokenizer(SMALL_TOKENIZER, model.vocab), model, cfg.seq_len, max_frames=cfg.max_frames,
-                      max_crops=cfg.max_crops)
+    planner = Planner(TOKENIZER, SMALL, cfg.seq_len, max_frames=cfg.max_frames, max_crops=cfg.max_crops)
     stream = Stream(pretrain.open_data(cfg)[0], planner, cfg.seed)
     sequences = [packed.plans for packed in itertools.islice(stream.sequences(), n)]
     parts = [text(left + 440, 55, "solid: the media; pale: questions and answers", "pale")]
@@ -126,8 +125,7 @@ def packed(out, n=8, left=16):
         for plan in plans:
             colour = "c2"  # text
             if plan.media:
-                is_video = bool(plan.media[0][1].times)
-                colour = "c1" if is_video else "c0" if len(plan.media) == 1 else "c3"
+                colour = "c1" if plan.media[0][1].times else "c3" if len(plan.media) > 1 else "c0"
             for b in range(plan.branch.max() + 1):
                 for begin, end in spans(plan.branch == b):
                     parts.append(box(x + begin, y, end - begin - 0.5, height, colour, 0.45 if b else 1))
@@ -135,12 +133,12 @@ def packed(out, n=8, left=16):
                 parts.append(box(x + begin, y + height + 3, end - begin, 4, colour))
             x += plan.n_tokens
             parts.append(box(x - 1, y, 1, height, "bare"))
-        y += height + 4 if k else height + 34
-    parts.append(text(left, 132, "Learned of the first one: the answers. The others:", "pale"))
-    n_examples = sum(map(len, sequences))
-    fill = sum(plan.n_tokens for plans in sequences for plan in plans) / (n * cfg.seq_len)
-    parts.append(text(left, y + 14, f"{n_examples} examples fill {fill:.1%}. As many sequences with one example each "
-                      f"would be filled to {fill * n / n_examples:.0%}."))
+        y += height + 4 if k else height + 36
+    parts.append(text(left, 134, "Learned of the first one: the answers. The others:", "pale"))
+    plans = sum(sequences, [])
+    fill = sum(plan.n_tokens for plan in plans) / (n * cfg.seq_len)
+    parts.append(text(left, y + 14, f"{len(plans)} examples fill {fill:.1%}. As many sequences with one example each "
+                      f"would be filled to {fill * n / len(plans):.0%}."))
     title = f"{n} sequences of {cfg.seq_len} tokens, as stage 2 packs them"
     save_svg(out, cfg.seq_len + 2 * left, y + 30, title, parts)
 
@@ -154,8 +152,7 @@ def landscape(w, h):
     for k, colour in enumerate([(150, 165, 190), (105, 130, 140), (60, 100, 80), (30, 62, 45)]):
         ridge = 0.5 + 0.13 * k + 0.07 * np.sin(x * (3 + 1.3 * k) + 2 * k) + 0.02 * np.sin(x * (13 + 4 * k) + k)
         image = np.where(y > ridge, np.array(colour) * (1 + 0.5 * (y - ridge)), image)
-    noise = np.random.default_rng(0).normal(0, 4, image.shape)
-    return (image + noise).clip(0, 255).astype(np.uint8)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def crops(out, side=189, gap=8, left=232, top=58):
@@ -196,14 +193,11 @@ def crops(out, side=189, gap=8, left=232, top=58):
     page.save(out, quality=88, subsampling=0)
 
 
-HEADS, TOKENS = 4, 8
-
-
 def exchange(rank, folder):
-    """What one of two ranks holds before attention, during it and after it: numbers, head · TOKENS + token."""
+    """Save what one of two ranks holds of 4 heads and 8 tokens before, in and after attention: 8 · head + token."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    tokens = ulysses.shard_batch(dict(tokens=torch.arange(TOKENS)[None]), -1, rank, 2)["tokens"]  # (1, T/P)
-    before = (torch.arange(HEADS)[:, None] * TOKENS + tokens)[None, ..., None]  # (1, H, T/P, 1)
+    tokens = ulysses.shard_batch(dict(tokens=torch.arange(8)[None]), -1, rank, 2)["tokens"]  # (1, T/P)
+    before = (8 * torch.arange(4)[:, None] + tokens)[None, ..., None]  # (1, H, T/P, 1)
     during = ulysses.all_to_all(before, None)
     after = ulysses.all_to_all(during, None, back=True)
     for name, x in dict(before=before, during=during, after=after).items():
@@ -225,40 +219,33 @@ def ulysses_exchange(out, cell=26):
             begin = tops[rank] + (2 * piece + 1) * cell
             parts.append(f'<path class="c{rank}" d="M{side},{begin}C{side + turn},{begin} {x},{bend} {x},{y}"/>')
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(exchange, (folder,), 2)
+        torch.multiprocessing.start_processes(exchange, (folder,), 2, start_method="forkserver")
         for rank, name in itertools.product((0, 1), stations):
             left, words = stations[name]
             top = tops[rank] + (cell if name == "during" else 0)
             parts += [text(16, tops[rank] + 2 * cell + 4, f"rank {rank}"), text(left, 62, words, "pale")]
             for (row, column), number in np.ndenumerate(np.load(os.path.join(folder, f"{name}{rank}.npy"))):
-                head, token = divmod(int(number), TOKENS)
+                head, token = divmod(int(number), 8)
                 x, y = left + column * cell, top + row * cell
-                parts += [box(x, y, cell - 2, cell - 2, f"c{2 * token // TOKENS}", 1 if 2 * head < HEADS else 0.7),
+                parts += [box(x, y, cell - 2, cell - 2, f"c{token // 4}", 1 if head < 2 else 0.7),
                           text(x + 12, y + 17, f"{'abcd'[head]}{token}", "bare code", "middle")]
     save_svg(out, 770, 395, "Ulysses: two ranks exchange heads, a to d, for tokens, 0 to 7, and back", parts)
 
 
-def answers(runs, out):
-    """What the checkpoints of both stages answer: a sheet of held-out scenes, a clip with its track."""
-    evaluation.evaluate_scenes(*sample.load(os.path.join(runs, "pretrain", "latest")),
-                               os.path.join(toy.FOLDER, "eval"), 320, os.path.join(out, "toy.png"))
-    clip = os.path.join(toy.FOLDER, "clips", "eval", "video", "00024.mp4")
-    said = "".join(sample.Chat(*sample.load(os.path.join(runs, "sft", "latest")), [clip]).ask("Track the red circle."))
-    _, sheet = draw("video", [clip], sample.parse_points(said, "video"), os.path.join(out, "track.gif"))
-    os.remove(sheet)
-
-
 def write_figures(runs, out):
     """Write all pictures into a folder, which is returned. runs: a folder with the runs pretrain and sft."""
-    for stage in ("pretrain", "sft"):
-        if not os.path.exists(os.path.join(runs, stage, "latest")):
-            raise UserError(f"--figures {runs}: there is no {stage}/latest in it; name the folder of the small model's "
-                            "runs, out/small")
+    sheets = sorted(glob.glob(os.path.join(glob.escape(runs), "pretrain", "samples", "*.png")))
+    if not sheets or not os.path.exists(os.path.join(runs, "sft", "latest")):
+        raise UserError(f"--figures {runs}: must hold the runs pretrain and sft of the toy world, as out/small does")
     os.makedirs(out, exist_ok=True)
     scores(os.path.join(runs, "pretrain"), os.path.join(out, "scores.svg"))
     tree(os.path.join(out, "tree.svg"))
     packed(os.path.join(out, "packed.svg"))
     crops(os.path.join(out, "crops.jpg"))
     ulysses_exchange(os.path.join(out, "ulysses.svg"))
-    answers(runs, out)
+    Image.open(sheets[-1]).quantize(128).save(os.path.join(out, "toy.png"), optimize=True)  # a third of the bytes
+    clip = os.path.join(toy.FOLDER, "clips", "eval", "video", "00024.mp4")
+    said = "".join(sample.Chat(*sample.load(os.path.join(runs, "sft", "latest")), [clip]).ask("Track the red circle."))
+    _, sheet = draw("video", [clip], sample.parse_points(said, "video"), os.path.join(out, "track.gif"))
+    os.remove(sheet)
     return out

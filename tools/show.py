@@ -60,7 +60,7 @@ def draw_crop(patches, n, patch, window, points=()):
     for a, p in points:
         x, y = p["x"] * side, p["y"] * side
         pen.ellipse([x - 6, y - 6, x + 6, y + 6], None, colour_of(a, 90, 50), 3)
-        pen.text((x + 7, y - 6), str(p["id"]), colour_of(a, 90, 50), stroke_width=1, stroke_fill="black")
+        pen.text((x + 8, y - 9), str(p["id"]), colour_of(a, 90, 50), stroke_width=1, stroke_fill="black", font_size=18)
     return image
 
 
@@ -107,7 +107,7 @@ def media_html(plan, record, cfg):
     for k, (path, layout) in enumerate(plan.media):
         crops = load_crops(path, layout, n, cfg.patch)
         name = html.escape(os.path.basename(path))
-        out.append(f"<p>{name}: {len(crops)} crops, {len(layout.pool)} visual tokens</p>")
+        out.append(f"<p>{name}, crops: {len(crops)}, visual tokens: {len(layout.pool)}</p>")
         if layout.times:
             out += ['<div class="strip">', *frames_html(layout, crops, n, cfg.patch, points), "</div>"]
         else:
@@ -180,10 +180,10 @@ def packed_html(plans, planner):
     crops = sum(plan.n_crops for plan in plans) / len(sequences)
     trained = sum(int((plan.weights > 0).sum()) for plan in plans)
     fullest = max(sequences, key=len)
-    return (f"<h2>Packed</h2><table><tr><td>{len(plans)} examples in {len(sequences)} sequences"
+    return (f"<h2>Packed</h2><table><tr><td>examples: {len(plans)}, sequences: {len(sequences)}"
             f"<td>tokens {tokens:.0f} of {planner.seq_len} a sequence"
-            f"<td>crops {crops:.1f} of {planner.max_crops}<td>{trained} tokens trained on</table>"
-            f"<p>The mask of the sequence that holds {len(fullest)} examples, white where a token (down) sees "
+            f"<td>crops {crops:.1f} of {planner.max_crops}<td>tokens trained on: {trained}</table>"
+            f"<p>The mask of the sequence that holds most of them, white where a token (down) sees "
             "another (across):</p>" + image_tag(mask_image(fullest, planner.cfg.vocab)))
 
 
@@ -224,7 +224,7 @@ def write_page(checked, planner, n, out):
         usable = [i for i in range(len(dataset)) if dataset.line(i)[2] in sizes]
         others = sorted(set(range(len(dataset))) - set(usable))
         name = html.escape(dataset.name)
-        page.append(f"<h2>{name}: {len(usable):,} records to train on, {len(others):,} others</h2>")
+        page.append(f"<h2>{name}: of {len(dataset):,} records {len(usable):,} can be used</h2>")
         if usable:
             page.append(index_html(dataset, sizes, (planner.seq_len, planner.max_crops)))
         page.append("<ul>")
@@ -234,7 +234,7 @@ def write_page(checked, planner, n, out):
             name = html.escape(where)
             told = f"<span class=bad>{html.escape(refused.get(where, 'all of it is left out'))}</span>"
             if where in sizes:
-                told = "{} tokens, {} crops".format(*sizes[where])
+                told = "tokens: {}, crops: {}".format(*sizes[where])
             page.append(f'<li><a href="#{name}">{name}</a>: {told}')
             sections.append(f'<h2 id="{name}">{name}</h2>')
             try:
@@ -249,7 +249,7 @@ def write_page(checked, planner, n, out):
                 sections.append(f'<p class="bad">left out: {html.escape(reason)}</p>')
             for plan in plans:
                 trained = int((plan.weights > 0).sum())
-                sections.append(f"<p>{plan.n_tokens} tokens, {plan.n_crops} crops, {trained} trained on</p>")
+                sections.append(f"<p>tokens: {plan.n_tokens}, crops: {plan.n_crops}, trained on: {trained}</p>")
                 sections.append(tokens_html(plan, planner.tokenizer))
             packed += plans
         page += ["</ul>", *sections]
@@ -305,7 +305,8 @@ def main():
     parser.add_argument("--figures", metavar="RUNS", help="draw the pictures of the README from the runs in RUNS")
     parser.add_argument("--show", type=int, default=0, metavar="N",
                         help="write a page with N records of each file, and N that cannot be used before them")
-    parser.add_argument("--out", help="where the page goes [data.html; report.html in the run, runs.html of several; assets]")
+    parser.add_argument("--out", help="where the page goes [data.html; report.html in the run, runs.html of several], "
+                        "or the pictures [assets]")
     parser.add_argument("--config", default="small", choices=list(PRESETS), help="whose crops and patches [small]")
     parser.add_argument("--tokenizer", default=SMALL_TOKENIZER, help="tokenizer.json of that model [the small one]")
     parser.add_argument("--stage", choices=list(STAGES), help="whose limits [sft of videos, else pretrain]")
