@@ -220,8 +220,8 @@ class Handler(PageHandler):
             return self.respond(200, talk.picture(int(query["k"])), "image/jpeg")
         turn = talk.turns[int(query["turn"])]
         if path == "/saw":
-            return self.respond(200, talk.saw(turn).encode(), "text/html; charset=utf-8", "default-src 'none'; "
-                                "img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'")
+            policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'"
+            return self.respond(200, talk.saw(turn).encode(), "text/html; charset=utf-8", policy=policy)
         name, body = talk.drawn(turn, int(query["k"])) if path == "/drawn" else talk.record(turn, demo.checkpoint)
         self.respond(200, body, "application/octet-stream", Content_Disposition=f"attachment; filename={name}")
 
