@@ -579,7 +579,7 @@ def test_a_person_drops_asks_stops_reloads_and_goes_on(browser, served):
     assert head.ids
     head.ids.clear()
     browser.js("delete document.body.dataset.ready, location.reload()")
-    browser.until("document.body?.dataset.ready === 'yes' && talk && document.querySelectorAll('.answer').length === 2")
+    browser.until("document.body?.dataset.ready === 'yes' && talk && talk.turns.length === 2 && pictures[0].naturalWidth")
     texts = browser.js("[...document.querySelectorAll('.question, .answer')].map(e => e.textContent)")
     assert texts[:3] == ["Point to the specks.", POINTS, "<img src=x onerror=alert(1)>"] and texts[3].startswith("<b>b")
     assert not browser.js("document.querySelector('#turns b, #turns img')")

@@ -146,8 +146,8 @@ class Talk:
 
 def read_examples(folder):
     """Held-out images and clips of the toy world, as far as it is drawn: [(paths, prompts)]."""
-    found = {}  # paths -> prompts
-    for name, n in (("eval/scenes", 8), ("clips/eval/tracks", 8), ("clips/eval/clips", 8), ("eval/pairs", 2)):
+    found = {}  # paths -> {prompt: None}, each once and in order
+    for name, n in (("eval/scenes", 6), ("clips/eval/tracks", 6), ("clips/eval/clips", 6), ("eval/pairs", 2)):
         path = os.path.join(folder, name + ".jsonl")
         if not os.path.exists(path):
             continue
@@ -158,8 +158,8 @@ def read_examples(folder):
                 names = media if isinstance(media, list) else [media]
                 paths = tuple(inside_folder(os.path.dirname(path), name) for name in names)
                 with_points_first = sorted(record["annotations"], key=lambda a: not a.get("points"))
-                found.setdefault(paths, []).extend(a["prompt"] for a in with_points_first)
-    return [(list(paths), prompts[:5]) for paths, prompts in found.items()]
+                found.setdefault(paths, {}).update((a["prompt"], None) for a in with_points_first)
+    return [(list(paths), list(prompts)[:5]) for paths, prompts in found.items()]
 
 
 class Demo(LocalServer):
