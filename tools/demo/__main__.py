@@ -11,9 +11,8 @@ A page that answers: ask a checkpoint about images and videos in a browser on th
     play          GET /frame ──► the k-th frame as a JPEG
     look closer   GET /saw ────► the crops and tokens that the model got for a question
 
-A video goes to the page as pictures of its frames and not as a file: browsers play few of the formats that are read
-here, and each picture has a time, so that a point is drawn on the very frame it belongs to. The page keeps nothing but
-the name of its talk. Whoever closes it ends the answer that is on its way.
+A video goes to the page as pictures of its frames: browsers play few of the formats that are read here, and a point is
+drawn on the very frame it belongs to. The page keeps nothing but the name of its talk; closing it ends its answer.
 """
 import argparse
 import contextlib
@@ -187,7 +186,8 @@ class Demo(LocalServer):
         """A new talk about some files. The oldest ones make room for it."""
         try:
             talk = Talk(self.model, self.planner, paths, folder, prompts)
-        except UserError as e:
+        except (UserError, OSError) as e:
+            shutil.rmtree(folder or "", ignore_errors=True)
             raise UserError(plain(e, paths)) from None
         with self.lock:
             self.talks[talk.name] = talk
@@ -227,24 +227,15 @@ class Handler(PageHandler):
 
     def post(self, path, query):
         if path == "/media":
-            self.respond(200, self.upload(json.loads(query["files"])).shown)
+            folder, paths = self.receive(json.loads(query["files"]), self.server.folder, UPLOAD)
+            self.respond(200, self.server.begin(paths, folder).shown)
         elif path == "/example":
             paths, prompts = self.server.examples[self.json_body()["k"]]
             self.respond(200, self.server.begin(paths, prompts=prompts).shown)
         elif path == "/ask":
             self.ask(self.json_body())
         else:
-            self.close_connection = True  # its body is not read
-            self.not_here(path)
-
-    def upload(self, files):
-        """A talk about the files of the body."""
-        folder = tempfile.mkdtemp(dir=self.server.folder)
-        try:
-            return self.server.begin(self.receive(files, folder, UPLOAD), folder)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+            raise LookupError(path)
 
     def ask(self, request):
         """Stream the answer to a question, as lines of JSON. {place}: how many questions come before; {text, points};
