@@ -14,8 +14,10 @@ import json
 import os
 import re
 import select
+import shutil
 import socket
 import sys
+import tempfile
 import urllib.parse
 
 from PIL import Image
@@ -103,24 +105,30 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
             raise ValueError("the body must be application/json")
         return json.loads(body)
 
-    def receive(self, files, folder, limit):
-        """Write a body that is some files, one after the other, to folder/0/NAME, folder/1/NAME, ...: their paths.
-        files: [[name, bytes]], as many bytes as the body has. Of a name only letters, digits, _, . and - are kept."""
+    def receive(self, files, parent, limit):
+        """Write a body that is some files, one after the other, into a new folder of `parent`: (folder, their paths
+        folder/0/NAME, folder/1/NAME, ...). files: [[name, bytes]], as many bytes as the body has, at most `limit`. Of
+        a name only letters, digits, _, . and - are kept."""
         if sum(size for _, size in files) != self.length(limit) or min(size for _, size in files) < 0:
             raise ValueError(f"{files} are not as long as the body")
-        paths = []
-        for k, (name, size) in enumerate(files):
-            name = re.sub(r"[^\w.-]", "_", os.path.basename(name))[-60:].lstrip(".") or "file"
-            paths.append(os.path.join(folder, str(k), name))
-            os.mkdir(os.path.dirname(paths[-1]))
-            with open(paths[-1], "wb") as f:
-                while size:
-                    part = self.rfile.read(min(size, 1 << 20))
-                    if not part:
-                        raise ConnectionError("the upload broke off")
-                    f.write(part)
-                    size -= len(part)
-        return paths
+        folder = tempfile.mkdtemp(dir=parent)
+        try:
+            paths = []
+            for k, (name, size) in enumerate(files):
+                name = re.sub(r"[^\w.-]", "_", os.path.basename(name))[-60:].lstrip(".") or "file"
+                paths.append(os.path.join(folder, str(k), name))
+                os.mkdir(os.path.dirname(paths[-1]))
+                with open(paths[-1], "wb") as f:
+                    while size:
+                        part = self.rfile.read(min(size, 1 << 20))
+                        if not part:
+                            raise ConnectionError("the upload broke off")
+                        f.write(part)
+                        size -= len(part)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        return folder, paths
 
     def send_line(self, event):
         """Send the next line of a response of unknown length, as JSON."""

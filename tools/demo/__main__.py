@@ -11,9 +11,8 @@ A page that answers: ask a checkpoint about images and videos in a browser on th
     play          GET /frame ──► the k-th frame as a JPEG
     look closer   GET /saw ────► the crops and tokens that the model got for a question
 
-A video goes to the page as pictures of its frames and not as a file: browsers play few of the formats that are read
-here, and each picture has a time, so that a point is drawn on the very frame it belongs to. The page keeps nothing but
-the name of its talk. Whoever closes it ends the answer that is on its way.
+A video goes to the page as pictures of its frames: browsers play few of the formats that are read here, and a point is
+drawn on the very frame it belongs to. The page keeps nothing but the name of its talk; closing it ends its answer.
 """
 import argparse
 import contextlib
@@ -146,8 +145,8 @@ class Talk:
 
 def read_examples(folder):
     """Held-out images and clips of the toy world, as far as it is drawn: [(paths, prompts)]."""
-    found = {}  # paths -> prompts
-    for name, n in (("eval/scenes", 8), ("clips/eval/tracks", 8), ("clips/eval/clips", 8), ("eval/pairs", 2)):
+    found = {}  # paths -> {prompt: None}, each once and in order
+    for name, n in (("eval/scenes", 6), ("clips/eval/tracks", 6), ("clips/eval/clips", 6), ("eval/pairs", 2)):
         path = os.path.join(folder, name + ".jsonl")
         if not os.path.exists(path):
             continue
@@ -158,8 +157,8 @@ def read_examples(folder):
                 names = media if isinstance(media, list) else [media]
                 paths = tuple(inside_folder(os.path.dirname(path), name) for name in names)
                 with_points_first = sorted(record["annotations"], key=lambda a: not a.get("points"))
-                found.setdefault(paths, []).extend(a["prompt"] for a in with_points_first)
-    return [(list(paths), prompts[:5]) for paths, prompts in found.items()]
+                found.setdefault(paths, {}).update((a["prompt"], None) for a in with_points_first)
+    return [(list(paths), list(prompts)[:5]) for paths, prompts in found.items()]
 
 
 class Demo(LocalServer):
@@ -187,7 +186,8 @@ class Demo(LocalServer):
         """A new talk about some files. The oldest ones make room for it."""
         try:
             talk = Talk(self.model, self.planner, paths, folder, prompts)
-        except UserError as e:
+        except (UserError, OSError) as e:
+            shutil.rmtree(folder or "", ignore_errors=True)
             raise UserError(plain(e, paths)) from None
         with self.lock:
             self.talks[talk.name] = talk
@@ -220,31 +220,22 @@ class Handler(PageHandler):
             return self.respond(200, talk.picture(int(query["k"])), "image/jpeg")
         turn = talk.turns[int(query["turn"])]
         if path == "/saw":
-            return self.respond(200, talk.saw(turn).encode(), "text/html; charset=utf-8", "default-src 'none'; "
-                                "img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'")
+            policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'"
+            return self.respond(200, talk.saw(turn).encode(), "text/html; charset=utf-8", policy=policy)
         name, body = talk.drawn(turn, int(query["k"])) if path == "/drawn" else talk.record(turn, demo.checkpoint)
         self.respond(200, body, "application/octet-stream", Content_Disposition=f"attachment; filename={name}")
 
     def post(self, path, query):
         if path == "/media":
-            self.respond(200, self.upload(json.loads(query["files"])).shown)
+            folder, paths = self.receive(json.loads(query["files"]), self.server.folder, UPLOAD)
+            self.respond(200, self.server.begin(paths, folder).shown)
         elif path == "/example":
             paths, prompts = self.server.examples[self.json_body()["k"]]
             self.respond(200, self.server.begin(paths, prompts=prompts).shown)
         elif path == "/ask":
             self.ask(self.json_body())
         else:
-            self.close_connection = True  # its body is not read
-            self.not_here(path)
-
-    def upload(self, files):
-        """A talk about the files of the body."""
-        folder = tempfile.mkdtemp(dir=self.server.folder)
-        try:
-            return self.server.begin(self.receive(files, folder, UPLOAD), folder)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+            raise LookupError(path)
 
     def ask(self, request):
         """Stream the answer to a question, as lines of JSON. {place}: how many questions come before; {text, points};
