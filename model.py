@@ -417,14 +417,13 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of one layer for tokens already read, in buffers as long as the answer may get."""
 
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, cfg, x, length):
+        """x: (B, ·, D), of the type and on the device of what will be kept."""
         self.used = 0
-        self.k = self.v = None
+        self.k = x.new_empty(len(x), cfg.kv_heads, length, cfg.head_dim)
+        self.v = torch.empty_like(self.k)
 
     def append(self, k, v):
-        if self.k is None:
-            self.k, self.v = (y.new_empty(*y.shape[:2], self.length, y.shape[3]) for y in (k, v))
         end = self.used + k.shape[2]
         self.k[:, :, self.used:end] = k
         self.v[:, :, self.used:end] = v
@@ -682,14 +681,15 @@ class Molmo2(nn.Module):
         pos, example, branch = self.plain(tokens, pos, example, branch)
         B, T = tokens.shape
         # 1. Read the prompts.
-        caches = [KVCache(T + max_new_tokens) for _ in self.transformer.blocks]
+        x = self.embed(tokens, crops, pool, features)
+        # All buffers before the first layer runs: between what it makes and frees they would leave gaps of memory.
+        caches = [KVCache(self.cfg, x, T + max_new_tokens) for _ in self.transformer.blocks]
         vision = is_vision(tokens, self.cfg.vocab)
         dense = T <= QUERIES or self.cfg.window
         mask = dense_mask(example, branch, vision) if dense else (example, branch, vision)
         each = torch.arange(B, device=tokens.device)
         last = (example > 0).sum(1) - 1
-        x = self.transformer(self.embed(tokens, crops, pool, features), pos, mask, caches=caches,
-                             wanted=each * T + last)  # (B, D)
+        x = self.transformer(x, pos, mask, caches=caches, wanted=each * T + last)  # (B, D)
 
         # 2. Go on from each prompt's last token. A new token sees what that one sees, and all new tokens before it.
         next_pos = pos[each, last] + 1

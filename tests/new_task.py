@@ -123,7 +123,9 @@ def main():
         checkpoint = args.init_from if way == "before" else train(way, args, clips)
         trained = time.time()
         table[way] = scores(checkpoint, clips, args.toy, args.limit)
-        print(f"{way}: trained {trained - began:.0f} s, asked {time.time() - trained:.0f} s", flush=True)
+        new, old = map(mean, table[way])
+        print(f"{way}: new {new:.3f}, old {old:.3f}; trained {trained - began:.0f} s, asked {time.time() - trained:.0f} s",
+              flush=True)
     print(f"\nseed {args.seed}, {args.steps} steps".ljust(36) + "".join(f"{way:>16}" for way in table))
     for title, i in (("new", 0), ("old", 1)):
         for name in table["before"][i]:

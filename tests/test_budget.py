@@ -180,7 +180,7 @@ def test_readmes_table_of_gpus_is_what_the_command_prints():
 @pytest.mark.parametrize("frames", budget.ASK.values())
 def test_asking_small_takes_what_the_table_says(frames, monkeypatch):
     """All tensors that live at once while it reads a prompt of as many tokens, with room for an answer of 2,048."""
-    monkeypatch.setattr(ViT, "AT_ONCE", dict(cpu=ViT.AT_ONCE["cuda"]))
+    monkeypatch.setattr(ViT, "AT_ONCE", dict(ViT.AT_ONCE, cpu=ViT.AT_ONCE["cuda"]))
     model = Molmo2("small").bfloat16().eval()
     crops, windows, K = (384, 384 * 9, 9) if frames else (1, 16, 4)
     tokens = torch.full((1, windows + 8 * frames + 256), 7)
