@@ -276,7 +276,8 @@ def numbered(points):
         ids = sorted(ids)
         if ids[0] == 0 and ids[-1] < 100:
             ids = list(range(100))
-    points = [p._replace(id=ids.index(p.id)) for p in points]
+    order = {i: n for n, i in enumerate(ids)}
+    points = [p._replace(id=order[p.id]) for p in points]
     return sorted(points, key=lambda p: (p.t or 0, p.id))
 
 
