@@ -473,7 +473,8 @@ def convert(args):
     if not records and failed == len(files):
         return failed
     if not records:
-        raise UserError(f"--out {args.out}: not written, as no label can be used: {dict(collection.reasons)}")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in collection.reasons.most_common())
+        raise UserError(f"--out {args.out}: not written, as no label can be used: {reasons or 'the files have none'}")
     with open(args.out, "w", encoding="utf-8") as f:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -161,7 +161,7 @@ def coco_labels(a, tables, k=None):
         label = label._replace(refuse="a crowd, not one object")
     if video:
         files = video.get("file_names") or [media.get("file_name")]
-        name = video.get("name") or video.get("file_name") or os.path.dirname(files[0])
+        name = video.get("name") or video.get("file_name") or os.path.dirname(str(files[0]).replace("\\", "/"))
         frame = media.get("frame_id", media.get("frame_index")) if k is None else k
         label = label._replace(media=name, frame=frame, still=files[k or 0], id=label.id if k is None else a["id"])
     labels = [label._replace(**shape)] if shape else []
