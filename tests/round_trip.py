@@ -174,8 +174,9 @@ def review(file, clips):
 def run(folder, *words):
     """Run a command of this repository in `folder`, and print it; what it prints goes to FOLDER/log.txt."""
     files = [word for word in words if word.endswith((".mp4", ".xml"))]
-    shown = " ".join(word for word in words if word not in files[1:])  # a list of files by its first one
-    print(f"$ python {shown}{' ...' if len(files) > 1 else ''}", flush=True)
+    shown = [os.path.join(os.path.dirname(word), "*") if word in files[:1] else word.removeprefix(ROOT + os.sep)
+             for word in words if word not in files[1:]]
+    print("$ python", *shown, flush=True)
     with open(os.path.join(folder, "log.txt"), "a") as log:
         subprocess.run([sys.executable, *words], cwd=folder, check=True, stdout=log,
                        env=os.environ | dict(PYTHONPATH=ROOT))
