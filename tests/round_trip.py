@@ -2,7 +2,7 @@
 The round trip, measured: an object that a checkpoint has never seen is labelled in another tool, learned, found in new
 files by the model itself, corrected, and learned again.
 
-    python tests/round_trip.py --init_from out/small/sft/latest --seed 0 1 2      # XX minutes a seed
+    python tests/round_trip.py --init_from out/small/sft/latest --seed 0 1 2
 
     200 clips of squares, which the toy world does not have, with tracks as CVAT writes them
       │ tools.labels              labelled/my.jsonl
