@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import random
 import sys
 from fractions import Fraction
 
@@ -10,9 +11,11 @@ import pytest
 from PIL import Image
 from conftest import picture, png, tiny_model, video, write_lines
 
+import round_trip
 import sample
 from data import Planner, find_datasets
 from eval import load_questions
+from lib import toy
 from lib.draw import colour_of
 from lib.errors import UserError
 from lib.export import boxes, write_coco, write_csv, write_mot
@@ -400,3 +403,56 @@ def test_results_of_a_folder_that_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((UserError, OSError)):
         Results(str(tmp_path / "file"), "c")
+
+
+# ---- the round trip ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def clips(tmp_path, monkeypatch):
+    """Clips with an object that the toy world does not have: {name: clip}, in a folder "clips"."""
+    monkeypatch.setattr(toy, "outline", round_trip.outline)
+    return round_trip.film(str(tmp_path / "clips"), 4, seed=0)
+
+
+def true_points(clip):
+    return toy.track(random.Random(0), clip, clip["objects"][:1], "square")["points"]
+
+
+def test_labels_of_the_round_trip_are_where_the_squares_are(tmp_path, clips):
+    round_trip.write_labels(str(tmp_path / "xml"), str(tmp_path / "clips"), clips)
+    files = [str(tmp_path / "xml" / name) for name in os.listdir(tmp_path / "xml")]
+    read_labels([*files, "--media", str(tmp_path / "clips"), "--out", str(tmp_path / "clips" / "my.jsonl")])
+    found = by_media(tmp_path / "clips" / "my.jsonl")
+    assert found.keys() == {(name, "square") for name in clips}
+    for name, clip in clips.items():
+        want = true_points(clip)
+        assert [(p["t"], p["id"]) for p in found[name, "square"]] == [(p["t"], 0) for p in want]
+        for p, true in zip(found[name, "square"], want):
+            assert abs(p["x"] - true["x"]) < 2e-4 and abs(p["y"] - true["y"]) < 2e-4
+
+
+def test_the_review_leaves_what_is_right(tmp_path, clips, monkeypatch):
+    """Answers that are right, beside the square, without one of its points and at a time without it; words; nothing."""
+    monkeypatch.setattr("lib.results.draw", lambda *a: None)
+    results = Results(str(tmp_path / "out"), "run/small/sft/latest")
+    want = []
+    first, second, third, fourth = clips
+    right = [dict(p, x=round(p["x"] + 0.01, 3)) for p in true_points(clips[first])]  # inside, if not in the middle
+    want.append(right)
+    beside = [dict(p, id=7) for p in true_points(clips[second])]
+    beside[0]["x"] = round((beside[0]["x"] + 0.5) % 1, 3)
+    want.append(true_points(clips[second]))
+    answers = [format_points(right, "video"), format_points([*beside, dict(t=0.25, x=0.5, y=0.5, id=0)], "video"),
+               "The square.", "There are none."]
+    want += [true_points(clips[third]), true_points(clips[fourth])]
+    for name, answer in zip(clips, answers):
+        media = results.keep(str(tmp_path / "clips" / name))
+        results.add({"video": media, "annotations": []}, round_trip.QUESTION, answer)
+    counts = round_trip.review(results.path, clips)
+    with open(results.path, "rb") as f:
+        records = [parse_record(line) for line in f]
+    for record, points in zip(records, want, strict=True):
+        annotation, = record["annotations"]
+        assert annotation == dict(task="video_tracking", prompt="Track the square.", label="square", points=points)
+    n_set = len(want[2]) + len(want[3])
+    assert counts == {"kept": len(right) + len(beside) - 1, "moved": 1, "set": n_set, "deleted": 1, "clips right": 1}

@@ -276,7 +276,8 @@ def numbered(points):
         ids = sorted(ids)
         if ids[0] == 0 and ids[-1] < 100:
             ids = list(range(100))
-    points = [p._replace(id=ids.index(p.id)) for p in points]
+    order = {i: n for n, i in enumerate(ids)}
+    points = [p._replace(id=order[p.id]) for p in points]
     return sorted(points, key=lambda p: (p.t or 0, p.id))
 
 
@@ -472,7 +473,8 @@ def convert(args):
     if not records and failed == len(files):
         return failed
     if not records:
-        raise UserError(f"--out {args.out}: not written, as no label can be used: {dict(collection.reasons)}")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in collection.reasons.most_common())
+        raise UserError(f"--out {args.out}: not written, as no label can be used: {reasons or 'the files have none'}")
     with open(args.out, "w", encoding="utf-8") as f:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -127,7 +127,7 @@ def read_text(path):
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except UnicodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
 
 
 def coco_shape(segmentation, bbox):
@@ -161,7 +161,7 @@ def coco_labels(a, tables, k=None):
         label = label._replace(refuse="a crowd, not one object")
     if video:
         files = video.get("file_names") or [media.get("file_name")]
-        name = video.get("name") or video.get("file_name") or os.path.dirname(files[0])
+        name = video.get("name") or video.get("file_name") or os.path.dirname(str(files[0]).replace("\\", "/"))
         frame = media.get("frame_id", media.get("frame_index")) if k is None else k
         label = label._replace(media=name, frame=frame, still=files[k or 0], id=label.id if k is None else a["id"])
     labels = [label._replace(**shape)] if shape else []
@@ -184,10 +184,11 @@ def read_coco(data, path):
         fields = a if isinstance(a, dict) else {}
         where = f"{path}: annotation {fields.get('id', n)}"
         frames = fields.get("segmentations") or fields.get("bboxes")
-        if not frames:
+        if not frames or not isinstance(frames, list):
             media = tables[1].get(str(fields.get("image_id")), {}).get("file_name")
             yield where, media, coco_labels, a, tables
-        for k, shape in enumerate(frames or ()):
+            continue
+        for k, shape in enumerate(frames):
             if shape:
                 yield f"{where}, frame {k}", None, coco_labels, a, tables, k
 
@@ -215,14 +216,16 @@ def labelme_labels(shape, label):
 
 
 def read_labelme(data, path):
-    label = Label(data["imagePath"], "", (data["imageWidth"], data["imageHeight"]))
+    size = data.get("imageWidth"), data.get("imageHeight")  # the oldest versions do not write them
+    label = Label(data["imagePath"], "", size if all(size) else None)
     for n, shape in enumerate(data["shapes"]):
         yield f"{path}: shape {n}", label.media, labelme_labels, shape, label
 
 
 def studio_media(task):
     """The file of a Label Studio task: the end of its URL, without what an upload puts before the name."""
-    value = next((value for value in task["data"].values() if isinstance(value, str) and "." in value), "")
+    texts = [value for value in task["data"].values() if isinstance(value, str)]
+    value = next((text for text in texts if re.search(r"\.\w*[a-z]\w*($|\?)", text, re.I)), "")  # others are notes
     url = urllib.parse.urlsplit(value)
     local = urllib.parse.parse_qs(url.query).get("d")  # /data/local-files/?d=folder/name.jpg
     if local:
@@ -338,18 +341,26 @@ def read_cvat(root, path):
     sources = {task.findtext("id"): task.findtext("source") for task in root.iter("task")}
     for track in root.iter("track"):  # of a project, each track names its task
         source = sources.get(track.get("task_id")) or root.findtext(".//source")
-        label = Label(source, track.get("label"), unit, id=int(track.get("id")))
-        shapes = sorted(track, key=lambda shape: int(shape.get("frame", -1)))
+        where = f"{path}: track {track.get('id')}"
+        try:
+            label = Label(source, track.get("label"), unit, id=int(track.get("id")))
+            shapes = sorted(track, key=lambda shape: int(shape.get("frame", -1)))
+        except BROKEN as e:  # the track counts as one label
+            yield where, source, refuse, f"{type(e).__name__}: {e}"
+            continue
         for shape, following in zip(shapes, [*shapes[1:], None]):
-            yield f"{path}: track {label.id}, frame {shape.get('frame')}", source, cvat_labels, shape, label, following
+            yield f"{where}, frame {shape.get('frame')}", source, cvat_labels, shape, label, following
 
 
 def yaml_names(text):
-    """The classes of a data.yaml, {number as text: name}: `names` as a list or a mapping, on one line or on several."""
+    """The classes of a data.yaml, {number as text: name}: `names` as a list or a mapping, on one line or on several; {}
+    if there are none."""
     text = re.sub(r"(^|\s)#.*", "", text, flags=re.M)
-    after = re.split(r"^names:", text, maxsplit=1, flags=re.M)[-1]
+    *found, after = re.split(r"^names:", text, maxsplit=1, flags=re.M)
     block = re.split(r"\n(?=\w)", after)[0].strip()  # up to the next key
     items = block.split("\n")
+    if not found or block[:1] in ("[", "{") and block[-1] not in "]}":
+        return {}  # the file was cut
     if block[:1] in ("[", "{"):
         items = re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"'])+""", block[1:-1])
     names = {}
@@ -385,6 +396,8 @@ def read_yolo(folder):
     listed = next(os.path.join(folder, name) for name in YOLO_CLASSES if os.path.isfile(os.path.join(folder, name)))
     text = read_text(listed)
     names = yaml_names(text) if listed.endswith("yaml") else numbered(text.split("\n"), 0)
+    if not names:
+        raise UserError(f"{listed}: no classes under names: is the file whole?")
     keypoints = re.search(r"^kpt_shape:\s*\[\s*(\d+)\s*,\s*([23])\s*\]", text, re.M)
     n_keypoints, n_fields = map(int, keypoints.groups() if keypoints else (0, 2))
     for base, folders, files in os.walk(folder):
@@ -395,7 +408,12 @@ def read_yolo(folder):
             path = os.path.join(base, file)
             parts = os.path.relpath(path, folder).removesuffix(".txt").split(os.sep)
             label = Label("/".join("images" if part == "labels" else part for part in parts), "", 1)
-            for n, line in enumerate(read_text(path).split("\n"), 1):
+            try:
+                lines = read_text(path).split("\n")
+            except UserError as e:  # it counts as one label
+                yield path, label.media, refuse, str(e).removeprefix(f"{path}: ")
+                continue
+            for n, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path}:{n}", label.media, yolo_labels, line, label, names, n_keypoints, n_fields
 
@@ -437,12 +455,15 @@ def csv_labels(row, unit):
 def read_csv(path, unit):
     text = read_text(path)
     head = text.split("\n", 1)[0]
-    rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
+    rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=head.count), strict=True)
     missing = {"file", "x", "y", "label"} - set(rows.fieldnames or ())
     if missing:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}: a table has file, t, x, y, id, label")
-    for row in rows:
-        yield f"{path}:{rows.line_num}", row["file"], csv_labels, row, unit
+    try:
+        for row in rows:
+            yield f"{path}:{rows.line_num}", row["file"], csv_labels, row, unit
+    except csv.Error as e:  # a quotation mark without its second one would take all that follows for one label
+        raise UserError(f"{path}:{rows.line_num}: {e}; nothing after this line was read") from None
 
 
 def read_labels(path, args):
@@ -473,4 +494,4 @@ def read_labels(path, args):
     if isinstance(data, list) and data and all(isinstance(task, dict) and "data" in task for task in data):
         return read_studio(data, path)
     raise UserError(f"{path}: neither COCO (annotations with images or videos) nor LabelMe (shapes) nor Label Studio "
-                    "(a list of tasks with data)")
+                    "(a list of tasks with data; its export as JSON-MIN lacks them)")
