@@ -17,7 +17,7 @@ No new parameter, no new loss. These numbers differ (python longctx.py -h has al
     steps                    50,000            2,000                100       only the number of frames is new
     sequences per step          128               32                  2
     sequences at a time           4                1                  1       memory
-    tokens per sequence       4,096           36,864              6,912       nine times as many: small has 768
+    tokens per sequence       4,096           36,864              6,912       nine times as many and more
     frames per video            128              384                 48       if tokens and crops hold them
     crops per sequence           48              384                432
     peak lr  vit               5e-6             5e-6             frozen       as in stage 2
@@ -28,7 +28,7 @@ No new parameter, no new loss. These numbers differ (python longctx.py -h has al
 
 What it costs is memory, which grows with the tokens that a rank holds. --cp N gives each of N ranks an N-th of a
 sequence; ulysses.py has how, and what the ranks send each other. N must divide the heads: 32 in 4b, 7b and 8b, 16 in
-1b, 8 in small. On the same two cores small takes 2.6 GB on two ranks together. 1b needs no --cp where a card has 80 GB:
+1b, 4 in small. On the same two cores small takes 2.6 GB on two ranks together. 1b needs no --cp where a card has 80 GB:
 one H200 (PyTorch 2.11) takes 6.0 s for a sequence with 364 frames, 6,200 tokens a second, and 70.6 GB.
 
 DEFAULTS and PRESETS hold these numbers; --cp is ulysses.install and ulysses.shard_batch, in pretrain.train.
@@ -55,7 +55,7 @@ DEFAULTS = dataclasses.replace(
     seq_len=36864, max_frames=384, max_crops=384, recompute=True, save_every=500)
 
 PRESETS = dict(pretrain.PRESETS, small=dict(
-    sft.PRESETS["small"], steps=100, global_batch=2, micro_batch=1, seq_len=9 * 768, max_frames=48, max_crops=9 * 48,
+    sft.PRESETS["small"], steps=100, global_batch=2, micro_batch=1, seq_len=6912, max_frames=48, max_crops=432,
     warmup_vit=10, warmup_connector=10, warmup_decoder=10, eval_clips=60))
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ in proportion to sqrt(records), times its multiplier in datasets.tsv.
 The model, the loss and the loop are those of stage 1. These numbers differ (python sft.py -h has all):
 
                             stage 1          stage 2        stage 2, small    why
-    steps                    32,000           50,000              1,900
-    sequences per step          256              128                  4
-    tokens per sequence       4,096            4,096                768       small: 8 seconds of video and a track
+    steps                    32,000           50,000              2,200
+    sequences per step          256              128                  6
+    tokens per sequence       4,096            4,096                512       small: 8 seconds of video and a track
     crops per sequence           48               48                 48       so at most 48 frames; --seq_len raises it
     peak lr  vit               6e-6             5e-6             frozen       all parts are trained by now, so all move
              connector         2e-4             5e-6             2.5e-3       slowly; small learns most of it here
@@ -44,7 +44,7 @@ DEFAULTS = dataclasses.replace(
     residual_dropout=0.1, response_dropout=0.0, save_every=2000)
 
 PRESETS = dict(pretrain.PRESETS, small=dict(
-    pretrain.PRESETS["small"], steps=1900, global_batch=4, micro_batch=4, seq_len=768, max_crops=48, max_frames=48,
+    pretrain.PRESETS["small"], steps=2200, global_batch=6, micro_batch=6, seq_len=512, max_crops=48, max_frames=48,
     freeze=("vit",), lr_connector=2.5e-3, lr_decoder=2e-3, residual_dropout=0.0, save_every=500, eval_every=10**6,
     eval_clips=100, eval_first=True))
 

@@ -406,7 +406,7 @@ def memory_of_asking(config, frames):
 def memory_of_training(config, cfg, cards):
     """Bytes of each card in stage 2: one sequence at a time, which a video fills, with activation checkpointing."""
     sizes = PRESETS[config]
-    tokens = 768 if config == "small" else 4096
+    tokens = 512 if config == "small" else 4096
     windows_per_frame = math.ceil(sizes.crop // sizes.patch / 3) ** 2
     frames = tokens * 7 // 8 // (windows_per_frame + 8)
     shape = dict(rows=1, tokens=tokens, crops=frames, windows=(frames * windows_per_frame, 9), learned=tokens // 8)

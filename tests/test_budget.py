@@ -194,18 +194,18 @@ def test_asking_small_takes_what_the_table_says(frames, monkeypatch):
 
 @pytest.mark.parametrize("name", budget.TRAIN)
 def test_training_small_takes_what_the_table_says(name):
-    """All tensors that live at once in two steps on a sequence of 39 frames and 96 tokens of an answer."""
+    """All tensors that live at once in two steps on a sequence of 26 frames and 64 tokens of an answer."""
     cfg = budget.TRAIN[name]
     model = lora.freeze(lora.install(Molmo2("small"), cfg), cfg, bf16=True)
     flex.install(model)
     distributed.shard_model(model, distributed.World("cpu"), compile_blocks=False, recompute=True, bf16=True)
     optimizer = torch.optim.AdamW(budget.trained_parameters(model), fused=True)
-    tokens = torch.full((1, 768), 7)
-    tokens[0, :39 * 9] = model.cfg.image_token
-    weights = torch.zeros(1, 768)
-    weights[0, -96:] = 1
-    batch = dict(tokens=tokens, targets=tokens * 0, weights=weights, pool=torch.zeros(39 * 9, 9, dtype=torch.long),
-                 crops=torch.zeros(39, 64, 8 * 8 * 3, dtype=torch.uint8))
+    tokens = torch.full((1, 512), 7)
+    tokens[0, :26 * 9] = model.cfg.image_token
+    weights = torch.zeros(1, 512)
+    weights[0, -64:] = 1
+    batch = dict(tokens=tokens, targets=tokens * 0, weights=weights, pool=torch.zeros(26 * 9, 9, dtype=torch.long),
+                 crops=torch.zeros(26, 64, 8 * 8 * 3, dtype=torch.uint8))
     with budget.Alive(model.parameters()) as alive:
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16):

@@ -108,8 +108,8 @@ def tree(out, cell=7, left=336, top=62):
     save_svg(out, left + T * cell + 80, top + T * cell + 20, "A message tree in a sequence, and its mask", parts)
 
 
-def packed(out, n=8, left=16):
-    """The first sequences of the small model's stage 2, a pixel a token; below the first one, what is learned."""
+def packed(out, n=8, left=16, token=1.5):
+    """The first sequences of the small model's stage 2, a token 1.5 pixels wide; below the first one, what is learned."""
     cfg = pretrain.parse(sft.DEFAULTS, sft.PRESETS, [])
     planner = Planner(TOKENIZER, SMALL, cfg.seq_len, max_frames=cfg.max_frames, max_crops=cfg.max_crops)
     stream = Stream(pretrain.open_data(cfg)[0], planner, cfg.seed)
@@ -121,17 +121,18 @@ def packed(out, n=8, left=16):
     for k, plans in enumerate(sequences):
         height = 14 if k else 44
         x = left
-        parts.append(box(x, y, cfg.seq_len, height, "pale", 0.15))
+        parts.append(box(x, y, cfg.seq_len * token, height, "pale", 0.15))
         for plan in plans:
             colour = "c2"  # text
             if plan.media:
                 colour = "c1" if plan.media[0][1].times else "c3" if len(plan.media) > 1 else "c0"
             for b in range(plan.branch.max() + 1):
                 for begin, end in spans(plan.branch == b):
-                    parts.append(box(x + begin, y, end - begin - 0.5, height, colour, 0.45 if b else 1))
+                    width = (end - begin) * token - 0.5
+                    parts.append(box(x + begin * token, y, width, height, colour, 0.45 if b else 1))
             for begin, end in spans(plan.weights > 0) if k == 0 else ():
-                parts.append(box(x + begin, y + height + 3, end - begin, 4, colour))
-            x += plan.n_tokens
+                parts.append(box(x + begin * token, y + height + 3, (end - begin) * token, 4, colour))
+            x += plan.n_tokens * token
             parts.append(box(x - 1, y, 1, height, "bare"))
         y += height + 4 if k else height + 36
     parts.append(text(left, 134, "Learned of the first one: the answers. The others:", "pale"))
@@ -140,7 +141,7 @@ def packed(out, n=8, left=16):
     parts.append(text(left, y + 14, f"{len(plans)} examples fill {fill:.1%}. As many sequences with one example each "
                       f"would be filled to {fill * n / len(plans):.0%}."))
     title = f"{n} sequences of {cfg.seq_len} tokens, as stage 2 packs them"
-    save_svg(out, cfg.seq_len + 2 * left, y + 30, title, parts)
+    save_svg(out, round(cfg.seq_len * token) + 2 * left, y + 30, title, parts)
 
 
 def landscape(w, h):
