@@ -720,7 +720,7 @@ HELD_OUT = {"pretrain": ("eval/scenes",), "sft": ("eval/pairs", "clips/eval/clip
 CLIPS = {"clips": dict(), "long": dict(clips=1500, held_out=100, seconds=7.5, prefix="long_")}
 
 # Stage 2 on the toy world: the multiplier of each dataset's weight. What is new in the stage is drawn most.
-FACTORS = dict(captions=0.22, points=0.5, text=0.3, pairs=1.5, clips=1.7, tracks=1.5, stills=0.5,
+FACTORS = dict(captions=0.22, points=0.5, text=0.3, pairs=1.5, clips=1.9, tracks=1.4, stills=0.5,
                long_clips=3.0, long_tracks=6.0)
 
 
