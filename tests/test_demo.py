@@ -18,7 +18,7 @@ import pytest
 import requests
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, picture, poison, tiny_model, video, write_lines
+from conftest import ROOT, fast_start, picture, poison, tiny_model, video, write_lines
 from PIL import Image
 
 from data import Planner
@@ -376,8 +376,10 @@ def test_broken_media_are_refused_in_words_and_leave_nothing(served):
 
 def test_a_video_that_breaks_further_on_costs_its_own_question(served):
     server, url, folder = served
-    poison(folder)
-    talk = upload(url, folder / "media" / "flat.mp4").json()["talk"]
+    fast_start(folder / "whole.mp4")
+    data = (folder / "whole.mp4").read_bytes()
+    (folder / "flat.mp4").write_bytes(data[:len(data) // 2] + bytes(len(data) // 2))
+    talk = upload(url, folder / "flat.mp4").json()["talk"]
     turn = ask(server, url, talk, "What?", "nothing")
     assert turn["state"] == "error" and turn["error"].startswith("flat.mp4: ") and not server.line
     assert server.talks[talk].chat.messages == []

@@ -4,16 +4,18 @@ what sample.Chat alone takes, for the same held-out toy image.
 
     python tests/time_demo.py out/small/sft/latest           # wants Chromium and data/toy; 20 times each
 """
+import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
 
-from conftest import BROWSER, Browser
-
-from sample import Chat, load
-from tools.demo.__main__ import Demo, read_examples
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import lib  # noqa: E402, F401: before torch, which reads the environment that it sets
+from conftest import BROWSER, Browser  # noqa: E402
+from sample import Chat, load  # noqa: E402
+from tools.demo.__main__ import Demo, read_examples  # noqa: E402
 
 TIMES = 20
 
@@ -35,11 +37,11 @@ def at_the_page(browser, question):
     """Milliseconds from Enter to the frame that shows the first point."""
     browser.js("open(null); $('examples').firstChild.click()")
     browser.until("talk && pictures[0].naturalWidth")
-    browser.js("delete window.shown;"
+    browser.js("{ delete window.shown;"
                "addEventListener('keydown', () => window.pressed = performance.now(), {capture: true, once: true});"
-               "new MutationObserver(() => requestAnimationFrame(() => window.shown ??= performance.now()))"
-               ".observe($('points'), {childList: true});"
-               "$('question').focus()")
+               "const look = () => { if (points().length) window.shown ??= performance.now(); };"
+               "new MutationObserver(() => requestAnimationFrame(look)).observe($('points'), {childList: true});"
+               "$('question').focus(); }")
     browser.key("Enter")
     browser.until("window.shown && !asking")
     return browser.js("shown - pressed")
