@@ -178,8 +178,10 @@ def run(folder, *words):
              for word in words if word not in files[1:]]
     print("$ python", *shown, flush=True)
     with open(os.path.join(folder, "log.txt"), "a") as log:
-        subprocess.run([sys.executable, *words], cwd=folder, check=True, stdout=log,
-                       env=os.environ | dict(PYTHONPATH=ROOT))
+        done = subprocess.run([sys.executable, *words], cwd=folder, stdout=log,
+                              env=os.environ | dict(PYTHONPATH=ROOT))
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
 
 
 def round_trip(args, seed, folder):
