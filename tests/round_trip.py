@@ -10,7 +10,7 @@ files by the model itself, corrected, and learned again.
       │ sample.py                 results/results.jsonl: its answers about 100 new clips
       │ tools.annotate review     wrong points are moved, through the page's own requests
       │ sft.py                    second/: again from --init_from, in as many steps, from all 300 clips
-      ▼ eval.py                   both on 100 clips that neither saw
+      ▼ eval.py                   both on 200 clips that neither saw
 
 Every step is the command that a user types, and is printed. All files of a seed stay in OUT/seed_N; a seed that is
 done is not run again.
@@ -178,8 +178,10 @@ def run(folder, *words):
              for word in words if word not in files[1:]]
     print("$ python", *shown, flush=True)
     with open(os.path.join(folder, "log.txt"), "a") as log:
-        subprocess.run([sys.executable, *words], cwd=folder, check=True, stdout=log,
-                       env=os.environ | dict(PYTHONPATH=ROOT))
+        done = subprocess.run([sys.executable, *words], cwd=folder, stdout=log,
+                              env=os.environ | dict(PYTHONPATH=ROOT))
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
 
 
 def round_trip(args, seed, folder):
@@ -190,9 +192,9 @@ def round_trip(args, seed, folder):
     labelled = film(inside("labelled"), args.labelled, seed)
     new = film(inside("new"), args.new, seed)
     write_held_out(inside("held_out", "held_out.jsonl"), film(inside("held_out"), args.held_out, seed))
-    write_labels(inside("labels"), inside("labelled"), labelled)
-    for path in ("first", "second", "results"):
+    for path in ("labels", "first", "second", "results"):  # of an earlier run with other flags
         shutil.rmtree(inside(path), ignore_errors=True)
+    write_labels(inside("labels"), inside("labelled"), labelled)
 
     train = [command("sft.py"), "--init_from", args.init_from, "--steps", str(args.steps), "--seed", str(seed),
              "--no-eval_first", "--no-report", "--data", "labelled/my.jsonl"]
@@ -223,7 +225,7 @@ def main():
     add("--steps", type=int, default=300, help="of each of the two trainings [300]")
     add("--labelled", type=int, default=200, help="clips labelled in the other tool [200]")
     add("--new", type=int, default=100, help="clips that the model labels [100]")
-    add("--held_out", type=int, default=100, help="clips to measure on [100]")
+    add("--held_out", type=int, default=200, help="clips to measure on [200]")
     add("--out", default="out/round_trip", help="folder [out/round_trip]")
     args = parser.parse_args()
     args.init_from = os.path.abspath(args.init_from)
