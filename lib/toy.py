@@ -697,7 +697,7 @@ def write_clips(folder, clips=8000, held_out=200, seconds=2.5, seed=0, prefix=""
         jobs.append((parent, f"video/{i:05d}.mp4", f"toy {seed} clip {seconds}", i, held_out, seconds))
     # spawned, not forked: a copy of a process with threads can wait for ever for a lock that one of them held
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
-        records = list(progress(pool.map(film, jobs, chunksize=64), "clips filmed", len(jobs)))  # three of each
+        records = list(progress(pool.map(film, jobs, chunksize=16), "clips filmed", len(jobs)))  # three of each
     for name, of_all_clips in zip(("clips", "tracks", "stills"), zip(*records)):
         file = f"{prefix}{name}.jsonl"
         write_lines(os.path.join(temporary, file), of_all_clips[held_out:], trains=True)
