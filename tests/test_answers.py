@@ -82,7 +82,7 @@ class Ranks:
         def start(rank):
             try:
                 gather = lambda value: self.gather(rank, value)
-                out[rank] = of_rank(SimpleNamespace(rank=rank, size=self.size, all_gather=gather))
+                out[rank] = of_rank(SimpleNamespace(rank=rank, is_main=rank == 0, size=self.size, all_gather=gather))
             except BaseException as e:
                 wrong.append(e)
                 self.meet.abort()
