@@ -112,7 +112,7 @@ Branch = NamedTuple("Branch", [("task", str), ("ids", list), ("has_loss", list)]
 
 @functools.lru_cache(1 << 16)
 def time_ids(tokenizer, text):
-    """The ids of a frame's time. Most times come in every video, and to encode them was half of all planning."""
+    """The ids of a frame's time. Most times come in every video: to encode them again was a quarter of all planning."""
     return tokenizer.encode(text)
 
 
