@@ -493,8 +493,7 @@ def evaluate(model, planner, questions, judge=None, segmenter=None, batch=32, ma
     texts = answers(model, planner, prompts, limit, batch, world, unusable)
     values = {}  # "task metric" -> a value per question
     results = []
-    shown = not world or world.is_main
-    for q, text in progress(zip(questions, texts), "answers scored", len(questions), shown):
+    for q, text in progress(zip(questions, texts), "answers scored", len(questions), shown=not world):
         if text is None:
             continue
         try:

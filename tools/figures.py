@@ -87,7 +87,7 @@ def tree(out, cell=7, left=336, top=62):
              text(left + T * cell + 16, top + T * cell - 3, "learned", "pale"),
              box(left, top, T * cell, T * cell, "pale", 0.1), box(left - 122, top + 24, 100, 100, "pale", 0.4)]
     for colour, shape, x, y in shapes:  # the image
-        corners = (toy.outline(shape, 20, 0.1) + (left - 122 + 100 * x, top + 24 + 100 * y)).round(1)
+        corners = (toy.outline(shape, 16, 0.1) + (left - 122 + 100 * x, top + 24 + 100 * y)).round(1)
         points = " ".join(map(str, corners.ravel()))
         parts.append(f'<polygon points="{points}" style="fill: {colour}; stroke: #111; stroke-width: 2"/>')
     groups = [("pale", 1, (0,), "The trunk: an image"), ("c0", 1, (1,), "Branch 1: Count the shapes."),
