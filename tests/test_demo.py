@@ -535,8 +535,13 @@ def seen(browser, i):
 
 
 def on_screen(browser, i, x, y):
-    middle, size = seen(browser, i)
-    assert middle is not None and np.abs(middle - size * (x, y)).max() < 3, (middle, size * (x, y))
+    """Wait until the colour of an id is within 3 pixels of where it belongs: what is drawn is shown a frame later."""
+    for _ in range(100):
+        middle, size = seen(browser, i)
+        if middle is not None and np.abs(middle - size * (x, y)).max() < 3:
+            return
+        time.sleep(0.1)
+    raise AssertionError((middle, size * (x, y)))
 
 
 def question(browser, text):
