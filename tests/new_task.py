@@ -92,8 +92,8 @@ def train(way, args, clips):
     """Train with the flags of a way; its last checkpoint."""
     out = os.path.join(args.out, way)
     data = os.path.join(clips, "train.jsonl")
-    command = [sys.executable, os.path.join(ROOT, "sft.py"), "--data", data, "--init_from", args.init_from, "--out", out,
-               "--seed", str(args.seed), "--steps", str(args.steps), *WAYS[way], *args.more.split()]
+    command = [sys.executable, os.path.join(ROOT, "sft.py"), "--data", data, "--init_from", args.init_from,
+               "--out", out, "--seed", str(args.seed), "--steps", str(args.steps), *WAYS[way], *args.more.split()]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return os.path.join(out, "small/sft/latest")
@@ -125,8 +125,8 @@ def main():
         trained = time.time()
         table[way] = scores(checkpoint, clips, args.toy, args.limit)
         new, old = map(mean, table[way])
-        print(f"{way}: new {new:.3f}, old {old:.3f}; trained {trained - began:.0f} s, asked {time.time() - trained:.0f} s",
-              flush=True)
+        print(f"{way}: new {new:.3f}, old {old:.3f}; trained {trained - began:.0f} s, "
+              f"asked {time.time() - trained:.0f} s", flush=True)
     print(f"\nseed {args.seed}, {args.steps} steps".ljust(36) + "".join(f"{way:>16}" for way in table))
     for title, i in (("new", 0), ("old", 1)):
         for name in table["before"][i]:
