@@ -45,7 +45,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib.distributed import die_with_parent, obey_the_parent_alone
 from lib.errors import BadCheckpoint, BadMedia, BadRecord
 from lib.media import (CropCache, Layout, frame_layout, image_layout, image_size, inside_folder, load_crops,
                        sample_times, video_duration)
@@ -707,6 +706,8 @@ class Batches(torch.utils.data.IterableDataset):
         if info:
             torch.set_num_threads(1)
             getattr(os, "nice", int)(10)  # where cores are few, training goes first
+            # here alone: who asks one question need not load all that is for many ranks, which takes 49 MB
+            from lib.distributed import die_with_parent, obey_the_parent_alone
             die_with_parent()
             obey_the_parent_alone()
         planner = self.stream.planner
