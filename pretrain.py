@@ -69,7 +69,7 @@ class Config:
     stage: str = flag("pretrain", "name of the stage, part of the output folder")
     previous: str = flag("", "stage whose last checkpoint this one starts from, unless --init_from names another")
     data: tuple = flag((), "JSONL files, folders with the registry's NAME.jsonl or NAME/*.jsonl, or toy (toy world)")
-    eval_data: tuple = flag((), "held-out JSONL files, for a loss; the toy world brings its own questions")
+    eval_data: tuple = flag((), "held-out JSONL files, for a loss and answers; the toy world brings its own questions")
     mixture: str = flag("pretrain", "pretrain (60/30/10 captions, pointing, text), sft, released or equal")
     rebalance: tuple = flag((), "NAME=FACTOR: that dataset is drawn so much more often than its size says")
     init_from: tuple = flag((), "checkpoint folder, or those of an OLMo or Qwen3 and a SigLIP; none = random weights")
@@ -113,6 +113,7 @@ class Config:
     eval_every: int = flag(1000, "steps between evaluations; the last step is always evaluated")
     eval_scenes: int = flag(320, "held-out toy scenes to ask about at the end; a quarter of them in between")
     eval_clips: int = flag(0, "records of the toy world's held-out clips, tracks and pairs to ask about, likewise")
+    eval_answers: int = flag(64, "records of each file of --eval_data to ask about at the end; a quarter in between")
     eval_first: bool = flag(False, "evaluate before the first step too, for comparison")
     cp: int = flag(1, "ranks that share a sequence (context parallelism, ulysses.py); divides ranks and heads")
     recompute: bool = flag(False, "activation checkpointing: run each block twice; a third more work, far less memory")
@@ -154,7 +155,7 @@ def lora_recipe(config):
     """
     rate = 5e-3 if config == "small" else 1e-4
     return dict(optimizer="adamw", lr_vit=rate, lr_connector=rate, lr_decoder=rate,
-                warmup_vit=10, warmup_connector=10, warmup_decoder=10)
+                warmup_vit=10, warmup_connector=10, warmup_decoder=10, eval_first=True)
 
 
 CHOICES = dict(mixture=tuple(MIXTURES), token_weights=("auto", "spec", "released"),
@@ -332,7 +333,9 @@ def held_out_sequences(cfg, planner):
         return []
     packer, sequences = Packer(cfg.seq_len, cfg.max_crops), []
     try:
-        for dataset in find_datasets(cfg.eval_data)[0]:
+        datasets, _ = find_datasets(cfg.eval_data)
+        evaluation.load_questions(datasets, cfg.eval_answers)  # asked later: what is wrong with them is said now
+        for dataset in datasets:
             stream = Stream([(dataset, 1.0)], planner, 0, True)  # seed 0: the same records in every run
             for k in range(min(len(dataset), 512)):  # of draws: all of a smaller file once, in shuffled order
                 for plan in stream.plans(dataset.name, k)[0]:
@@ -366,20 +369,25 @@ def held_out_loss(cfg, model, planner, sequences, world):
     return loss / max(weight, 1e-9)
 
 
-def toy_scores(cfg, model, planner, step, run, world):
-    """{name: share} of answers about the toy world's held-out records; rank 0 leaves them in RUN/samples."""
-    divisor = 1 if step in (0, cfg.steps) else 4  # in between, a quarter of the questions is enough
-    samples = os.path.join(run, "samples", f"step_{step:07d}")
+def answer_scores(cfg, model, planner, paths, n, samples, world, segmenter=None):
+    """{"task metric": mean} of answers about the first n records of held-out files; rank 0 leaves them in `samples`."""
+    datasets, _ = find_datasets(paths)
+    questions = evaluation.load_questions(datasets, n)
+    table, records = evaluation.evaluate(model, planner, questions, segmenter=segmenter,
+                                         max_new_tokens=min(cfg.seq_len // 3, 512), world=world, unusable={})
+    if world.is_main:
+        os.makedirs(os.path.dirname(samples), exist_ok=True)
+        weights.write_json(samples + ".json", records)
+    return table
+
+
+def toy_scores(cfg, model, planner, divisor, samples, world):
+    """{name: share} of answers about the toy world's held-out records; rank 0 leaves them in `samples`."""
     scores = evaluation.evaluate_scenes(model, planner, os.path.join(toy.FOLDER, "eval"), cfg.eval_scenes // divisor,
                                         samples + ".png" if world.is_main else None, world)
     if cfg.eval_clips:
-        datasets, _ = find_datasets(toy.held_out(toy.FOLDER, cfg.stage))
-        questions = evaluation.load_questions(datasets, cfg.eval_clips // divisor)
-        table, records = evaluation.evaluate(model, planner, questions, segmenter=toy.segment,
-                                             max_new_tokens=min(cfg.seq_len // 3, 512), world=world)
-        scores |= table
-        if world.is_main:
-            weights.write_json(samples + ".json", records)
+        scores |= answer_scores(cfg, model, planner, toy.held_out(toy.FOLDER, cfg.stage), cfg.eval_clips // divisor,
+                                samples, world, toy.segment)
     return scores
 
 
@@ -398,15 +406,22 @@ def count_steps(cfg, stream, mixture, missing):
 
 def evaluate(cfg, model, planner, held_out, step, run, losses, world):
     """{name: value} on held-out data: shares of right answers on the toy world, a loss on the sequences of
-    --eval_data, else the recent training loss. All ranks call it and share the work."""
+    --eval_data and answers, else the recent training loss. All ranks call it and share the work."""
     model.eval()
     scores = {}
+    divisor = 1 if step in (0, cfg.steps) else 4  # in between, a quarter of the questions is enough
+    samples = os.path.join(run, "samples", f"step_{step:07d}")
+    # an answer grows by one token at a time: nothing to compile for
+    eager = lambda: torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext()
     if "toy" in cfg.data:
-        # an answer grows by one token at a time: nothing to compile for
-        with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
-            scores = toy_scores(cfg, gather_full_model(model), planner, step, run, world)
+        with eager():
+            scores = toy_scores(cfg, gather_full_model(model), planner, divisor, samples, world)
     elif held_out:
         scores = {"loss": held_out_loss(cfg, model, planner, held_out, world)}
+        if cfg.eval_answers:
+            with eager():
+                scores |= answer_scores(cfg, gather_full_model(model), planner, cfg.eval_data,
+                                        math.ceil(cfg.eval_answers / divisor), samples, world)
     elif losses:
         scores = {"train_loss": sum(losses[-20:]) / len(losses[-20:])}
     model.train()

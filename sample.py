@@ -156,12 +156,13 @@ def answers(model, planner, prompts, limit, batch=32, world=None, unusable=None,
             if unusable is None:
                 raise BadMedia(f"{where}: {detail}")
             unusable[where] = detail
-        texts.update(zip(asked, replies))
+        for i, reply in zip(asked, replies):
+            if prompts[i].where not in (unusable or ()):
+                texts[i] = reply
     text_of = {}  # the same, of all ranks
     for texts_of_rank in world.all_gather(texts) if world else [texts]:
         text_of |= texts_of_rank
-    bad = unusable or {}
-    return [None if prompt.where in bad else text_of[i] for i, prompt in enumerate(prompts)]
+    return [text_of.get(i) for i in range(len(prompts))]
 
 
 # ---- one conversation --------------------------------------------------------------------------------------

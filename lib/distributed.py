@@ -342,6 +342,7 @@ class Saver:
         state = optimizer_state(optimizers, names)
         state = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
         about = copy.deepcopy(about)
+        best = self.world.is_main and is_best(self.run, step)
         if self.world.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
             os.makedirs(os.path.join(unfinished, "train_state"))
@@ -360,7 +361,7 @@ class Saver:
                         about_adapter = dict(model.lora, point_format=plain.cfg.point_format)
                         lora.save(os.path.join(unfinished, "adapter"), about_adapter, adapter)
                     write_json(os.path.join(unfinished, "train_state", "state.json"), about)
-                    publish(unfinished, final)
+                    publish(unfinished, final, best)
                     prune(final, self.keep)
             except BaseException as e:  # DCP's error is not an Exception; the ranks exchange it at the next step
                 free = shutil.disk_usage(self.run).free / 2 ** 30
@@ -387,8 +388,18 @@ class Saver:
                 raise UserError(f"the checkpoint could not be written, the one before it is whole: {error}")
 
 
-def publish(unfinished, final):
-    """Give a finished checkpoint its final name, and make it the latest."""
+def is_best(run, step):
+    """Whether the evaluation after `step` has the lowest held-out loss of all in the log; False if there is none."""
+    losses = {}
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(run, "log.jsonl")) as log:
+        for row in map(json.loads, log):
+            if "loss" in row.get("eval", {}):
+                losses[row["step"]] = row["eval"]["loss"]
+    return min(losses, key=losses.get, default=None) == step
+
+
+def publish(unfinished, final, best=False):
+    """Give a finished checkpoint its final name, and make it the latest; and the best, if it is."""
     sums = []
     for folder, _, names in os.walk(unfinished):
         for name in sorted(names):
@@ -406,18 +417,21 @@ def publish(unfinished, final):
 
     # A link cannot be changed in place: make a new one and rename it over the old one, which is one step on the disk.
     run, name = os.path.split(final)
-    latest = os.path.join(run, "latest")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(latest + ".tmp")
-    os.symlink(name, latest + ".tmp")
-    os.replace(latest + ".tmp", latest)
+    for alias in ("best", "latest") if best else ("latest",):
+        link = os.path.join(run, alias)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(link + ".tmp")
+        os.symlink(name, link + ".tmp")
+        os.replace(link + ".tmp", link)
     sync(run)
 
 
 def prune(newest, keep):
-    """Delete what is older than the `keep` newest checkpoints of a run, of which `newest`, just written, is one."""
+    """Delete what is older than the `keep` newest checkpoints of a run, of which `newest`, just written, is one, and
+    not the best."""
     run, name = os.path.split(newest)
-    older = [other for other in os.listdir(run) if re.fullmatch(r"step_\d+", other) and other < name]
+    best = os.path.basename(os.path.realpath(os.path.join(run, "best")))
+    older = [other for other in os.listdir(run) if re.fullmatch(r"step_\d+", other) and other < name and other != best]
     for other in sorted(older, reverse=True)[keep - 1:] if keep else ():
         unfinished = os.path.join(run, f".{other}.tmp")  # a name of ours never stands for half a checkpoint
         try:
@@ -906,5 +920,8 @@ class Progress:
         page = os.path.join(run, "report.html")
         curves = f"; curves and samples in {page}" if os.path.exists(page) else ""
         self.world.print(f"{minutes:.1f} minutes; checkpoint in {os.path.join(run, 'latest')}{curves}")
+        best = os.path.join(run, "best")
+        if os.path.exists(best):
+            self.world.print(f"lowest loss on --eval_data: {best}, {os.path.basename(os.path.realpath(best))}")
         if step < self.steps:
             self.world.print(f"stopped by a signal after step {step}; --resume goes on")

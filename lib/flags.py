@@ -45,7 +45,7 @@ def check_each(cfg, choices):
     for name in ("steps", "global_batch", "micro_batch", "seq_len", "max_crops", "save_every", "eval_every"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    for name in ("epochs", "lora", "keep"):
+    for name in ("epochs", "lora", "keep", "eval_answers"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
     if cfg.workers is not None and cfg.workers < 0:

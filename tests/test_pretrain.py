@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, run, start, tiny_model, write_lines
 
+import eval as evaluation
 import pretrain
 import sft
 from data import Dataset, Planner, Stream, collate, decode
@@ -225,7 +226,29 @@ def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off, mon
             batch = collate([decode([plan], model.cfg, 192)])
             with torch.no_grad():
                 loss, weight = loss + float(model(**batch)), weight + float(batch["weights"].sum())
-    assert log_of(tmp_path)[-1]["eval"]["loss"] == pytest.approx(loss / weight, rel=off)
+    scores = log_of(tmp_path)[-1]["eval"]
+    assert scores.pop("loss") == pytest.approx(loss / weight, rel=off)
+    # and what the checkpoint answers, by eval.py
+    questions = evaluation.load_questions([Dataset("rows", [world])])
+    want, _ = evaluation.evaluate(model, planner, questions, max_new_tokens=64)
+    assert scores.keys() == want.keys() and len(scores) > 3
+    if dtype == "fp32":
+        assert scores == {name: pytest.approx(value, abs=1e-4) for name, value in want.items()}
+    with open(tmp_path / "out/small/pretrain/samples/step_0000001.json") as f:
+        assert [record["prompt"] for record in json.load(f)] == [q.prompt for q in questions]
+
+
+def test_the_best_checkpoint_has_a_name_and_is_not_deleted(tmp_path, world):
+    """The rates grow from 0 to far too much, so a middle step has the lowest loss."""
+    text = run(tmp_path, *QUICK, "--data", world, "--eval_data", world, "--steps", "6", "--save_every", "1", "--keep",
+               "1", "--eval_every", "1", "--eval_answers", "0", "--warmup_decoder", "6", "--lr_decoder", "3")[1]
+    losses = {row["step"]: row["eval"]["loss"] for row in log_of(tmp_path) if "eval" in row}
+    best = min(losses, key=losses.get)
+    folder = tmp_path / "out/small/pretrain"
+    assert 1 <= best < 6 and os.readlink(folder / "best") == f"step_000000{best}"
+    assert sorted(name for name in os.listdir(folder) if name.startswith("step_")) == [f"step_000000{best}",
+                                                                                        "step_0000006"]
+    assert f"best, step_000000{best}" in text
 
 
 def test_held_out_lines_that_are_no_good_are_told_at_once(tmp_path, world):
