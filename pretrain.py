@@ -374,7 +374,7 @@ def answer_scores(cfg, model, planner, paths, n, samples, world, segmenter=None)
     datasets, _ = find_datasets(paths)
     questions = evaluation.load_questions(datasets, n)
     table, records = evaluation.evaluate(model, planner, questions, segmenter=segmenter,
-                                         max_new_tokens=min(cfg.seq_len // 3, 512), world=world, unusable={})
+                                         max_new_tokens=min(cfg.seq_len // 2, 512), world=world, unusable={})
     if world.is_main:
         os.makedirs(os.path.dirname(samples), exist_ok=True)
         weights.write_json(samples + ".json", records)

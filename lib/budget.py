@@ -275,17 +275,19 @@ def decoding_seconds(sequences):
 
 
 def workers_needed(step, decoding, planning):
-    """How many workers keep up with steps of `step` seconds, 0 = no number does: they share a rank's `decoding`, but
-    each does all of the `planning`; seconds a step, too."""
+    """How many workers keep up with steps of `step` seconds, 0 = no number does: one alone does the `planning` too,
+    several share the `decoding` while one more process plans; seconds a step, of a rank."""
     if planning >= step:
         return 0
-    return max(math.ceil(decoding / (step - planning)), 1)
+    if planning + decoding <= step:
+        return 1
+    return max(math.ceil(decoding / step), 2)
 
 
 def show_workers(work, decoding, planning):
     """Print how many workers a rank needs. work: operations of a step, of this rank; the rest as above."""
     print(f"decoding a rank's images and videos takes {decoding:.2f} s of one core a step, planning all records "
-          f"{planning:.2f} s of each worker")
+          f"{planning:.2f} s of one process")
     for source, mfu in MFU.items():
         step = work / (mfu * PEAK_FLOPS["H100"])
         n = workers_needed(step, decoding, planning)

@@ -127,8 +127,9 @@ def test_workers_that_keep_up():
     text = plan()
     sequences = [[plan(("a", image), ("b", clip)), text], [text]]
     assert budget.decoding_seconds(sequences) == pytest.approx(0.6055 / 2)
-    # In a step of 2 s, of which planning takes 1 s of each worker, one decodes for 1 s.
-    for step, decoding, planning, want in ((2, 5, 0, 3), (2, 5, 1, 5), (2, 0, 0, 1), (2, 1, 2, 0), (2, 0, 3, 0)):
+    # One that plans for 1 s of a step of 2 s decodes for 1 s; several decode for all of it, and another process plans.
+    for step, decoding, planning, want in ((2, 5, 0, 3), (2, 5, 1, 3), (2, 1, 1, 1), (2, 1.1, 1, 2), (2, 0, 0, 1),
+                                           (2, 1, 2, 0), (2, 0, 3, 0)):
         assert budget.workers_needed(step, decoding, planning) == want
 
 

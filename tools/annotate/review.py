@@ -201,7 +201,7 @@ class Reviewer(LocalServer):
         self.lock = threading.Lock()
         self.records = self.work.records()
         self.decisions = self.work.decisions()
-        self.media = os.path.dirname(os.path.abspath(file))
+        self.media = os.path.dirname(os.path.realpath(file))
         super().__init__(Handler, port)
 
     def settled(self, record):
