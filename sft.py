@@ -15,7 +15,7 @@ The model, the loss and the loop are those of stage 1. These numbers differ (pyt
                             stage 1          stage 2        stage 2, small    why
     steps                    32,000           50,000              2,200
     sequences per step          256              128                  6
-    tokens per sequence       4,096            4,096                512       small: 8 seconds of video and a track
+    tokens per sequence       4,096            4,096                512       small: 10 seconds of video and a track
     crops per sequence           48               48                 48       so at most 48 frames; --seq_len raises it
     peak lr  vit               6e-6             5e-6             frozen       all parts are trained by now, so all move
              connector         2e-4             5e-6             2.5e-3       slowly; small learns most of it here
