@@ -71,6 +71,16 @@ def to_annotation(kind, question, text, grammar="spec"):
     return annotation
 
 
+def name_of(checkpoint):
+    """A checkpoint by its last names, "small/sft/step_0002650": the others are of this machine alone."""
+    return "/".join(os.path.realpath(checkpoint).split(os.sep)[-3:])
+
+
+def answer_record(kind, media, annotation, name, checkpoint):
+    """The record of an answer. name: of the media; checkpoint: of `name_of`."""
+    return {"id": name, kind: media, "annotations": [annotation], "provenance": [dict(step="answer", by=checkpoint)]}
+
+
 class Results:
     """The folder of one checkpoint's answers. Each is a line as soon as it is there, so that a run that was killed goes
     on where it was."""
@@ -78,8 +88,7 @@ class Results:
     def __init__(self, folder, checkpoint):
         self.folder = folder
         self.path = os.path.join(folder, "results.jsonl")
-        # by its last names, "small/sft/step_0002650": the others are of this machine alone
-        self.checkpoint = "/".join(os.path.realpath(checkpoint).split(os.sep)[-3:])
+        self.checkpoint = name_of(checkpoint)
         os.makedirs(os.path.join(folder, "media"), exist_ok=True)
         self.records = self.read() if os.path.exists(self.path) else []
         self.done = set()  # (media, question)
@@ -143,8 +152,7 @@ class Results:
                 drawn += WRITABLE[kind][0]
             os.makedirs(os.path.dirname(drawn), exist_ok=True)
             draw(kind, [os.path.join(self.folder, media)], annotation["points"], drawn, segmenter)
-        record = {"id": os.path.basename(media), kind: media, "annotations": [annotation],
-                  "provenance": [dict(step="answer", by=self.checkpoint)]}
+        record = answer_record(kind, media, annotation, os.path.basename(media), self.checkpoint)
         with open(self.path, "ab") as f:
             f.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.records.append(record)

@@ -707,7 +707,8 @@ def test_what_is_saved_says_what_the_published_files_say():
 # ---- where they go -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("device, rank, card", [("cuda", None, "cuda"), ("cuda", "3", "cuda:3"),
-                                                ("auto", "3", "cuda:3"), ("cuda:1", "3", "cuda:1"), ("cpu", "3", "cpu")])
+                                                ("auto", "3", "cuda:3"), ("cuda:1", "3", "cuda:1"),
+                                                ("cpu", "3", "cpu")])
 def test_a_rank_takes_no_memory_of_another_ones_card(monkeypatch, device, rank, card):
     """What touches a card takes half a gigabyte of it; eight ranks would take four of the first one's."""
     touched = []

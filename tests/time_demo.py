@@ -1,6 +1,6 @@
 """
-How long a person waits at the page of tools/demo: from Enter to the first point that is drawn, in a real browser, beside
-what sample.Chat alone takes, for the same held-out toy image.
+How long a person waits at the page of tools/demo: from Enter to the first point that is drawn, in a real browser,
+beside what sample.Chat alone takes, for the same held-out toy image.
 
     python tests/time_demo.py out/small/sft/latest           # wants Chromium and data/toy; 20 times each
 """
@@ -63,8 +63,8 @@ def main():
         page = statistics.median([at_the_page(browser, question) for _ in range(TIMES)])
         browser.close()
         server.shutdown()
-    print(f"{question}  sample.Chat: first token {token:.0f} ms, first point {point:.0f} ms; the page: first point drawn "
-          f"{page:.0f} ms after Enter; medians of {TIMES}")
+    print(f"{question}  sample.Chat: first token {token:.0f} ms, first point {point:.0f} ms; the page: first point "
+          f"drawn {page:.0f} ms after Enter; medians of {TIMES}")
 
 
 if __name__ == "__main__":

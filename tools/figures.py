@@ -109,7 +109,7 @@ def tree(out, cell=7, left=336, top=62):
 
 
 def packed(out, n=8, left=16, token=1.5):
-    """The first sequences of the small model's stage 2, a token 1.5 pixels wide; below the first one, what is learned."""
+    """The first sequences of the small model's stage 2; below the first one, what is learned. token: its pixels."""
     cfg = pretrain.parse(sft.DEFAULTS, sft.PRESETS, [])
     planner = Planner(TOKENIZER, SMALL, cfg.seq_len, max_frames=cfg.max_frames, max_crops=cfg.max_crops)
     stream = Stream(pretrain.open_data(cfg)[0], planner, cfg.seed)

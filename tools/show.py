@@ -34,7 +34,6 @@ from lib.report import run_folder, write_report
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
 from sample import bounded
-from tools.figures import write_figures
 
 
 def colour_of(k, saturation, lightness):
@@ -319,6 +318,7 @@ def main():
         parser.error("name JSONL files, folders of them, or the folders of runs")
     try:
         if args.figures:
+            from tools.figures import write_figures  # here alone: it loads all that trains
             print(f"{write_figures(args.figures, args.out or 'assets')} has the pictures")
             return
         if any(runs):

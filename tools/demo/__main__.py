@@ -36,7 +36,7 @@ from lib.errors import UserError
 from lib.media import inside_folder, load_frames, load_image, sample_times, video_duration
 from lib.page import STYLE
 from lib.records import media_kind, parse_record
-from lib.results import points_of, to_annotation
+from lib.results import answer_record, name_of, points_of, to_annotation
 from lib.server import LocalServer, PageHandler, jpeg
 from model import PRESETS
 from sample import Chat, add_device_flags, bounded, load
@@ -130,8 +130,7 @@ class Talk:
         if self.kind != "images":
             media = self.names[0]
             annotation = to_annotation(self.kind, turn["question"], turn["answer"], self.chat.planner.cfg.point_format)
-        record = {"id": self.names[0], self.kind: media, "annotations": [annotation],
-                  "provenance": [dict(step="answer", by=checkpoint)]}
+        record = answer_record(self.kind, media, annotation, self.names[0], checkpoint)
         return "results.jsonl", json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
     def drawn(self, turn, k):
@@ -165,7 +164,7 @@ class Demo(LocalServer):
     """The page, the talks and the line before the model. folder: for uploads; examples: [(paths, prompts)]."""
 
     def __init__(self, checkpoint, model, planner, folder, examples=(), port=0):
-        self.checkpoint = "/".join(os.path.realpath(checkpoint).split(os.sep)[-3:])
+        self.checkpoint = name_of(checkpoint)
         self.model = model
         self.planner = planner
         self.folder = folder
