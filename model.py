@@ -203,10 +203,14 @@ def attend(q, k, v, mask=None):
     if isinstance(mask, tuple):
         spans = torch.arange(q.shape[2], device=q.device).split(QUERIES)
         return torch.cat([attend(q[:, :, t], k, v, dense_mask(*mask, t)) for t in spans], 2)
-    queries_per_key = q.shape[1] // k.shape[1]  # heads
-    if queries_per_key > 1 and mask is not None and q.is_cuda:  # no fused kernel takes both
-        k, v = (x.repeat_interleave(queries_per_key, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    B, H, T, hd = q.shape
+    G = k.shape[1]
+    if T == 1:  # heads that share keys are as good as queries of one head
+        out = F.scaled_dot_product_attention(q.reshape(B, G, H // G, hd), k, v, attn_mask=mask)
+        return out.reshape(B, H, 1, hd)
+    if H > G and mask is not None and q.is_cuda:  # no fused kernel takes both
+        k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != G)
 
 
 def random_drop(x, p):
@@ -423,7 +427,16 @@ class KVCache:
         self.k = x.new_empty(len(x), cfg.kv_heads, length, cfg.head_dim)
         self.v = torch.empty_like(self.k)
 
+    def stay(self, used):
+        """Make `append` work on the same memory each time, as a CUDA graph must: it takes one token and returns the
+        whole buffers. used: (1,), how many tokens are kept. The caller counts, and masks what is not filled yet."""
+        self.k[:, :, self.used:] = 0  # masked or not: a weight of 0 times NaN is NaN
+        self.v[:, :, self.used:] = 0
+        self.used = used
+
     def append(self, k, v):
+        if isinstance(self.used, torch.Tensor):
+            return self.k.index_copy_(2, self.used, k), self.v.index_copy_(2, self.used, v)
         end = self.used + k.shape[2]
         self.k[:, :, self.used:end] = k
         self.v[:, :, self.used:end] = v
@@ -530,7 +543,30 @@ def choose(logits, temperature, top_p, generator):
     if temperature == 0:
         return logits.argmax(-1)
     p = likeliest((logits / temperature).softmax(-1), top_p)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # As torch.multinomial draws, which would wait for a GPU to see whether these are probabilities.
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+class Replayed:
+    """A function of no arguments that works on the same memory at each call. Its kernels are launched one by one at
+    first, then together as a CUDA graph: a token of a small model takes less time than the launches of its kernels."""
+    DEVICES = ("cuda",)
+    AFTER = 8  # calls. To record takes as long as some of them, and many answers are short
+
+    def __init__(self, function):
+        self.function = function
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= self.AFTER:
+            return self.function()
+        if self.calls == self.AFTER + 1:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+                self.result = self.function()  # records, computes nothing
+        self.graph.replay()
+        return self.result
 
 
 class Molmo2(nn.Module):
@@ -694,30 +730,46 @@ class Molmo2(nn.Module):
         # 2. Go on from each prompt's last token. A new token sees what that one sees, and all new tokens before it.
         next_pos = pos[each, last] + 1
         key_pos = torch.cat([pos, next_pos[:, None] + torch.arange(max_new_tokens, device=tokens.device)], 1)
-        keys = torch.arange(T, device=tokens.device)
-        seen = torch.stack([may_attend(last[b], keys, example[b], branch[b], vision[b]) for b in range(B)])  # (B, T)
-        new_mask = torch.cat([seen, seen.new_ones(B, max_new_tokens)], 1)[:, None, None]
-        if bool(seen.all()) and not self.cfg.window:
-            new_mask = None  # the fastest attention takes no mask
+        keys = torch.arange(T + max_new_tokens, device=tokens.device)
+        seen = [may_attend(last[b], keys[:T], example[b], branch[b], vision[b]) for b in range(B)]  # (T,) each
+        new_mask = torch.cat([torch.stack(seen), keys.new_ones(B, max_new_tokens, dtype=torch.bool)], 1)[:, None, None]
+        replays = x.device.type in Replayed.DEVICES
+        needs_mask = replays or self.cfg.window or not bool(new_mask.all())  # the fastest attention takes no mask
+        ids = torch.empty_like(last)
+        n_kept = torch.full_like(last[:1], T)
+
+        def read():
+            """Read `ids`, one token of each sequence: logits (B, V) of the next one."""
+            S = len(keys) if replays else caches[0].used + 1
+            mask = new_mask[..., :S] & (keys[:S] <= n_kept) if needs_mask else None
+            with without_cudnn(x.device):
+                y = self.transformer(self.embed(ids[:, None]), next_pos[:, None], mask, caches=caches,
+                                     key_pos=key_pos[:, :S])
+            n_kept.add_(1)
+            next_pos.add_(1)
+            return self.lm_head(y[:, 0]).float()
+
+        if replays:
+            read = Replayed(read)
+            for cache in caches:
+                cache.stay(n_kept)
 
         # 3. Token by token.
-        stop_ids = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
-        done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-        ids = tokens[each, last]
+        stop_ids = torch.tensor(tuple(stop), dtype=torch.long)
+        done = torch.zeros(B, dtype=torch.bool)
+        said = torch.zeros(B, dtype=torch.long)  # these three on the CPU, for which a GPU is waited for once a token
         penalty = torch.zeros(B, self.cfg.vocab, device=tokens.device)
-        for S in range(T + 1, T + max_new_tokens + 1):  # keys in the cache, once this step's token is read
-            logits = self.lm_head(x).float()  # (B, V)
-            ids = torch.where(done, ids, choose(logits - penalty, temperature, top_p, generator))
-            penalty.scatter_add_(1, ids[:, None], torch.full_like(penalty[:, :1], frequency_penalty))
-            done = done | torch.isin(ids, stop_ids)
-            yield ids.clone()
-            if S == T + max_new_tokens or bool(done.all()):
+        logits = self.lm_head(x).float()  # (B, V)
+        for n in range(1, max_new_tokens + 1):
+            chosen = choose(logits - penalty, temperature, top_p, generator)
+            penalty.scatter_add_(1, chosen[:, None], torch.full_like(penalty[:, :1], frequency_penalty))
+            said = torch.where(done, said, chosen.cpu())
+            done = done | torch.isin(said, stop_ids)
+            yield said.clone()
+            if n == max_new_tokens or bool(done.all()):
                 return
-            mask = None if new_mask is None else new_mask[..., :S]
-            with without_cudnn(x.device):  # not around the yield: the caller's attention is the caller's
-                x = self.transformer(self.embed(ids[:, None]), next_pos[:, None], mask, caches=caches,
-                                     key_pos=key_pos[:, :S])[:, 0]
-            next_pos = next_pos + 1
+            ids.copy_(chosen)
+            logits = read()
 
     @classmethod
     def from_pretrained(cls, folder, vision=None, dtype=torch.float32):

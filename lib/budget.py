@@ -216,7 +216,7 @@ def allowed_pairs(example, branch, vision):
 
 
 def flops(cfg, crops, windows, tokens, pairs, has_loss):
-    """Floating-point operations of one forward pass, {part: n}; a training step takes three times as many.
+    """Floating-point operations of one forward pass, {part: n}; a step in which all trains takes three times as many.
     windows: (M, K); pairs: (query, key), as the mask allows; has_loss: tokens trained on, where the head runs, and the
     last block's MLP."""
     # A matrix product takes 2 operations a weight and token, attention 4 a pair and channel (q kᵀ, and the sum).
@@ -239,13 +239,28 @@ def flops(cfg, crops, windows, tokens, pairs, has_loss):
                 attention=cfg.layers * 4 * heads * pairs, head=2 * cfg.width * cfg.vocab * has_loss)
 
 
-def step_flops(batch, cfg, freeze):
-    """Operations of a forward and a backward pass; a frozen ViT has a forward pass alone, a third of that."""
+def passes(freeze, lora=False):
+    """How often a step takes the operations of a forward pass, {part: n}, parts as of `flops`. One time is the forward
+    pass itself; one the gradient of the inputs, where something trains in the part or before it; and one that of its
+    weights, if they train. With LoRA they do not, and the adapters beside them are too small to count."""
+    n = {}
+    anything = False  # that trains, up to here
+    for part in ("vit", "connector", "decoder"):
+        trains = part not in freeze
+        anything = anything or trains
+        n[part] = 1 + anything + (trains and not lora)
+    # Attention has no weights, but two inputs to each of its products. The head is a part of the decoder.
+    return n | dict(attention=3 if anything else 1, head=n["decoder"])
+
+
+def step_flops(batch, cfg, freeze, lora=False):
+    """Operations of a forward and a backward pass. freeze, lora: as of `passes`."""
     pairs = allowed_pairs(batch["example"], batch["branch"], is_vision(batch["tokens"], cfg.vocab))
     tokens = int((batch["example"] > 0).sum())
     has_loss = int((batch["weights"] > 0).sum())
     forward = flops(cfg, len(batch["crops"]), tuple(batch["pool"].shape), tokens, pairs, has_loss)
-    return sum(n * (1 if part == "vit" and part in freeze else 3) for part, n in forward.items())
+    times = passes(freeze, lora)
+    return sum(n * times[part] for part, n in forward.items())
 
 
 def fits(gigabytes, card):
@@ -315,7 +330,7 @@ def show(cfg, model, optimizers, sequences, planning, batches, ranks, cuda, empt
     largest = max(batches, key=lambda batch: len(batch["crops"]))
     shape = dict(rows=micro_batch, tokens=cfg.seq_len, crops=len(largest["crops"]),
                  windows=tuple(largest["pool"].shape), learned=int((largest["weights"] > 0).sum()))
-    per_batch = sum(step_flops(batch, model.cfg, cfg.freeze) for batch in batches) / len(batches)
+    per_batch = sum(step_flops(batch, model.cfg, cfg.freeze, cfg.lora) for batch in batches) / len(batches)
     work = per_batch / micro_batch * cfg.global_batch
     turns = math.ceil(cfg.global_batch / (dp * micro_batch))
     sizes = []

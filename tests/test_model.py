@@ -1,6 +1,7 @@
 """What the network computes: the mask, packing, branches, generation, the loss, the sizes."""
 import cmath
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ from conftest import QUICK, SIZES, plan_all, random_tree, run, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
 import pretrain
-from lib import budget, distributed, flex
+from lib import budget, distributed, flex, lora
 from data import Dataset, collate, decode
-from lib.budget import allowed_pairs, flops
+from lib.budget import allowed_pairs, flops, passes
 from lib.flex import block_mask, example_masks
 from lib.records import parse_record
 from model import ChunkedNLL, Molmo2, attend, dense_mask, is_vision
@@ -328,6 +330,49 @@ def test_flops_are_those_of_the_matrix_products():
     assert counter.get_total_flops() == sum(want.values())
 
 
+def step_counted(cfg, freeze, rank=0):
+    """Operations of a forward and a backward pass, counted by PyTorch; all pairs allowed, a loss on each token. rank: of
+    adapters on the linear layers of all parts that are not frozen."""
+    T, M = 12, 6
+    tokens = torch.zeros(2, T, dtype=torch.long)
+    tokens[:, 1:4] = cfg.image_token
+    parts = [part for part in ("vit", "connector", "decoder") if part not in freeze]
+    run = SimpleNamespace(freeze=freeze, lora=rank, lora_alpha=1.0, lora_parts=parts)
+    model = lora.freeze(lora.install(tiny_model("qwen"), run), run)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, torch.zeros(3, 25, 48, dtype=torch.uint8), torch.zeros(M, 4, dtype=torch.long)).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("freeze", [(), ("vit",), ("decoder",), ("vit", "decoder"), ("vit", "connector")])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_flops_of_a_step_are_those_of_what_trains(freeze, with_lora):
+    """Counted by PyTorch; with LoRA, of adapters of ranks 1 and 2, of which follows what the model takes with rank 0."""
+    cfg = tiny_model("qwen").cfg
+    if with_lora:
+        counted = 2 * step_counted(cfg, freeze, 1) - step_counted(cfg, freeze, 2)
+    else:
+        counted = step_counted(cfg, freeze)
+    M, T = 6, 12
+    forward = flops(cfg, 3, (M, 4), 2 * T, 2 * T * T, 2 * T)
+    told = sum(n * passes(freeze, with_lora)[part] for part, n in forward.items())
+    assert counted == pytest.approx(told, rel=0.03)
+
+
+def test_passes_through_frozen_and_trained_parts():
+    """By hand: forward, gradient of the inputs, gradient of the weights."""
+    parts = ("vit", "connector", "decoder", "attention", "head")
+    for freeze, lora_on, want in (((), False, (3, 3, 3, 3, 3)), (("embedding",), False, (3, 3, 3, 3, 3)),
+                                  (("vit",), False, (1, 3, 3, 3, 3)), (("vit", "decoder"), False, (1, 3, 2, 3, 2)),
+                                  (("decoder", "embedding"), False, (3, 3, 2, 3, 2)),
+                                  (("vit", "connector"), False, (1, 1, 3, 3, 3)),
+                                  (("connector", "decoder"), False, (3, 2, 2, 3, 2)),
+                                  (("vit",), True, (1, 2, 2, 3, 2)), ((), True, (2, 2, 2, 3, 2)),
+                                  (("vit", "decoder"), True, (1, 2, 2, 3, 2)),
+                                  (("vit", "connector", "decoder"), False, (1, 1, 1, 1, 1))):
+        assert passes(freeze, lora_on) == dict(zip(parts, want)), freeze
+
+
 def test_attention_example_by_example_is_attention():
     """Values and gradients of packed rows, with fewer key/value heads; padding gives nothing, and gets a gradient."""
     rng = torch.Generator().manual_seed(0)
@@ -409,7 +454,7 @@ def test_decoding_keeps_away_from_cudnn(monkeypatch):
 
 class Watch(TorchDispatchMode):
     """What a GPU would have to finish all its work for, and the largest bool tensor made."""
-    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal")
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "multinomial")
 
     def __init__(self):
         super().__init__()
@@ -585,12 +630,111 @@ def test_a_long_prompt_needs_no_square_mask(style, monkeypatch):
     assert square.largest_mask >= 60 * 60 and parts.largest_mask <= 2 * 60 * 16
 
 
-def test_a_token_waits_for_the_gpu_once():
-    model = tiny_model("qwen").eval()
-    batch = photo_batch(model.cfg, B=1)
-    waits = []
-    for n in (4, 9):
+def generated(model, B=1, n=12, **flags):
+    """The ids of B prompts of different lengths with an image each, (B, n), and what `Watch` saw."""
+    batch = photo_batch(model.cfg, B)
+    example = torch.ones(B, 40, dtype=torch.long)
+    example[1:, 29:] = 0
+    with Watch() as watch:
+        ids = list(model.generate(batch["tokens"], batch["crops"], batch["pool"], n, example=example, **flags))
+    return torch.stack(ids, 1), watch
+
+
+@pytest.mark.parametrize("flags", [{}, dict(temperature=0.7, top_p=0.9, frequency_penalty=0.1, stop=(7,))])
+def test_a_token_waits_for_the_gpu_once(flags, monkeypatch):
+    """The ids are copied to the CPU, which then asks itself whether all sequences have ended."""
+    model = tiny_model("qwen")
+    copies = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copies.append(x) or cpu(x))
+    waits = [len(generated(model, 2, n, **flags)[1].waits) for n in (4, 9)]
+    assert waits[1] - waits[0] == 9 - 4 and len(copies) == 4 + 9
+    assert {(x.dtype, x.shape) for x in copies} == {(torch.int64, (2,))}
+
+
+def test_a_sample_is_drawn_as_by_torch():
+    """The same ids from the same generator, without what torch.multinomial reads back."""
+    logits = torch.randn(40, 1024, generator=torch.Generator().manual_seed(0)) * 3
+    for top_p in (0.6, 1.0):
+        p = M.likeliest((logits / 0.7).softmax(-1), top_p)
+        want = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(1))[:, 0]
         with Watch() as watch:
-            list(model.generate(batch["tokens"], batch["crops"], batch["pool"], max_new_tokens=n))
-        waits.append(len(watch.waits))
-    assert waits[1] - waits[0] <= 9 - 4
+            got = M.choose(logits, 0.7, top_p, torch.Generator().manual_seed(1))
+        assert torch.equal(got, want) and watch.waits == []
+
+
+def test_a_token_copies_no_keys(monkeypatch):
+    """After a prompt of 2,000 tokens nothing that a token makes is as large as a layer's keys; buffers do not move."""
+    model = tiny_model("qwen")
+    buffers = []
+    append = M.KVCache.append
+    monkeypatch.setattr(M.KVCache, "append", lambda c, k, v: buffers.extend([c.k, c.v]) or append(c, k, v))
+    answer = model.generate(torch.randint(0, 1000, (1, 2000)), max_new_tokens=6)
+    next(answer)
+    with budget.Alive([*model.parameters(), *buffers]) as alive:
+        list(answer)
+    assert 0 < alive.peak < 2 * 2000 * 8 * 4  # heads, tokens, channels, bytes
+    assert len(buffers) == 4 * 6 and len({x.data_ptr() for x in buffers}) == 4
+
+
+def test_one_query_of_several_heads_is_attention():
+    """Written out with keys repeated for the heads that share them; also where a mask hides some."""
+    rng = torch.Generator().manual_seed(0)
+    for H, G in ((4, 4), (4, 2), (6, 1)):
+        q, k, v = (torch.randn(3, n, S, 8, generator=rng) for n, S in ((H, 1), (G, 50), (G, 50)))
+        seen = torch.rand(3, 1, 1, 50, generator=rng) < 0.5
+        seen[..., -1] = True
+        keys, values = (x.repeat_interleave(H // G, 1) for x in (k, v))
+        for mask in (None, seen):
+            scores = q @ keys.transpose(2, 3) / 8 ** 0.5
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            torch.testing.assert_close(attend(q, k, v, mask), scores.softmax(-1) @ values)
+
+
+class FakeGraph:
+    """A CUDA graph for the CPU: kernels and the memory that they work on, nothing of what Python decides."""
+
+    def __init__(self):
+        self.kernels = []
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        for op, args, kwargs, recorded in self.kernels:
+            for old, new in zip(tree_leaves(recorded), tree_leaves(op(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # else a view, or in place
+                    old.copy_(new)
+
+
+class Record(TorchDispatchMode):
+    """torch.cuda.graph: what runs within it goes into a graph and changes nothing yet."""
+
+    def __init__(self, graph, **flags):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.overloadpacket.__name__ not in Watch.WAITS, f"{op} waits for the GPU"
+        changes = op.overloadpacket.__name__.endswith("_") and not op.overloadpacket.__name__.endswith("__")
+        out = args[0] if changes else op(*args, **(kwargs or {}))
+        self.graph.kernels.append((op, args, kwargs or {}, out))
+        return out
+
+
+@pytest.mark.parametrize("style", ["olmo", "qwen", "window"])
+def test_a_graph_of_a_token_is_replayed(style, monkeypatch):
+    """Prompts of different lengths go on by the same ids when the kernels of a token are recorded once and replayed:
+    all that changes from token to token is in memory that stays where it is."""
+    model = tiny_model("olmo" if style == "olmo" else "qwen")
+    if style == "window":
+        model.cfg.window, model.cfg.window_layers = 16, (1,)
+    flags = dict(B=2, n=30, frequency_penalty=0.05)
+    want, _ = generated(model, **flags)
+    graphs = []
+    monkeypatch.setattr(M.Replayed, "DEVICES", ("cpu",))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(FakeGraph()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", Record)
+    got, _ = generated(model, **flags)
+    assert torch.equal(got, want)
+    assert [graph.replays for graph in graphs] == [29 - M.Replayed.AFTER]
+    assert len(generated(model, n=M.Replayed.AFTER + 1)[0]) == 1 and len(graphs) == 1  # not for a short answer
