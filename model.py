@@ -583,7 +583,8 @@ class Molmo2(nn.Module):
             self.lm_head.weight = self.transformer.wte.embedding
         self.residual_dropout = 0.0  # on every position, in training
         self.response_dropout = 0.0  # on top of that where an answer is predicted
-        self.reset_parameters()
+        if not self.lm_head.weight.is_meta:  # there normal_ would import PyTorch's compiler, 80 MB, and draw nothing
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, only=None):
