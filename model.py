@@ -22,6 +22,7 @@ Where to look, in the order in which data passes:
     ChunkedNLL                    the loss: weight x (nll + z-loss), in chunks; pretrain.train divides it
     Molmo2.parts                  which parameters share a learning rate
     KVCache, Molmo2.generate      keys and values of what was read; images are read once; an answer ends with `stop`
+    Replayed                      on CUDA a token's kernels are launched as one graph
     Molmo2.from_pretrained        lib/weights.load: `our_name` maps names, `split_embedding` rows, `fill` draws new ones
 
 Seams: what other files replace in a built model, and by which function. Nothing else is patched from outside.
@@ -199,7 +200,8 @@ QUERIES = 1024  # of a long prompt, for which a mask is made at a time
 
 def attend(q, k, v, mask=None):
     """softmax(q kᵀ / √hd) v.  q: (B, H, T, hd); k, v: (B, G, S, hd); mask: bool, broadcastable to (B, H, T, S), or
-    ids (example, branch, vision) of T = S tokens, from which the mask of a part of the queries is made at a time."""
+    ids (example, branch, vision) of T = S tokens, from which the mask of a part of the queries is made at a time. The
+    mask of a single query is the same for all heads."""
     if isinstance(mask, tuple):
         spans = torch.arange(q.shape[2], device=q.device).split(QUERIES)
         return torch.cat([attend(q[:, :, t], k, v, dense_mask(*mask, t)) for t in spans], 2)
@@ -709,8 +711,9 @@ class Molmo2(nn.Module):
     @torch.inference_mode()
     def generate(self, tokens, crops=None, pool=None, max_new_tokens=256, temperature=0.0, stop=(), pos=None,
                  example=None, branch=None, generator=None, features=None, top_p=1.0, frequency_penalty=0.0):
-        """Continue B prompts; yields one (B,) tensor of ids per step, as they come. Greedy at temperature 0, else drawn
-        from the likeliest ids that have top_p together. A logit loses frequency_penalty each time its id is produced.
+        """Continue B prompts; yields one (B,) tensor of ids per step, as they come, on the CPU. Greedy at temperature 0,
+        else drawn from the likeliest ids that have top_p together. A logit loses frequency_penalty each time its id is
+        produced.
         Prompts of different lengths are padded on the right with example = 0. A sequence that has produced an id in
         `stop` repeats it until all have."""
         assert not self.training, "call model.eval() first: dropout would be on"
@@ -741,7 +744,7 @@ class Molmo2(nn.Module):
 
         def read():
             """Read `ids`, one token of each sequence: logits (B, V) of the next one."""
-            S = len(keys) if replays else caches[0].used + 1
+            S = len(keys) if replays else caches[0].used + 1  # the shapes in a graph cannot grow
             mask = new_mask[..., :S] & (keys[:S] <= n_kept) if needs_mask else None
             with without_cudnn(x.device):
                 y = self.transformer(self.embed(ids[:, None]), next_pos[:, None], mask, caches=caches,

@@ -331,8 +331,8 @@ def test_flops_are_those_of_the_matrix_products():
 
 
 def step_counted(cfg, freeze, rank=0):
-    """Operations of a forward and a backward pass, counted by PyTorch; all pairs allowed, a loss on each token. rank: of
-    adapters on the linear layers of all parts that are not frozen."""
+    """Operations of a forward and a backward pass, counted by PyTorch; all pairs allowed, a loss on each token.
+    rank: of adapters on the linear layers of all parts that are not frozen."""
     T, M = 12, 6
     tokens = torch.zeros(2, T, dtype=torch.long)
     tokens[:, 1:4] = cfg.image_token
@@ -347,7 +347,8 @@ def step_counted(cfg, freeze, rank=0):
 @pytest.mark.parametrize("freeze", [(), ("vit",), ("decoder",), ("vit", "decoder"), ("vit", "connector")])
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_flops_of_a_step_are_those_of_what_trains(freeze, with_lora):
-    """Counted by PyTorch; with LoRA, of adapters of ranks 1 and 2, of which follows what the model takes with rank 0."""
+    """Counted by PyTorch; with LoRA by ranks 1 and 2, of which follows what the model takes with adapters of rank 0.
+    What it counts less is the gradient of pixels and of frozen features, which nobody needs."""
     cfg = tiny_model("qwen").cfg
     if with_lora:
         counted = 2 * step_counted(cfg, freeze, 1) - step_counted(cfg, freeze, 2)
