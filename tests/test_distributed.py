@@ -437,7 +437,8 @@ def spoilt_on_the_second(rank, ranks, folder, flags):
 def test_what_comes_to_one_rank_holds_for_all(tmp_path, world):
     """NaN holds back all: the others would go on from weights of their own, and no loss would tell. A signal stops all
     in the same step: the others would wait for the one in the next."""
-    flags = [*FLAGS, "--data", world, "--steps", "5000", "--save_every", "1", "--global_batch", "2"]
+    flags = [*FLAGS, "--data", world, "--steps", "5000", "--save_every", "1", "--keep", "0", "--global_batch",
+             "2"]
     run_ranks(spoilt_on_the_second, 2, tmp_path, flags, joined=False)
     rows = [r for r in log_of(tmp_path) if "loss" in r]
     assert [r["skipped"] for r in rows[:4]] == [0, 0, 1, 1] and not math.isfinite(rows[2]["loss"])
