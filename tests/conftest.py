@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -34,7 +35,7 @@ import sft  # noqa: E402
 from data import Dataset, Planner  # noqa: E402
 from lib.records import parse_record  # noqa: E402
 from lib.text import SMALL_TOKENIZER, Tokenizer  # noqa: E402
-from model import IMAGE, READ_ONLY, Molmo2, ModelConfig  # noqa: E402
+from model import IMAGE, PRESETS, READ_ONLY, Molmo2, ModelConfig  # noqa: E402
 
 SIZES = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=1024, rope_theta=1e4, crop=20,
              patch=4, vit_width=16, vit_heads=2, vit_head_dim=8, vit_mlp=24, vit_features=(1, 0))
@@ -302,6 +303,15 @@ def poison(folder):
 
 QUICK = ["--config", "small", "--mixture", "equal", "--global_batch", "2", "--micro_batch", "1", "--seq_len",
          "192", "--save_every", "2"]
+# A line of Python after which `--config small` is a tiny model in that process: see `start`.
+AS_TINY = f"import model; model.PRESETS['small'] = model.ModelConfig(**{SIZES | STYLES['qwen']})"
+
+
+@pytest.fixture
+def tiny_small(monkeypatch):
+    """Makes `--config small` a tiny model in this process, for tests of what a run does and not of what it learns: a
+    step and a checkpoint of it take a fifth of the time."""
+    monkeypatch.setitem(PRESETS, "small", ModelConfig(**SIZES, **STYLES["qwen"]))
 
 
 def run(folder, *flags, check=True, stage=pretrain):
@@ -371,8 +381,16 @@ def finish(p, code=0):
     return text
 
 
-# Ranks are forked from a process which has imported these.
-multiprocessing.set_forkserver_preload(["av", "pytest", "requests", "torch.distributed.fsdp"])
+def fork_server():
+    """Processes are forked from one which has imported this file, with all that it imports: it takes seconds, once."""
+    here = os.getcwd()
+    os.chdir(HERE)  # it looks for modules where it is started
+    try:
+        multiprocessing.set_forkserver_preload(["conftest", "torch.distributed.fsdp"])
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+    return multiprocessing.get_context("forkserver")
 
 
 def _rank(rank, ranks, meeting, fn, args):
@@ -391,6 +409,7 @@ def _rank(rank, ranks, meeting, fn, args):
 
 def run_ranks(fn, ranks, *args, joined=True):
     """fn(rank, ranks, *args) in as many processes, joined by gloo. What one raises fails the test."""
+    fork_server()
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
         free.close()

@@ -16,6 +16,7 @@ import threading
 import time
 import wave
 from collections import Counter
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -808,20 +809,27 @@ def test_yes_and_no_stay_few_and_options_are_shuffled_by_the_row():
 
 # ---- all of it ---------------------------------------------------------------------------------------------
 
-def test_the_demo_runs_from_narration_to_training_and_the_page(tmp_path):
+def test_the_demo_runs_from_narration_to_training_and_the_page(tmp_path, monkeypatch, capsys):
     """What a visitor tries first, from a fresh clone, without a server."""
-    browser = f"{sys.executable} -c 'import sys; open(\"opened\", \"w\").write(sys.argv[1])' %s"
-    p = subprocess.Popen([*ANNOTATE, "demo", "--clips", "15"], cwd=tmp_path, text=True,
-                         env=dict(ENV, BROWSER=browser), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = []
-    while not said or said[-1] and not said[-1].startswith("reviewing"):
-        said.append(p.stdout.readline())
-    assert said[-1], "".join(said)
-    url = said[-1].split(": ")[1].split()[0]
-    assert "<title>review</title>" in requests.get(url).text
-    assert len(requests.get(url + "rows").json()["rows"]) > 5
-    p.terminate()
-    assert p.wait(300) == 0 and (tmp_path / "opened").read_text() == url
+    opened, serve = [], Reviewer.serve_forever
+
+    def train(command):
+        assert command[:2] == [sys.executable, os.path.join(ROOT, "pretrain.py")]
+        return SimpleNamespace(returncode=run(tmp_path, *command[2:])[0])
+
+    def look(server):
+        threading.Thread(target=serve, args=(server, 0.02), daemon=True).start()
+        url, = opened
+        assert "<title>review</title>" in requests.get(url).text
+        assert len(requests.get(url + "rows").json()["rows"]) > 5
+        server.shutdown()
+        raise KeyboardInterrupt  # Ctrl-C
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(annotate.subprocess, "run", train)
+    monkeypatch.setattr(annotate.webbrowser, "open", opened.append)
+    monkeypatch.setattr(Reviewer, "serve_forever", look)
+    annotate.main(["demo", "--clips", "15"])
+    assert "reviewing out/annotate/qa.jsonl as" in (text := capsys.readouterr().out) and opened[0] in text
     folder = tmp_path / "out" / "annotate"
     for name in ("captions", "qa"):
         rows = [parse_record(line) for line in open(folder / f"{name}.jsonl", "rb")]

@@ -88,8 +88,8 @@ def decoded_in_turn(stream):
     return out
 
 
-GRID = [(1, 0, 1), (1, 3, 4), (2, 0, 5), (2, 1, 2), (2, 2, 4), (2, 2, 5), (2, 3, 5), (3, 0, 7), (3, 2, 3), (3, 1, 2),
-        (3, 2, 4), (4, 2, 6), (5, 0, 9)]
+# Steps that ranks can share and cannot, workers that a rank's share can and cannot occupy, a rank without a share.
+GRID = [(1, 0, 1), (1, 3, 4), (2, 0, 5), (2, 2, 4), (2, 3, 5), (3, 0, 7), (3, 1, 2), (3, 2, 3), (5, 0, 9)]
 
 
 @pytest.mark.parametrize("ranks, workers, step", GRID)

@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, finish, log_of, losses_of, picture, poison, run, start, tiny_model, write_lines
+from conftest import (AS_TINY, QUICK, ROOT, SIZES, STYLES, finish, fork_server, log_of, losses_of, picture, poison, run,
+                      start, tiny_model, write_lines)
 
 import eval as evaluation
 import pretrain
@@ -20,7 +21,10 @@ from data import Dataset, Planner, Stream, collate, decode
 from lib import distributed, lora
 from lib.errors import UserError
 from lib.records import parse_record
+from model import ModelConfig, PRESETS as MODELS
 from pretrain import Config, PRESETS, make_optimizers, next_samples, parse, schedule
+
+pytestmark = pytest.mark.usefixtures("tiny_small")  # runs of the real one: below, "the whole of it"; test_prepare
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ write, pretrain.Log.write = pretrain.Log.write, killed"""
 def test_killed_with_kill_9_it_goes_on_and_repeats_every_loss_bit_for_bit(tmp_path, world):
     """In a step; at any moment and on several ranks: test_distributed."""
     flags = [*QUICK, "--data", world, "--steps", "8"]
-    p = start(tmp_path, 1, *flags, before=KILLED)
+    p = start(tmp_path, 1, *flags, before=AS_TINY + KILLED)
     run(tmp_path, *flags, "--out", "straight")
     assert "1 workers" in finish(p, -9)  # no worker outlived it, or its output would not have ended
     assert list(losses_of(tmp_path)) == [1, 2, 3, 4, 5]
@@ -181,7 +185,7 @@ def test_deterministic_kernels_are_asked_for_and_change_nothing_on_a_cpu(tmp_pat
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("eval_every, pages", [("1", 3), ("2", 2), ("9", 1)])
+@pytest.mark.parametrize("eval_every, pages", [("1", 3), ("2", 2)])
 def test_the_page_of_a_run_is_written_after_each_evaluation_once(tmp_path, world, monkeypatch, eval_every, pages):
     """The last one comes after the last checkpoint, which it shows."""
     latest, report_on = [], pretrain.report_on
@@ -195,17 +199,14 @@ def test_the_page_of_a_run_is_written_after_each_evaluation_once(tmp_path, world
     assert "Mixture, after 3 steps" in (tmp_path / "out/small/pretrain/report.html").read_text()
 
 
-def test_a_new_run_keeps_the_old_one(tmp_path, world):
-    for _ in range(2):
-        text = run(tmp_path, *QUICK, "--data", world, "--steps", "1")[1]
-    assert "moved to" in text and os.path.exists(tmp_path / "out/small/pretrain.old1/latest/config.json")
-
-
-def test_fine_tuning_starts_from_a_checkpoint(tmp_path, world):
-    run(tmp_path, *QUICK, "--data", world, "--steps", "1", "--out", "a")
-    first = str(tmp_path / "a" / "small" / "pretrain" / "latest")
-    text = run(tmp_path, *QUICK, "--data", world, "--steps", "1", "--out", "b", "--init_from", first)[1]
+def test_a_new_run_keeps_the_old_one_and_starts_from_the_checkpoint_it_is_given(tmp_path, world):
+    flags = [*QUICK, "--data", world, "--steps", "1"]
+    text = run(tmp_path, *flags, "--out", "first")[1]
+    assert "random weights" in text and "moved to" not in text
+    run(tmp_path, *flags)
+    text = run(tmp_path, *flags, "--init_from", str(tmp_path / "first/small/pretrain/latest"))[1]
     assert "random weights" not in text
+    assert "moved to" in text and os.path.exists(tmp_path / "out/small/pretrain.old1/latest/config.json")
 
 
 @pytest.mark.parametrize("dtype, off", [("fp32", 1e-4), ("bf16", 1e-2)])
@@ -216,7 +217,8 @@ def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off, mon
         return decode(plans, *args, **kw)
     decode = pretrain.decode
     monkeypatch.setattr(pretrain, "decode", decode_elsewhere)
-    run(tmp_path, *QUICK, "--data", world, "--eval_data", world, "--steps", "1", "--dtype", dtype)
+    flags = [*QUICK, "--data", world, "--eval_data", world, "--steps", "1", "--dtype", dtype]
+    run(tmp_path, *flags, *(["--eval_answers", "0"] if dtype == "bf16" else []))
     folder = tmp_path / "out/small/pretrain/latest"
     model = pretrain.Molmo2.from_pretrained(folder)
     planner = Planner(pretrain.Tokenizer(str(folder / "tokenizer.json"), 1024), model.cfg, 192, 0, "spec", 16, 16)
@@ -228,12 +230,12 @@ def test_the_held_out_loss_is_that_of_its_lines(tmp_path, world, dtype, off, mon
                 loss, weight = loss + float(model(**batch)), weight + float(batch["weights"].sum())
     scores = log_of(tmp_path)[-1]["eval"]
     assert scores.pop("loss") == pytest.approx(loss / weight, rel=off)
+    if dtype == "bf16":  # in which other words may be likely
+        return
     # and what the checkpoint answers, by eval.py
     questions = evaluation.load_questions([Dataset("rows", [world])])
     want, _ = evaluation.evaluate(model, planner, questions, max_new_tokens=64)
-    assert scores.keys() == want.keys() and len(scores) > 3
-    if dtype == "fp32":
-        assert scores == {name: pytest.approx(value, abs=1e-4) for name, value in want.items()}
+    assert len(scores) > 3 and scores == {name: pytest.approx(value, abs=1e-4) for name, value in want.items()}
     with open(tmp_path / "out/small/pretrain/samples/step_0000001.json") as f:
         assert [record["prompt"] for record in json.load(f)] == [q.prompt for q in questions]
 
@@ -390,35 +392,52 @@ def test_what_a_frozen_encoder_said_is_kept(model):
 
 # ---- signals: whatever a run is doing ----------------------------------------------------------------------
 
-def when(process, seen, number=signal.SIGINT, wait=0.0):
-    """Wait for a line of a process's output, then signal it once: (exit status, all it printed)."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if seen in line:
-            time.sleep(wait)
-            process.send_signal(number)
-            break
-    rest, _ = process.communicate(timeout=60)
-    return process.returncode, "".join(lines) + rest
+def stuck_run(said, folder, flags, place):
+    """In a process of its own, which prints to `said`: a run that hangs where the name `place` of pretrain is called,
+    for the third time if it is what waits for data."""
+    def hang(*args):
+        print("stuck", flush=True)
+        while True:  # in naps, as one waits for a queue: a signal that another thread is given does not end a sleep
+            time.sleep(0.5)
+    wait_for_data, calls = pretrain.next_samples, []
+
+    def hang_later(*args):
+        calls.append(1)
+        return wait_for_data(*args) if len(calls) < 3 else hang()
+    for number in (1, 2):
+        os.dup2(said.fileno(), number)
+    said.close()
+    signal.alarm(300)  # ends what no signal has ended
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process that a user starts
+    os.chdir(folder)
+    MODELS["small"] = ModelConfig(**SIZES, **STYLES["qwen"])
+    setattr(pretrain, place, hang_later if place == "next_samples" else hang)
+    pretrain.main(Config(), PRESETS, flags)
 
 
-@pytest.mark.parametrize("patch, code, said", [
-    # waiting for data that never comes, in the third step: what two steps learned is kept
-    ("def stuck(loader, n, real=pretrain.next_samples, calls=[]):\n"
-     "    calls.append(1)\n    return real(loader, n) if len(calls) < 3 else hang()\n"
-     "pretrain.next_samples = stuck", 0, "stopped by a signal after step 2; --resume goes on"),
-    # in an evaluation, after step 2
-    ("pretrain.evaluate = hang", 0, "stopped by a signal after step 2; --resume goes on"),
-    # before the first step
-    ("pretrain.load_model = hang", 130, "stopped before the first step")])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_ends_a_run_in_whatever_it_is_doing(tmp_path, patch, code, said, number):
-    # In naps, as one waits for a queue: a signal that another thread is given does not end the sleep of this one.
-    hang = "import time\ndef hang(*a):\n    print('stuck', flush=True)\n    while True: time.sleep(0.5)\n"
+SAVED = "stopped by a signal after step 2; --resume goes on"
+
+
+@pytest.mark.parametrize("place, number, code, told", [
+    ("next_samples", signal.SIGINT, 0, SAVED),  # for data that never comes: what two steps learned is kept
+    ("evaluate", signal.SIGTERM, 0, SAVED), ("evaluate", signal.SIGINT, 0, SAVED),
+    ("load_model", signal.SIGTERM, 130, "stopped before the first step"),
+    ("load_model", signal.SIGINT, 130, "stopped before the first step")])
+def test_one_signal_ends_a_run_in_whatever_it_is_doing(tmp_path, place, number, code, told):
     rows = write_lines(tmp_path / "rows.jsonl", [dict(annotations=[dict(task="text", prompt="?", answer="yes")])])
-    process = start(tmp_path, 1, *QUICK, "--steps", "9", "--eval_every", "2", "--data", rows, before=hang + patch)
-    status, text = when(process, "stuck", number)
-    assert status == code and said in text and "Traceback" not in text, text
+    flags = [*QUICK, "--steps", "9", "--eval_every", "2", "--data", rows]
+    context = fork_server()
+    hear, said = context.Pipe(duplex=False)
+    process = context.Process(target=stuck_run, args=(said, tmp_path, flags, place))
+    process.start()
+    said.close()
+    text = ""
+    with os.fdopen(os.dup(hear.fileno())) as lines:
+        for line in lines:
+            text += line
+            if "stuck" in line:
+                os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code and text.count("stuck") == 1 and told in text and "Traceback" not in text, text
     if code == 0:
         assert os.path.exists(tmp_path / "out" / "small" / "pretrain" / "latest" / "COMPLETE")

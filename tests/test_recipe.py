@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from conftest import SIZES, STYLES, picture, png, read_log, tiny_model, write_lines
+from conftest import SIZES, STYLES, fork_server, picture, png, read_log, tiny_model, write_lines
 
 from lib import distributed
 import model as M
@@ -226,7 +226,8 @@ def test_two_ranks_train_what_one_does(odd):
         for s in (a, b):
             s.bind(("127.0.0.1", 0))
         ports = [s.getsockname()[1] for s in (a, b)]
-    torch.multiprocessing.start_processes(one_rank, (ports, [apart, together]), 2, start_method="spawn")
+    fork_server()
+    torch.multiprocessing.start_processes(one_rank, (ports, [apart, together]), 2, start_method="forkserver")
     same_training(os.path.join(apart.out, "small", "pretrain"), apart, ranks=2)
     same_training(os.path.join(together.out, "small", "pretrain"), together)
 

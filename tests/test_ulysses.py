@@ -67,16 +67,6 @@ def check_model(rank, ranks, style):
             assert off[0] <= 1e-5 * want[0].abs() and off[1:].max() <= 3e-6 * want[1:].norm(), seed
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_attention_is_the_same(ranks):
-    run_ranks(check_attention, ranks)
-
-
-@pytest.mark.parametrize("style,ranks", [("olmo", 2), ("qwen", 4)])
-def test_loss_and_gradients_add_up(style, ranks):
-    run_ranks(check_model, ranks, style)
-
-
 def test_every_window_lies_with_its_crops():
     """The published code loses this where pictures differ in size (FACTS 9.1, 15): 9, 1, 1, 16 and 1
     crops."""
@@ -138,13 +128,18 @@ def check_few_crops(rank, ranks):
         assert sum(per_rank) <= n + ranks - 1
 
 
-def check_features(rank, ranks):
-    check_published_case(rank, ranks)
-    check_few_crops(rank, ranks)
+def check_all(rank, ranks, style):
+    check_attention(rank, ranks)
+    if ranks == 4:
+        check_published_case(rank, ranks)
+        check_few_crops(rank, ranks)
+    check_model(rank, ranks, style)
 
 
-def test_features_come_back_to_their_tokens_and_a_rank_without_crops_encodes_all_the_same():
-    run_ranks(check_features, 4)
+@pytest.mark.parametrize("ranks, style", [(2, "olmo"), (4, "qwen")])
+def test_ranks_compute_what_one_does(ranks, style):
+    """Attention; features, which come back to their tokens, also from a rank without crops; loss and gradients."""
+    run_ranks(check_all, ranks, style)
 
 
 def test_heads_that_cannot_be_shared_are_refused():
