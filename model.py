@@ -39,6 +39,7 @@ Shapes:  B sequences in the batch, T tokens, N crops, P patches per crop, M visu
 """
 import contextlib
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -554,19 +555,28 @@ class Replayed:
     first, then together as a CUDA graph: a token of a small model takes less time than the launches of its kernels."""
     DEVICES = ("cuda",)
     AFTER = 8  # calls. To record takes as long as some of them, and many answers are short
+    LONGEST = 8192  # tokens in all. One query over more is faster without a mask, and that kernel cannot be replayed
 
     def __init__(self, function):
         self.function = function
         self.calls = 0
+        self.graph = None
+
+    def record(self):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+                self.result = self.function()  # records, computes nothing
+            self.graph = graph
+        except RuntimeError as e:  # a kernel of this GPU or of this PyTorch that cannot be recorded
+            warnings.warn(f"answers without a CUDA graph, which is slower: {e}")
 
     def __call__(self):
         self.calls += 1
-        if self.calls <= self.AFTER:
-            return self.function()
         if self.calls == self.AFTER + 1:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the GPU
-                self.result = self.function()  # records, computes nothing
+            self.record()
+        if self.graph is None:
+            return self.function()
         self.graph.replay()
         return self.result
 
@@ -736,7 +746,7 @@ class Molmo2(nn.Module):
         keys = torch.arange(T + max_new_tokens, device=tokens.device)
         seen = [may_attend(last[b], keys[:T], example[b], branch[b], vision[b]) for b in range(B)]  # (T,) each
         new_mask = torch.cat([torch.stack(seen), keys.new_ones(B, max_new_tokens, dtype=torch.bool)], 1)[:, None, None]
-        replays = x.device.type in Replayed.DEVICES
+        replays = x.device.type in Replayed.DEVICES and len(keys) <= Replayed.LONGEST
         needs_mask = replays or self.cfg.window or not bool(new_mask.all())  # the fastest attention takes no mask
         ids = torch.empty_like(last)
         n_kept = torch.full_like(last[:1], T)

@@ -321,7 +321,7 @@ def prepare_step(cfg, model, samples, micro_batch, n, world):
     batches = make_batches([sample.decoded for sample in samples], micro_batch, n, model.cfg, cfg.seq_len)
     flops = 0
     if world.device != "cpu":
-        flops = sum(budget.step_flops(batch, model.cfg, cfg.freeze) for batch in batches)
+        flops = sum(budget.step_flops(batch, model.cfg, cfg.freeze, cfg.lora) for batch in batches)
     batches = [ulysses.shard_batch(batch, model.cfg.image_token, world.cp_rank, world.cp) for batch in batches]
     report = Report(flops).add(samples, batches)
     return [prepared(model, batch, world.device) for batch in batches], report

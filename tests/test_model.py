@@ -739,3 +739,11 @@ def test_a_graph_of_a_token_is_replayed(style, monkeypatch):
     assert torch.equal(got, want)
     assert [graph.replays for graph in graphs] == [29 - M.Replayed.AFTER]
     assert len(generated(model, n=M.Replayed.AFTER + 1)[0]) == 1 and len(graphs) == 1  # not for a short answer
+
+    class Refused(Record):  # a kernel that cannot be recorded
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            raise RuntimeError("operation not permitted when stream is capturing")
+    monkeypatch.setattr(torch.cuda, "graph", Refused)
+    with pytest.warns(UserWarning, match="without a CUDA graph, which is slower: operation not permitted"):
+        got, _ = generated(model, **flags)
+    assert torch.equal(got, want) and graphs[-1].replays == 0

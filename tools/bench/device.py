@@ -222,7 +222,8 @@ def part_decode(bench, what):
         for ids in model.generate(batch["tokens"], batch["crops"], batch["pool"], n, pos=batch["pos"]):
             int(ids)  # waits for the device
             times.append(time.perf_counter())
-        ms = (times[-1] - times[3]) / (n - 4) * 1e3  # the first four are the warm-up
+        late = times[n // 2:]  # the first half is the warm-up
+        ms = (late[-1] - late[0]) / (len(late) - 1) * 1e3
         floor_ms = numbers * dtype.itemsize / bench.known("copy on the device", "gb_per_s") / 1e6
         bench.say(f"answer, {dtype}", tokens_per_s=1e3 / ms, ms=ms, floor_ms=floor_ms, of_bandwidth=floor_ms / ms)
 
