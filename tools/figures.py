@@ -31,6 +31,7 @@ from lib.media import image_crops, image_layout
 from lib.page import Line, box, plot, save_svg, text
 from lib.records import parse_record
 from lib.report import smooth
+from lib.results import points_of
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
 
@@ -247,6 +248,6 @@ def write_figures(runs, out):
     Image.open(sheets[-1]).quantize(128).save(os.path.join(out, "toy.png"), optimize=True)  # a third of the bytes
     clip = os.path.join(toy.FOLDER, "clips", "eval", "video", "00024.mp4")
     said = "".join(sample.Chat(*sample.load(os.path.join(runs, "sft", "latest")), [clip]).ask("Track the red circle."))
-    _, sheet = draw("video", [clip], sample.parse_points(said, "video"), os.path.join(out, "track.gif"))
+    _, sheet = draw("video", [clip], points_of(said, "video"), os.path.join(out, "track.gif"))
     os.remove(sheet)
     return out
