@@ -147,7 +147,7 @@ def test_a_video_is_drawn_with_two_frames_in_memory_however_long_it_is(tmp_path,
 
 @pytest.mark.parametrize("ending", [".mp4", ".gif"])
 def test_of_a_video_that_breaks_further_on_no_half_copy_is_left(tmp_path, ending):
-    fast_start(tmp_path / "whole.mp4")
+    fast_start(tmp_path / "whole.mp4", 40)
     data = (tmp_path / "whole.mp4").read_bytes()
     path = tmp_path / "flat.mp4"
     path.write_bytes(data[:len(data) // 2] + bytes(len(data) // 2))
