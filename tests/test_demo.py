@@ -736,7 +736,8 @@ def test_settings_the_stop_button_and_what_the_page_says_when_it_goes_wrong(brow
     browser.until("talk.turns[1].answer")
     browser.js("$('new').click()")
     until(lambda: has_ended(server))
-    assert talk.turns[1]["state"] == "stopped" and browser.js("$('talk').hidden && !$('start').hidden && location.hash === ''")
+    assert talk.turns[1]["state"] == "stopped"
+    assert browser.js("$('talk').hidden && !$('start').hidden && location.hash === ''")
     # an answer that breaks off, and a program that has ended
     browser.js(f"location.hash = '#{talk.name}'; delete document.body.dataset.ready, location.reload()")
     browser.until("document.body?.dataset.ready === 'yes' && talk?.turns.length === 2")
