@@ -671,7 +671,8 @@ def test_a_clip_plays_with_its_track_drawn_on_every_frame(browser, served):
     server.model.lm_head.say(TRACK)
     question(browser, "Track the dot.")
     browser.until("!asking && playing && at > 3 && at < 15")  # it plays by itself
-    browser.until("at === 0 || at > 15")
+    browser.until("at > 15")
+    browser.until("at < 15 && playing")  # over and over
     browser.click("play")
     browser.until("!playing")
     points = [dict(t=0, x=0.2, y=0.5, id=0), dict(t=1, x=0.6, y=0.5, id=0), dict(t=1.5, x=0.8, y=0.25, id=0)]
