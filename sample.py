@@ -13,7 +13,7 @@ How a question becomes a drawn track:
     Chat.ask                  data.Planner.question plans the media and the conversation so far
     Chat.encode               the media are encoded once a conversation; `generate` reads their features, then its cache
     Molmo2.generate           token by token, until the end-of-sequence token or --max_new_tokens
-    lib/text.parse_points     points in the answer, as far as it goes
+    lib/results.points_of     points in the answer, as far as it goes
     lib/draw.draw             onto the image, or into an MP4 or GIF; `at_time`: between the moments of a track
 
 Many questions in batches, as eval.py and the evaluations in training ask them, are `answers`. With a folder as --out
@@ -21,6 +21,7 @@ Many questions in batches, as eval.py and the evaluations in training ask them, 
 goes on where it was; a file that cannot be read costs itself.
 """
 import argparse
+import functools
 import math
 import os
 import sys
@@ -30,13 +31,13 @@ import lib  # noqa: F401: before torch, which reads the environment that it sets
 import torch
 from tqdm import tqdm
 
-from data import Planner, collate, decode, parse_points, to_device
+from data import Planner, collate, decode, to_device
 from lib.draw import check_out, draw, load_segmenter
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.export import FORMATS
-from lib.media import container_format, open_image
+from lib.media import container_format, load_crops, open_image
 from lib.progress import Bar, progress
-from lib.results import Results
+from lib.results import Results, points_of
 from lib.text import Tokenizer
 from lib.weights import pick_device, read_json
 from model import Molmo2
@@ -87,14 +88,14 @@ class Prompt(NamedTuple):
     text: str
 
 
-def prompt_batch(plans, cfg):
+def prompt_batch(plans, cfg, load=load_crops):
     """Plans of questions as a batch for `Molmo2.generate`, padded on the right: (batch, [media that failed to decode,
     as `decode` reports them])."""
     longest = max(plan.n_tokens for plan in plans)
     sequences = []
     failed = []
     for plan in plans:
-        sequence = decode([plan], cfg, longest)
+        sequence = decode([plan], cfg, longest, load)
         sequences.append(sequence)
         failed += sequence[-1]
     batch = collate(sequences)
@@ -197,7 +198,7 @@ class Chat:
         n_visual = sum(len(layout.pool) for _, layout in plan.media)
         if self.features is not None and len(self.features) == n_visual:
             return
-        batch, failed = prompt_batch([plan], self.planner.cfg)
+        batch, failed = prompt_batch([plan], self.planner.cfg, functools.partial(load_crops, shown=True))
         if failed:
             raise BadMedia(failed[0][3])
         batch = to_device(batch, self.model.lm_head.weight.device)
@@ -341,7 +342,7 @@ def converse(chat, args, segmenter=None):
             print(piece, end="", flush=True)
             text += piece
         print()
-        points = parse_points(text, chat.kind)
+        points = points_of(text, chat.kind, len(args.media))
         if points:
             files = draw(chat.kind, args.media, points, args.out, segmenter)
             print(f"{len(points)} {'point' if len(points) == 1 else 'points'} drawn into {' and '.join(files)}")

@@ -50,6 +50,7 @@ except ImportError:  # Windows: there nothing keeps two runs apart
 
 from lib import budget, lora
 from lib.errors import UserError
+from lib.progress import Bar, progress
 from lib.weights import read_json, write_json
 from model import empty_model
 
@@ -286,6 +287,17 @@ def optimizer_state(optimizers, names):
     return tensors
 
 
+def counting(planner, method, bar):
+    """A planner of torch.distributed.checkpoint that counts on a bar how often a method is called: once a tensor."""
+    call = getattr(planner, method)
+
+    def counted(item):
+        bar.update()
+        return call(item)
+    setattr(planner, method, counted)
+    return planner
+
+
 def load_optimizers(folder, optimizers, names, world):
     """Fill the optimisers with the state saved in `folder`, by however many ranks."""
     reader = dcp.FileSystemReader(os.path.join(folder, "train_state"))
@@ -295,7 +307,9 @@ def load_optimizers(folder, optimizers, names, world):
         p = parameters[key.split("/", 2)[2]]
         # A moment has the shape of its parameter and is sharded like it; a step count is one number.
         tensors[key] = torch.zeros_like(p) if saved.size == p.shape else torch.zeros(saved.size)
-    dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
+    with contextlib.closing(Bar(f"optimiser's tensors of {folder} read", len(tensors), world.is_main)) as bar:
+        dcp.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1,
+                 planner=counting(dcp.DefaultLoadPlanner(), "resolve_tensor", bar))
     for key, t in tensors.items():
         i, what, name = key.split("/", 2)
         fused = optimizers[int(i)].defaults.get("fused")  # its step count is on the device too
@@ -311,9 +325,20 @@ def sync(path):
         os.close(handle)
 
 
-def sha256(path):
+def sha256(path, bar):
+    """The sum of a file, in hex; the bar counts its bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while part := f.read(1 << 22):
+            digest.update(part)
+            bar.update(len(part))
+    return digest.hexdigest()
+
+
+def summing(folder, paths):
+    """A bar for the sums of some files of a checkpoint; one that is not there is told by whoever opens it."""
+    n_bytes = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    return contextlib.closing(Bar(f"bytes of {folder} summed", n_bytes))
 
 
 class Saver:
@@ -340,7 +365,8 @@ class Saver:
         adapter = {name: t for name, t in full.items() if lora.is_adapter(name)}
         plain = plain_model(model, full) if self.world.is_main else None
         state = optimizer_state(optimizers, names)
-        state = {key: t.detach().to("cpu", copy=True) for key, t in state.items()}
+        copied = progress(state.items(), "optimiser's tensors copied", shown=self.world.is_main)
+        state = {key: t.detach().to("cpu", copy=True) for key, t in copied}
         about = copy.deepcopy(about)
         best = self.world.is_main and is_best(self.run, step)
         if self.world.is_main:
@@ -350,10 +376,12 @@ class Saver:
 
         def write():
             try:
-                with warnings.catch_warnings():  # DCP warns where there is one process alone
+                bar = Bar(f"optimiser's tensors of {final} written", len(state), self.world.is_main)
+                with contextlib.closing(bar), warnings.catch_warnings():  # DCP warns where there is one process alone
                     warnings.simplefilter("ignore")
                     dcp.save(state, checkpoint_id=os.path.join(unfinished, "train_state"),
-                             process_group=self.world.saving, no_dist=self.world.size == 1)
+                             process_group=self.world.saving, no_dist=self.world.size == 1,
+                             planner=counting(dcp.DefaultSavePlanner(), "resolve_data", bar))
                 if self.world.is_main:
                     plain.save_pretrained(unfinished, about["config"]["max_frames"], about["config"]["tiles"])
                     tokenizer.save(unfinished)
@@ -400,12 +428,15 @@ def is_best(run, step):
 
 def publish(unfinished, final, best=False):
     """Give a finished checkpoint its final name, and make it the latest; and the best, if it is."""
-    sums = []
+    paths = []
     for folder, _, names in os.walk(unfinished):
-        for name in sorted(names):
-            path = os.path.join(folder, name)
+        paths += [os.path.join(folder, name) for name in sorted(names)]
+    sums = []
+    with summing(final, paths) as bar:
+        for path in paths:
             sync(path)
-            sums.append(f"{sha256(path)}  {os.path.relpath(path, unfinished)}\n")
+            sums.append(f"{sha256(path, bar)}  {os.path.relpath(path, unfinished)}\n")
+    for folder, _, _ in os.walk(unfinished):
         sync(folder)
     with open(os.path.join(unfinished, "COMPLETE"), "w") as f:
         f.writelines([f"# {len(sums)} files\n", *sums])
@@ -454,10 +485,11 @@ def damage(folder, leave_out=()):
         sums = [line.rstrip("\n").split("  ", 1) for line in lines]
         if len(sums) != n_files:
             return f"{path}: cut, of the sums of {n_files} files it has {len(sums)}"
-        for expected, name in sums:
-            path = os.path.join(folder, name)
-            if not name.startswith(leave_out) and sha256(path) != expected:
-                return f"{path}: not what was written (its sha256 differs from that in COMPLETE)"
+        read = [(os.path.join(folder, name), expected) for expected, name in sums if not name.startswith(leave_out)]
+        with summing(folder, [path for path, _ in read]) as bar:
+            for path, expected in read:
+                if sha256(path, bar) != expected:
+                    return f"{path}: not what was written (its sha256 differs from that in COMPLETE)"
     except OSError as e:
         return f"{path}: {e.strerror}"
     except ValueError:  # a line without two spaces, no number of files, or not text at all

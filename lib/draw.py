@@ -2,6 +2,7 @@
 Drawing: the points and tracks of an answer on a copy of the image or the video, and contact sheets.
 """
 import colorsys
+import contextlib
 import functools
 import importlib
 import io
@@ -13,8 +14,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lib.errors import UserError
-from lib.media import load_frames, load_image, video_duration
+from lib.errors import BadMedia, UserError
+from lib.media import frames_at, load_image, video_duration
 from lib.progress import progress
 
 
@@ -152,9 +153,11 @@ def save_mp4(images, out, rate):
 def save_gif(images, out, rate, limit=10**6):
     """Write images of one size as an animation that repeats. While it has more than `limit` bytes, half as large with
     half as many images: GIF suits small clips."""
-    images = list(images)
+    small = []
     for image in images:
         image.thumbnail((640, 640))  # a larger one does not fit anyway
+        small.append(image)
+    images = small
     milliseconds = 1000 // rate
     while True:
         file = io.BytesIO()
@@ -170,7 +173,7 @@ def save_gif(images, out, rate, limit=10**6):
 def draw_video(path, points, out, rate=10, segmenter=None):
     """Write the video to `out`, an animated GIF by its ending, else MP4, at `rate` frames a second with its points,
     each with its trail of the last two seconds and, given a segmenter, its mask; and OUT.png, a contact sheet of up to
-    twelve times at which there are points."""
+    twelve times at which there are points. One frame at a time is in memory; a segmenter gets all of them at once."""
     duration = video_duration(path)
     times = np.arange(0, duration, 1 / rate)
     nearest = []
@@ -186,8 +189,11 @@ def draw_video(path, points, out, rate=10, segmenter=None):
     if len(sheet_frames) > 12:  # evenly spaced, the first and the last among them
         sheet_frames = [sheet_frames[round(k * (len(sheet_frames) - 1) / 11)] for k in range(12)]
     sheet = []
-    frames = load_frames(path, times)
-    masks = masks_of(segmenter, frames, shown)
+    frames = frames_at(path, times)
+    masks = {}
+    if segmenter:
+        frames = list(progress(frames, "frames decoded", len(times)))
+        masks = masks_of(segmenter, frames, shown)
 
     def drawn_frames():
         """The frames, one at a time; those of the sheet go there on the way."""
@@ -204,7 +210,12 @@ def draw_video(path, points, out, rate=10, segmenter=None):
             yield image
 
     save = save_gif if out.lower().endswith(".gif") else save_mp4
-    save(progress(drawn_frames(), "frames drawn", len(times)), out, rate)
+    try:
+        save(progress(drawn_frames(), "frames drawn", len(times)), out, rate)
+    except BadMedia:  # further on in the video: half a copy is none
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(out)
+        raise
     save_sheet(sheet, out + ".png")
 
 
@@ -231,7 +242,8 @@ def draw(kind, paths, points, out, segmenter=None):
         return [out, out + ".png"]
     files = [out]
     if kind == "images":
-        files = [f"{os.path.splitext(out)[0]}_{k}.png" for k in range(len(paths))]
+        stem, ending = os.path.splitext(out)
+        files = [f"{stem}_{k}{ending}" for k in range(len(paths))]
     for k, (path, file) in enumerate(zip(paths, files)):
         pixels = load_image(path)
         here = [p for p in points if p.get("image", k) == k]

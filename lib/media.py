@@ -29,6 +29,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from lib.errors import BadMedia
+from lib.progress import progress
 
 
 MAX_PIXELS = 64_000_000  # larger images and frames are refused before they are decoded
@@ -549,7 +550,13 @@ def turned(pixels, matrix):
 
 
 def load_frames(path, times, keep=lambda rgb: rgb):
-    """The frames shown at `times` (seconds from the start, ascending): [keep(frame)], each (H, W, 3) uint8, upright.
+    """`frames_at` as a list."""
+    return list(frames_at(path, times, keep))
+
+
+def frames_at(path, times, keep=lambda rgb: rgb):
+    """Yields the frames shown at `times` (seconds from the start, ascending), one at a time: keep(frame) of each
+    (H, W, 3) uint8, upright.
 
     A frame is shown until the next begins, the last one to the end. These are exactly the frames that decoding the
     whole file gives.
@@ -565,11 +572,12 @@ def load_frames(path, times, keep=lambda rgb: rgb):
         container, stream = open_video(path, decodes=False)
         with container:
             plan = frame_plan(container, stream, times)
-        if plan:
-            frames = decode_wanted(path, times, *plan, upright)
-            if frames:
-                return frames
-        return load_frames_in_turn(path, times, upright)
+        n = 0  # frames that came
+        for kept in decode_wanted(path, times, *plan, upright) if plan else ():
+            n += 1
+            yield kept
+        if n < len(times):
+            yield from frames_in_turn(path, times[n:], upright)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadMedia(f"{path}: broken video ({e})") from None
 
@@ -592,24 +600,28 @@ def video_size(path):
 
 
 def decode_wanted(path, times, wanted, decode, keep):
-    """[keep(frame)] for the pts in `wanted`, decoding as `frame_plan` says; None if one of them did not come."""
+    """Yields keep(frame) for the pts in `wanted`, decoding as `frame_plan` says, up to the first that does not come."""
     container, stream = open_video(path)
     distinct = set(wanted)
-    kept = {}  # pts -> what is kept of the frame
+    kept = {}  # pts -> what is kept of a frame whose turn has not come
+    n = 0      # of `wanted`, whose turn has come
     with container:
         for frame in frames_of(stream, packets_of(container, stream, times), decode, distinct):
             if frame.pts in distinct:
                 kept[frame.pts] = keep(frame)
-    if kept.keys() != distinct:
-        return None
-    return [kept[pts] for pts in wanted]
+            while n < len(wanted) and wanted[n] in kept:
+                yield kept[wanted[n]]
+                n += 1
+                if n == len(wanted) or wanted[n] != wanted[n - 1]:
+                    del kept[wanted[n - 1]]
 
 
-def load_frames_in_turn(path, times, keep):
-    """`load_frames` by decoding every frame up to the last one wanted, for files whose packets lack their times."""
+def frames_in_turn(path, times, keep):
+    """`frames_at` by decoding every frame up to the last one wanted, for files whose packets lack their times."""
     container, stream = open_video(path)
     rate = float(stream.average_rate or 25)
-    kept, shown = [], None
+    yielded = 0
+    shown = None
     with container:
         start = file_start(container)
         for n, frame in enumerate(container.decode(stream)):
@@ -618,20 +630,23 @@ def load_frames_in_turn(path, times, keep):
             else:
                 begins = float(frame.pts * stream.time_base - start)
             if shown is not None:  # wanted before this frame begins: the one before it is shown
-                missed = sum(begins > t + 1e-6 for t in times[len(kept):])
-                kept += [keep(shown)] * missed if missed else []
-            if len(kept) == len(times):
-                return kept
+                missed = sum(begins > t + 1e-6 for t in times[yielded:])
+                yield from [keep(shown)] * missed if missed else []
+                yielded += missed
+            if yielded == len(times):
+                return
             shown = frame
         if shown is None:
             raise BadMedia(f"{path}: no frame could be decoded")
-        return kept + [keep(shown)] * (len(times) - len(kept))
+        yield from [keep(shown)] * (len(times) - yielded)
 
 
-def load_crops(path, layout, n, patch):
-    """The crops of an image or video as its layout asks for them: (N, P, patch·patch·3) uint8."""
+def load_crops(path, layout, n, patch, shown=False):
+    """The crops of an image or video as its layout asks for them: (N, P, patch·patch·3) uint8. shown: whether a person
+    waits for them."""
     if layout.times:  # frames become crops one by one: a minute of raw frames would fill gigabytes
-        return np.concatenate(load_frames(path, layout.times, lambda rgb: image_crops(rgb, n, patch, (0, 0))))
+        frames = frames_at(path, layout.times, lambda rgb: image_crops(rgb, n, patch, (0, 0)))
+        return np.concatenate(list(progress(frames, f"frames of {path} decoded", len(layout.times), shown)))
     return image_crops(load_image(path, layout.on_white), n, patch, layout.tiling)
 
 

@@ -18,16 +18,17 @@ import shutil
 from lib.draw import WRITABLE, draw
 from lib.errors import BadMedia, BadRecord, UserError
 from lib.records import media_kind, parse_record
-from lib.tasks import answer_of
+from lib.tasks import TASKS, answer_of
 from lib.text import NOTHING, parse_points
 
 
 # ---- an answer becomes a record ----------------------------------------------------------------------------
 
+WHERE = (r"(?:in|through) (?:(?:the|this|these|all|both|each|of) )*(?:image|picture|video|clip)s?(?:[ _]\d+)?"
+         r"(?:,?(?: and)? image[ _]\d+)*")  # "in the video", "in both images", "in image 0 and image 2"
 LABEL = re.compile(r"(?:.*\b(?:point (?:to|at)|track|follow|find|count|mark|show me|click on|locate|how many"
                    r"|where (?:is|are|does|do)))\s+(?:(?:all|every|each|of|the|a|an|my)\s+)*(.+?)"
-                   r"(?:\s+(?:are there|go|move|appear|(?:in|through) (?:the|this) (?:image|picture|video|clip)))*\W*",
-                   re.I | re.S)
+                   rf"(?:\s+(?:are there|go|move|appear|{WHERE}))*\W*", re.I | re.S)
 
 
 def label_of(question):
@@ -36,35 +37,45 @@ def label_of(question):
     return match[1] if match else question.strip(" .?!")
 
 
-def points_of(text, kind):
-    """The points of an answer, as a record may have them: of a video those with a time, and no two of one id at one
-    time; the second gets the next free id."""
+def points_of(text, kind, n_media=1):
+    """The points of an answer, as a record may have them: of a video those with a time, of several images those that
+    name one of the `n_media`. Of two with one id at one time or in one image the second gets the next free id."""
     points = []
-    taken = set()  # (time, id)
+    taken = set()  # (time or image, id)
     for p in parse_points(text, kind):
-        if kind == "video" and "t" not in p:
+        place = p.get("image" if kind == "images" else "t")
+        is_nowhere = kind != "image" and place is None
+        if is_nowhere or kind == "images" and place >= n_media:
             continue
-        while (p.get("t"), p["id"]) in taken:
+        while (place, p["id"]) in taken:
             p["id"] += 1
-        taken.add((p.get("t"), p["id"]))
+        taken.add((place, p["id"]))
         points.append(p)
     return points
 
 
-def to_annotation(kind, question, text, grammar="spec"):
-    """The annotation that a question and its answer make. kind: "image" or "video"; grammar: the model's."""
-    annotation = dict(task=f"{kind}_qa", prompt=question)
-    points = points_of(text, kind)
+# Styles of an answer that has points and their number, before or after them. One image has no style of its own for the
+# number before.
+COUNTING_STYLES = dict(image=("point_count", "video_count_point"), video=("video_point_count", "video_count_point"),
+                       images=("multi_image_point_then_count", "multi_image_count_then_point"))
+
+
+def to_annotation(kind, question, text, grammar="spec", n_media=1):
+    """The annotation that a question about `n_media` media and its answer make. kind: "image", "images" or "video";
+    grammar: the model's."""
+    family = "multi_image" if kind == "images" else kind
+    annotation = dict(task=f"{family}_qa", prompt=question)
+    points = points_of(text, kind, n_media)
     if not points and text.strip() != NOTHING:
-        if re.search(r"\b(describe|caption)", question, re.I):
-            annotation["task"] = f"{kind}_caption"
+        if f"{family}_caption" in TASKS and re.search(r"\b(describe|caption)", question, re.I):
+            annotation["task"] = f"{family}_caption"
         elif text.strip().isdigit() and re.search(r"\b(how many|count|number of)\b", question, re.I):
             annotation |= dict(task="counting", label=label_of(question))
         return dict(annotation, answer=text)
     is_track = len({p["id"] for p in points}) < len(points) or re.search(r"\b(track|follow)", question, re.I)
-    annotation["task"] = "video_tracking" if kind == "video" and is_track else f"{kind}_pointing"
+    annotation["task"] = "video_tracking" if kind == "video" and is_track else f"{family}_pointing"
     annotation |= dict(label=label_of(question), points=points)
-    for style in ("point_count", "video_point_count", "video_count_point"):  # with the number before or after
+    for style in COUNTING_STYLES[kind]:
         styled = dict(annotation, style=style)
         if answer_of(annotation, kind, grammar) != text == answer_of(styled, kind, grammar):
             return styled

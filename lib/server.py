@@ -63,6 +63,7 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         """Send the head of a response. kind: its media type; policy: what a page may load and run."""
         headers = dict(Content_Type=kind, X_Content_Type_Options="nosniff", Cross_Origin_Resource_Policy="same-origin",
                        Cache_Control="no-store", Content_Security_Policy=policy, **headers)
+        self.has_begun = True
         if self.close_connection:
             headers["Connection"] = "close"
         self.send_response(status)
@@ -142,26 +143,30 @@ class PageHandler(http.server.BaseHTTPRequestHandler):
         except ConnectionError:
             return True
 
+    def refuse(self, status, error):
+        """Send an error. A response that is on its way breaks off instead, and the terminal says why."""
+        if self.has_begun:
+            raise
+        self.close_connection = True  # the body may not have been read
+        self.respond(status, dict(error=error))
+
     def guarded(self, work):
         """Do it, if it may be done; what is wrong with a request goes back to the page as one line."""
+        self.has_begun = False
         host = self.headers.get("Host")
         origin = self.headers.get("Origin")
         foreign = origin is not None and origin.removeprefix("http://") not in self.server.hosts
         if host not in self.server.hosts or foreign or self.headers.get("Sec-Fetch-Site") == "cross-site":
-            self.close_connection = True
-            error = f"Host {host}, Origin {origin}: this is for this machine alone"
-            return self.respond(403, dict(error=error))
+            return self.refuse(403, f"Host {host}, Origin {origin}: this is for this machine alone")
         try:
             url = urllib.parse.urlsplit(self.path)
             work(url.path, dict(urllib.parse.parse_qsl(url.query)))
         except ConnectionError:
             raise
         except (UserError, OSError) as e:
-            self.close_connection = True  # the body may not have been read
-            self.respond(422, dict(error=str(e)))
+            self.refuse(422, str(e))
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
-            self.close_connection = True
-            self.respond(400, dict(error=f"{type(e).__name__}: {e}"))
+            self.refuse(400, f"{type(e).__name__}: {e}")
 
     def do_GET(self):
         self.guarded(self.get)

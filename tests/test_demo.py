@@ -193,6 +193,12 @@ def test_media_are_encoded_once_and_later_questions_know_the_earlier_ones(served
     said = [(m["role"], m["content"]) for m in server.talks[talk].chat.messages]
     assert said == [("user", "Where?"), ("assistant", POINTS), ("user", "Which colour?"), ("assistant", "It is grey.")]
     assert ask(server, url, talk, "Again?", "no " * 30, length=5)["answer"].count("no") < 6
+    asked = []
+    server.talks[talk].chat.ask = lambda *args, **more: asked.append((*args, more)) or ["It."]
+    for _ in range(2):
+        Answer(url, talk, "Hotter?", temperature=0.5, length=7).rest()
+    (*first, one), (*second, another) = asked
+    assert first == second == ["Hotter?", 7, 0.5] and one["seed"] != another["seed"]
 
 
 def test_what_is_saved_and_what_the_model_saw(served):
@@ -223,14 +229,19 @@ def test_what_is_saved_and_what_the_model_saw(served):
     assert "Point to the specks." in seen_text(page)  # the talk so far
 
 
-def test_a_video_plays_as_frames_and_is_saved_with_its_track(served):
+def test_a_video_plays_as_frames_and_is_saved_with_its_track(served, monkeypatch):
     server, url, folder = served
+    decoded = []  # how many frames at a time
+    monkeypatch.setattr(demo, "load_frames", lambda path, times, keep: decoded.append(len(times)) or load_frames(
+        path, times, keep))
+    monkeypatch.setattr(demo, "CHUNK", 6)
     told = upload(url, video(folder / "clip.mp4")).json()  # frame k is of grey level 10 k, at k / 10 s
     assert len(told["times"]) == 21 and told["times"][5] == 0.5
-    for k in (0, 7, 19):
+    for k in (0, 7, 6, 19):
         reply = requests.get(url + "frame", dict(talk=told["talk"], k=k))
         assert reply.headers["Content-Type"] == "image/jpeg"
         assert abs(np.asarray(Image.open(io.BytesIO(reply.content))).mean() - 10 * k) < 4
+    assert decoded == [6, 6, 3]
     for k in (-1, 21, 10**9, "x"):
         assert requests.get(url + "frame", dict(talk=told["talk"], k=k)).status_code == 400
     turn = ask(server, url, told["talk"], "Track the dot.", TRACK)
@@ -258,9 +269,14 @@ def test_several_images_are_one_talk(served):
     assert turn["points"] == [dict(image=1, x=0.5, y=0.25, id=0)]
     query = dict(talk=told["talk"], turn=0)
     plain, marked = (Image.open(io.BytesIO(requests.get(url + "drawn", dict(query, k=k)).content)) for k in (0, 1))
-    assert np.asarray(plain)[150:].std(axis=(0, 1)).max() < 1 and np.asarray(marked).std() > 5
-    annotation, = parse_record(requests.get(url + "record", query).content)["annotations"]
-    assert (annotation["task"], annotation["answer"]) == ("multi_image_qa", turn["answer"])
+    assert np.asarray(plain)[150:].std((0, 1)).max() < 1 and np.asarray(marked)[150:].std((0, 1)).max() > 5
+    record = parse_record(requests.get(url + "record", query).content)
+    assert record["images"] == ["a.png", "a.png"] and record["annotations"] == [dict(
+        task="multi_image_pointing", prompt="Point to the specks.", label="specks", points=turn["points"])]
+    turn = ask(server, url, told["talk"], "And?", "<point 2, 0.5, 0.25, 0>")  # there is no third image
+    assert turn["points"] == []
+    record = parse_record(requests.get(url + "record", dict(query, turn=1)).content)
+    assert record["annotations"] == [dict(task="multi_image_qa", prompt="And?", answer=turn["answer"])]
 
 
 def test_who_closes_the_page_ends_the_answer(served):
@@ -293,8 +309,12 @@ def test_questions_wait_in_line_and_see_their_place(served):
     assert second.next() == dict(place=1)
     third = Answer(url, talks[2], "3?")
     assert third.next() == dict(place=2)
+    fourth = Answer(url, talks[1], "4?")
+    assert fourth.next() == dict(place=3)
     second.close()  # who leaves makes room
-    assert third.next() == dict(place=1)
+    assert third.next() == dict(place=1) and fourth.next() == dict(place=2)
+    fourth.close()
+    until(lambda: len(server.line) == 2)
     n = len(head.ids)
     head.ids += [*head.tokenizer.encode("third"), head.tokenizer.eos]
     head.gate.release(n)
@@ -327,6 +347,12 @@ def test_the_demo_answers_this_machine_alone(served):
     assert form.status_code == 400
     policy = requests.get(url).headers["Content-Security-Policy"]
     assert "script-src 'sha256-" in policy and "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+    ask(server, url, talk, "So?", "yes")
+    for path in ("", f"talk?talk={talk}", f"frame?talk={talk}&k=0", f"saw?talk={talk}&turn=0", "nothing"):
+        headers = requests.get(url + path).headers
+        assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
 
 
 def test_nothing_else_of_the_disk_is_served(served):
@@ -346,8 +372,10 @@ def test_nothing_else_of_the_disk_is_served(served):
             data = f.read()
         reply = requests.post(url + "media", params=dict(files=json.dumps([[name, len(data)]])), data=data)
         assert reply.ok, reply.text
-        path, = server.talks[reply.json()["talk"]].paths
+        talk = reply.json()["talk"]
+        path, = server.talks[talk].paths
         assert os.path.realpath(path).startswith(os.path.realpath(server.folder) + os.sep)
+        assert re.fullmatch(r"\w[\w.-]*", os.path.basename(path)) and len(talk) == 16  # nobody guesses it
 
 
 def test_broken_media_are_refused_in_words_and_leave_nothing(served):
@@ -400,12 +428,19 @@ def test_too_much_is_refused_before_it_is_read(served, monkeypatch):
     assert reply.status == 422 and "2,861 MB are sent; at most 200 MB are taken" in reply.read().decode()
     assert os.listdir(server.folder) == []
     connection.close()
+    for sizes in ((9,), (11,), (20, -10), ()):  # of a body of 10 bytes
+        files = json.dumps([[f"{k}.png", size] for k, size in enumerate(sizes)])
+        reply = requests.post(url + "media", params=dict(files=files), data=bytes(10), timeout=30)
+        assert reply.status_code == 400 and "not as long as the body" in reply.text and not os.listdir(server.folder)
     path = picture(folder / "wall.png", "gray", size=(200, 200))
     size = os.path.getsize(path)
     monkeypatch.setattr(demo, "UPLOADS", 2 * size)
     talks = [upload(url, path).json()["talk"] for _ in range(3)]  # the oldest one makes room
     assert list(server.talks) == talks[1:]
     assert len(os.listdir(server.folder)) == 2
+    requests.get(url + "talk", dict(talk=talks[1]))  # used last, it stays the longest
+    talks.append(upload(url, path).json()["talk"])
+    assert list(server.talks) == [talks[1], talks[3]]
     gone = requests.get(url + "talk", dict(talk=talks[0]))
     assert gone.status_code == 422 and "this conversation is gone" in gone.json()["error"]
     monkeypatch.setattr(demo, "TALKS", 1)
@@ -549,6 +584,29 @@ def on_screen(browser, i, x, y):
     raise AssertionError((middle, size * (x, y)))
 
 
+def pixel(browser, x, y, canvas=0):
+    """The colour of a canvas at a place, in shares of its sides."""
+    return np.array(browser.js(f"""(c => [...c.getContext("2d").getImageData(
+        {x} * c.width, {y} * c.height, 1, 1).data])(document.querySelectorAll("canvas")[{canvas}])""")[:3])
+
+
+# [selector, background, colour] of what is to be read; the background is that of the nearest ancestor that has one.
+COLOURS = """["body", ".soft", ".bad", ".question", ".answer", ".tools", "#ask", "#new", "#question", ".tools a",
+    "#points button"].map(name => {
+        const element = document.querySelector(name);
+        let under = element;
+        while (getComputedStyle(under).backgroundColor === "rgba(0, 0, 0, 0)") under = under.parentElement;
+        return [name, getComputedStyle(under).backgroundColor, getComputedStyle(element).color];
+    })"""
+
+
+def luminance(colour):
+    """Relative luminance, of WCAG, of "rgb(r, g, b)"."""
+    shares = [int(number) / 255 for number in re.findall(r"\d+", colour)[:3]]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+
 def question(browser, text):
     browser.js("$('question').value = ''; $('question').focus()")
     browser.type(text)
@@ -613,7 +671,8 @@ def test_a_clip_plays_with_its_track_drawn_on_every_frame(browser, served):
     server.model.lm_head.say(TRACK)
     question(browser, "Track the dot.")
     browser.until("!asking && playing && at > 3 && at < 15")  # it plays by itself
-    browser.until("at === 0 || at > 15")
+    browser.until("at > 15")
+    browser.until("at < 15 && playing")  # over and over
     browser.click("play")
     browser.until("!playing")
     points = [dict(t=0, x=0.2, y=0.5, id=0), dict(t=1, x=0.6, y=0.5, id=0), dict(t=1.5, x=0.8, y=0.25, id=0)]
@@ -629,3 +688,113 @@ def test_a_clip_plays_with_its_track_drawn_on_every_frame(browser, served):
     browser.js("document.activeElement.blur()")
     browser.key("ArrowRight")
     assert browser.js("at") == 1
+    # the keys, the slider, the time line
+    browser.key("ArrowLeft")
+    assert browser.js("at") == 0
+    browser.key(" ")
+    browser.until("playing && at > 0")
+    browser.key(" ")
+    assert not browser.js("playing")
+    browser.js("$('time').value = 7; $('time').oninput()")
+    assert browser.js("[at, $('clock').textContent]") == [7, "0.7 / 2.0 s"]
+    assert browser.js("[...$('marks').children].map(mark => mark.style.left)") == ["0%", "50%", "75%"]
+    for k, frame in enumerate((0, 10, 15)):
+        browser.js(f"$('marks').children[{k}].click()")
+        assert browser.js("at") == frame
+    red = colour_of(0)
+    for x, y, is_there in ((0.5, 0.5, True), (0.7, 0.375, True), (0.3, 0.5, True), (0.7, 0.5, False)):
+        assert (np.abs(pixel(browser, x, y) - red).max() < 12) == is_there, (x, y)  # the trail of the last 1.5 seconds
+    browser.key("/")
+    assert browser.js("document.activeElement.id") == "question"
+
+
+def test_settings_the_stop_button_and_what_the_page_says_when_it_goes_wrong(browser, served):
+    server, url, folder = served
+    head = server.model.lm_head
+    browser.open(url)
+    browser.js(f"""(bytes => {{
+        const clipboardData = new DataTransfer();
+        clipboardData.items.add(new File([Uint8Array.from(atob(bytes), letter => letter.charCodeAt(0))], "pasted.png"));
+        document.dispatchEvent(new ClipboardEvent("paste", {{clipboardData}}));
+    }})({base64.b64encode(open(picture(folder / "wall.png", "gray"), "rb").read()).decode()!r})""")
+    browser.until("talk && pictures[0].naturalWidth")
+    talk, = server.talks.values()
+    assert talk.names == ["pasted.png"]
+    asked = []
+    chat_ask = talk.chat.ask
+    talk.chat.ask = lambda *args, **more: asked.append(args) or chat_ask(*args[:2], **more)  # cold: by the script
+    browser.js("$('temperature').value = 0.7; $('length').value = 33")
+    head.say("one two three four five six seven" * 9, gate=3)
+    question(browser, "Count.")
+    browser.until("talk.turns[0].answer.startsWith('o') && $('ask').textContent === 'Stop'")
+    browser.click("ask")
+    browser.until("!asking && document.querySelector('.tools').textContent.includes('stopped')")
+    assert asked == [("Count.", 33, 0.7)]
+    until(lambda: has_ended(server))
+    # a talk that is left ends its answer, which changes nothing on the page that is open then
+    head.say("eight nine ten" * 20, gate=3)
+    question(browser, "Go on.")
+    browser.until("talk.turns[1].answer")
+    browser.js("$('new').click()")
+    until(lambda: has_ended(server))
+    assert talk.turns[1]["state"] == "stopped"
+    assert browser.js("$('talk').hidden && !$('start').hidden && location.hash === ''")
+    # an answer that breaks off, and a program that has ended
+    browser.js(f"location.hash = '#{talk.name}'; delete document.body.dataset.ready, location.reload()")
+    browser.until("document.body?.dataset.ready === 'yes' && talk?.turns.length === 2")
+    talk.chat.ask = lambda *args, **more: iter([1 / 0])
+    server.handle_error = lambda *args: None  # else the terminal shows it
+    question(browser, "And?")
+    browser.until("document.body.textContent.includes('The answer broke off; the terminal says why.')")
+    server.shutdown()
+    server.server_close()
+    question(browser, "And now?")
+    browser.until("document.body.textContent.includes('The program does not answer. Has it been ended?')")
+
+
+def test_several_images_each_have_their_own_points(browser, served):
+    server, url, folder = served
+    paths = [picture(folder / f"{k}.png", "gray", size=(120, 96)) for k in range(2)]
+    talk = upload(url, *paths).json()["talk"]
+    browser.open(f"{url}#{talk}")
+    browser.until("talk && pictures.every(picture => picture.naturalWidth)")
+    server.model.lm_head.say("<point 0, 0.25, 0.5, 0> <point 1, 0.75, 0.25, 1>")
+    question(browser, "Point to the specks.")
+    browser.until("!asking && $('points').children.length === 2")
+    for k, i, x, y in ((0, 0, 0.25, 0.5), (1, 1, 0.75, 0.25)):
+        assert np.abs(pixel(browser, x, y, k) - colour_of(i)).max() < 12
+        assert np.ptp(pixel(browser, x, y, 1 - k)) < 12  # grey
+    links = browser.js("[...document.querySelectorAll('.tools a')].map(a => [a.textContent, a.href])")
+    assert [text for text, _ in links] == ["save image 0", "save image 1", "save record", "what the model saw"]
+    for k, (_, link) in enumerate(links[:2]):
+        drawn = Image.open(io.BytesIO(requests.get(link).content))
+        assert [bool(coloured(drawn, i)) for i in range(2)] == [k == 0, k == 1]
+
+
+def test_the_page_is_readable_in_dark_and_light_and_on_a_phone(browser, tmp_path):
+    with serving(tmp_path, [([picture(tmp_path / "wall.png", "gray", size=(120, 96))], ["Where?", "What?"])]) as (
+            server, url):
+        browser.open(url)
+        browser.js("$('examples').firstChild.click()")
+        browser.until("talk && pictures[0].naturalWidth")
+        assert browser.js("$('question').value") == "Where?"
+        browser.js("$('prompts').children[1].click()")
+        assert browser.js("$('question').value") == "What?"
+        server.model.lm_head.say(POINTS)
+        question(browser, "Point to the specks.")
+        browser.until("!asking && $('points').children.length === 2")
+        browser.js("$('message').textContent = 'what is wrong'")
+        for scheme in ("light", "dark"):
+            browser("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
+            pairs = browser.js(COLOURS)
+            assert (luminance(pairs[0][1]) < 0.2) == (scheme == "dark")
+            for name, back, front in pairs:
+                light, dark = sorted((luminance(back), luminance(front)), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) > 4.5, (scheme, name, back, front)  # WCAG AA
+        browser("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+        browser.until("innerWidth === 390 && document.querySelector('canvas').clientWidth < 390")
+        assert browser.js("document.documentElement.scrollWidth") <= 390
+        stage, talk = browser.js("[...document.querySelectorAll('#talk > section')].map("
+                                 "e => e.getBoundingClientRect().toJSON())")
+        assert talk["top"] >= stage["bottom"] and stage["width"] > 340  # one above the other
+        assert browser.js("$('question').getBoundingClientRect().bottom") <= 844

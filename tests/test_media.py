@@ -15,8 +15,8 @@ from conftest import picture, shared, video
 
 from lib import media
 from lib.errors import BadMedia
-from lib.media import (Layout, frame_layout, image_crops, image_layout, image_size, load_crops, load_frames,
-                       load_frames_in_turn, load_image, open_video, pick_tiling, resize, sample_times, to_floats,
+from lib.media import (Layout, frame_layout, frames_in_turn, image_crops, image_layout, image_size, load_crops,
+                       load_frames, load_image, open_video, pick_tiling, resize, sample_times, to_floats,
                        video_duration, windows)
 
 
@@ -154,12 +154,12 @@ def test_frames_are_those_of_decoding_everything(tmp_path, name, monkeypatch):
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV cannot write {codec}")
     path, in_turn = clip(tmp_path / name, codec, **options), []
-    monkeypatch.setattr(media, "load_frames_in_turn", lambda *a: in_turn.append(1) or load_frames_in_turn(*a))
+    monkeypatch.setattr(media, "frames_in_turn", lambda *a: in_turn.append(1) or frames_in_turn(*a))
     length = video_duration(path)
     for times in (sample_times(length, 64), sample_times(length, 3), np.arange(1.3, 2.9, 0.31), [3.4]):
         want = everything(path, times)
         for got in (load_frames(path, times),
-                    load_frames_in_turn(path, times, lambda f: f.to_ndarray(format="rgb24"))):
+                    list(frames_in_turn(path, times, lambda f: f.to_ndarray(format="rgb24")))):
             assert len(got) == len(want) and all(np.array_equal(g, w) for g, w in zip(got, want))
     assert not in_turn or name.endswith(".ts")  # there a clip cannot be found by its time; whole files can
 

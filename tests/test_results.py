@@ -35,7 +35,10 @@ from tools.labels.__main__ import main as read_labels
     ("Track the ball.", "ball"), ("Follow my dog through the video", "dog"), ("Point to all shapes.", "shapes"),
     ("How many red mugs are there?", "red mugs"), ("Where does the Golf 3.5 go?", "Golf 3.5"),
     ("Show me every one of the cafés!", "one of the cafés"), ("please point at each of the wheels", "wheels"),
-    ("Count the stars in this image.", "stars"), ("Was ist das?", "Was ist das"), ("Where are the\nkeys?", "keys")])
+    ("Count the stars in this image.", "stars"), ("Was ist das?", "Was ist das"), ("Where are the\nkeys?", "keys"),
+    ("Point to the red mugs in all images.", "red mugs"), ("How many cats are there in both of the images?", "cats"),
+    ("Find the mugs in image 0, image 2 and image 3.", "mugs"), ("Point to the cup in image_1 and image_2", "cup"),
+    ("Where is the man in the picture frame?", "man in the picture frame"), ("Count the images.", "images")])
 def test_the_label_is_what_the_question_asks_for(question, label):
     assert label_of(question) == label
 
@@ -61,15 +64,34 @@ Q = dict(x=0.1, y=1.0, id=1)
     ("video", "Point to the goals.", "There are 2: <point 1, 0.5, 0.25, 0> <point 9.5, 0.1, 1, 1>",
      dict(task="video_pointing", label="goals", style="video_count_point", points=[dict(P, t=1.0), dict(Q, t=9.5)])),
     ("video", "Track it.", "<point 0.5, 0.25, 0>", dict(task="video_qa", answer="<point 0.5, 0.25, 0>")),
+    ("images", "Point to the mugs in all images.", "<point 0, 0.5, 0.25, 0> <point 1, 0.1, 1, 1>",
+     dict(task="multi_image_pointing", label="mugs", points=[dict(P, image=0), dict(Q, image=1)])),
+    ("images", "Find the mugs.", "<point 1, 0.5, 0.25, 0> <point 1, 0.1, 1, 1> A total of 2.",
+     dict(task="multi_image_pointing", label="mugs", style="multi_image_point_then_count",
+          points=[dict(P, image=1), dict(Q, image=1)])),
+    ("images", "Count the mugs in both images.", "There are 1: <point 1, 0.5, 0.25, 0>",
+     dict(task="multi_image_pointing", label="mugs", style="multi_image_count_then_point", points=[dict(P, image=1)])),
+    ("images", "Find the mugs.", "There are none.", dict(task="multi_image_pointing", label="mugs", points=[])),
+    ("images", "How many mugs are there in all images?", "3", dict(task="counting", label="mugs", answer="3")),
+    ("images", "Describe the images.", "Two walls.", dict(task="multi_image_qa", answer="Two walls.")),
+    # of two images there is no third, and a point without an image is nowhere
+    ("images", "Find a.", "<point 2, 0.5, 0.25, 0>", dict(task="multi_image_qa", answer="<point 2, 0.5, 0.25, 0>")),
+    ("images", "Find a.", "<point 0.5, 0.25, 0>", dict(task="multi_image_qa", answer="<point 0.5, 0.25, 0>")),
+    ("images", "Find a.", "<point 0, 0.5, 0.25, 0> <point 9, 0.1, 1, 0>",
+     dict(task="multi_image_pointing", label="a", points=[dict(P, image=0)])),
+    ("images", "Find a.", "<point 0, 0.5, 0.25, 0> <point 1, 0.1, 1, 0>",
+     dict(task="multi_image_pointing", label="a", points=[dict(P, image=0), dict(Q, id=0, image=1)])),
+    ("images", "Find a.", "<point 1, 0.5, 0.25, 0> <point 1, 0.1, 1, 0>",
+     dict(task="multi_image_pointing", label="a", points=[dict(P, image=1), dict(Q, image=1)])),
     # a weak model repeats an id: a record has each once at a time
     ("image", "Find a.", "<point 0.5, 0.25, 0> <point 0.1, 1, 0>", dict(task="image_pointing", label="a",
                                                                        points=[P, Q])),
     ("video", "Find a.", "<point 1, 0.5, 0.25, 0> <point 1, 0.1, 1, 0>",
      dict(task="video_pointing", label="a", points=[dict(P, t=1.0), dict(Q, t=1.0)]))])
 def test_an_answer_becomes_an_annotation(kind, question, answer, want):
-    annotation = to_annotation(kind, question, answer)
+    annotation = to_annotation(kind, question, answer, n_media=2)
     assert annotation == want | dict(prompt=question)
-    record = {kind: "a", "annotations": [annotation]}
+    record = {kind: ["a", "b"] if kind == "images" else "a", "annotations": [annotation]}
     assert parse_record(json.dumps(record).encode()) == record
     if answer.count(", 0>") < 2 or kind == "video" and "t" in want:
         assert answer_of(annotation, kind) == answer  # it trains to say the same
@@ -77,9 +99,11 @@ def test_an_answer_becomes_an_annotation(kind, question, answer, want):
 
 def test_an_answer_in_the_released_grammar_is_trained_on_as_it_was():
     points = [dict(x=0.25, y=0.5, id=0), dict(x=0.75, y=0.5, id=1)]
-    text = format_points(points, "image", "released", "mugs")
-    annotation = to_annotation("image", "Point to the mugs.", text, "released")
-    assert annotation["points"] == points and answer_of(annotation, "image", "released") == text
+    several = [dict(points[0], image=0), dict(points[1], image=1)]
+    for kind, points in dict(image=points, images=several).items():
+        text = format_points(points, kind, "released", "mugs")
+        annotation = to_annotation(kind, "Point to the mugs.", text, "released", len(points))
+        assert annotation["points"] == points and answer_of(annotation, kind, "released") == text
 
 
 # ---- many files --------------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """Asking: pictures, videos, several in a row; what is drawn is where it was said."""
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from conftest import picture, png, tiny_model, video, write_lines
+from conftest import fast_start, picture, png, tiny_model, video, write_lines
 
 import eval as evaluation
 import sample
 from data import Planner
+from lib import media
 from lib.draw import at_time, colour_of, draw, draw_points, draw_video, save_gif
 from lib.errors import BadMedia
 from lib.media import load_frames
@@ -118,6 +120,41 @@ def test_several_pictures_are_drawn_apart(tmp_path):
     assert files == [str(tmp_path / "out_0.png"), str(tmp_path / "out_1.png")]
     plain, marked = (np.asarray(Image.open(f)) for f in files)
     assert (plain == (255, 0, 0)).all(-1).mean() > 0.99 and (marked != plain).any(-1).sum() > 300
+    for file in draw("images", paths, [], str(tmp_path / "out.jpg")):
+        with Image.open(file) as image:
+            assert image.format == "JPEG" and file.endswith(".jpg")
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_video_is_drawn_with_two_frames_in_memory_however_long_it_is(tmp_path, monkeypatch, in_turn, ending):
+    frames = []  # weak: the decoded ones
+    n_alive = []
+    turned = media.turned
+
+    def counted(*args):
+        pixels = turned(*args)
+        frames.append(weakref.ref(pixels))
+        n_alive.append(sum(frame() is not None for frame in frames))
+        return pixels
+    monkeypatch.setattr(media, "turned", counted)
+    if in_turn:  # as for files that do not tell when their frames are shown
+        monkeypatch.setattr(media, "frame_plan", lambda *args: None)
+    path = video(tmp_path / "a.mp4", n=25)
+    draw_video(path, [dict(t=1.0, x=0.5, y=0.5, id=0)], str(tmp_path / "out") + ending)
+    assert len(n_alive) == 25 and max(n_alive) <= 2
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+def test_of_a_video_that_breaks_further_on_no_half_copy_is_left(tmp_path, ending):
+    fast_start(tmp_path / "whole.mp4", 40)
+    data = (tmp_path / "whole.mp4").read_bytes()
+    path = tmp_path / "flat.mp4"
+    path.write_bytes(data[:len(data) // 2] + bytes(len(data) // 2))
+    assert len(load_frames(str(path), [0.0])) == 1
+    with pytest.raises(BadMedia, match="flat.mp4"):
+        draw_video(str(path), [], str(tmp_path / "out") + ending)
+    assert sorted(os.listdir(tmp_path)) == ["flat.mp4", "whole.mp4"]
 
 
 def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
@@ -269,7 +306,7 @@ def test_a_seed_repeats_an_answer_and_zero_temperature_takes_the_likeliest(asked
 @pytest.mark.parametrize("kind, answer, files", [
     ("image", "<point 0.5, 0.5, 0>", "answer.png"),
     ("video", "<point 0.5, 0.5, 0.5, 0>", "answer.mp4 and answer.mp4.png"),
-    ("images", "<point 1, 0.5, 0.5, 0>", "answer_0.png and answer_1.png")])
+    ("images", "<point 1, 0.5, 0.5, 0> <point 2, 0.5, 0.5, 1> <point 0.5, 0.5, 2>", "answer_0.png and answer_1.png")])
 def test_each_kind_of_media_is_drawn_into_files_of_its_kind(asked, monkeypatch, capsys, kind, answer, files):
     model, planner, folder = asked
     model.lm_head = Script(planner.tokenizer, [answer])

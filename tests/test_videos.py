@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import shared, video  # noqa: E402
 from lib import media  # noqa: E402
 from lib.errors import BadMedia  # noqa: E402
-from lib.media import load_frames, load_frames_in_turn, sample_times, video_duration  # noqa: E402
+from lib.media import frames_in_turn, load_frames, sample_times, video_duration  # noqa: E402
 
 # container: (picture codecs, sound codecs, does it keep how long the last frame stands, can times be uneven)
 KINDS = {"mp4": (("libx264", "mpeg4"), ("aac",), True, True),
@@ -175,7 +175,7 @@ def check(path, recipe):
                     break
                 shown = pixels
             want.append(TURNS[recipe["matrix"]](shown))
-        for got in (load_frames(str(path), times), load_frames_in_turn(str(path), times, lambda f: f)):
+        for got in (load_frames(str(path), times), list(frames_in_turn(str(path), times, lambda f: f))):
             assert len(got) == len(want)
             for t, g, w in zip(times, got, want):
                 g = g if isinstance(g, np.ndarray) else TURNS[recipe["matrix"]](g.to_ndarray(format="rgb24"))

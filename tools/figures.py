@@ -31,6 +31,7 @@ from lib.media import image_crops, image_layout
 from lib.page import Line, box, plot, save_svg, text
 from lib.records import parse_record
 from lib.report import smooth
+from lib.results import points_of
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import PRESETS, is_vision, may_attend
 
@@ -85,8 +86,10 @@ def tree(out, cell=7, left=336, top=62):
 
     parts = [text(left, top - 8, "Each token, a row, sees the coloured ones, the columns.", "pale"),
              text(left + T * cell + 16, top + T * cell - 3, "learned", "pale"),
-             box(left, top, T * cell, T * cell, "pale", 0.1), box(left - 122, top + 24, 100, 100, "pale", 0.4)]
-    for colour, shape, x, y in shapes:  # the image
+             box(left, top, T * cell, T * cell, "pale", 0.1)]
+    # the image, which is the same on a dark page
+    parts.append(f'<rect x="{left - 122}" y="{top + 24}" width="100" height="100" style="fill: #c3c7cb"/>')
+    for colour, shape, x, y in shapes:
         corners = (toy.outline(shape, 16, 0.1) + (left - 122 + 100 * x, top + 24 + 100 * y)).round(1)
         points = " ".join(map(str, corners.ravel()))
         parts.append(f'<polygon points="{points}" style="fill: {colour}; stroke: #111; stroke-width: 2"/>')
@@ -228,8 +231,9 @@ def ulysses_exchange(out, cell=26):
             for (row, column), number in np.ndenumerate(np.load(os.path.join(folder, f"{name}{rank}.npy"))):
                 head, token = divmod(int(number), 8)
                 x, y = left + column * cell, top + row * cell
-                parts += [box(x, y, cell - 2, cell - 2, f"c{token // 4}", 1 if head < 2 else 0.7),
-                          text(x + 12, y + 17, f"{'abcd'[head]}{token}", "bare code", "middle")]
+                solid = head < 2
+                parts += [box(x, y, cell - 2, cell - 2, f"c{token // 4}", 1 if solid else 0.3),
+                          text(x + 12, y + 17, f"{'abcd'[head]}{token}", "bare code" if solid else "code", "middle")]
     save_svg(out, 770, 395, "Ulysses: two ranks exchange heads, a to d, for tokens, 0 to 7, and back", parts)
 
 
@@ -247,6 +251,6 @@ def write_figures(runs, out):
     Image.open(sheets[-1]).quantize(128).save(os.path.join(out, "toy.png"), optimize=True)  # a third of the bytes
     clip = os.path.join(toy.FOLDER, "clips", "eval", "video", "00024.mp4")
     said = "".join(sample.Chat(*sample.load(os.path.join(runs, "sft", "latest")), [clip]).ask("Track the red circle."))
-    _, sheet = draw("video", [clip], sample.parse_points(said, "video"), os.path.join(out, "track.gif"))
+    _, sheet = draw("video", [clip], points_of(said, "video"), os.path.join(out, "track.gif"))
     os.remove(sheet)
     return out

@@ -70,7 +70,7 @@ def video_speed(bench, what, width, height, seconds, gop):
     times = media.sample_times(media.video_duration("video.mp4"), 128)
     layout = media.Layout([], media.frame_layout(27), len(times), times=tuple(times))
     to_crops = lambda frame: media.image_crops(frame.to_ndarray(format="rgb24", threads=1), 27, 14, (0, 0))
-    all_frames = lambda: np.concatenate(media.load_frames_in_turn("video.mp4", times, to_crops))
+    all_frames = lambda: np.concatenate(list(media.frames_in_turn("video.mp4", times, to_crops)))
     ours = lambda: media.load_crops("video.mp4", layout, 27, 14)
     ms = milliseconds(ours)
     bench.say(what, ok=np.array_equal(ours(), all_frames()), ms_per_frame=ms / len(times),

@@ -107,7 +107,7 @@ class Talk:
             for piece in self.chat.ask(question, length, temperature, seed=len(self.turns)):
                 turn["answer"] += piece
                 n_points = len(turn["points"])
-                turn["points"] = points_of(turn["answer"], self.kind)
+                turn["points"] = points_of(turn["answer"], self.kind, len(self.names))
                 yield dict(text=piece, points=turn["points"][n_points:])
             turn["state"] = "done"
         except (UserError, OSError, torch.OutOfMemoryError) as e:
@@ -125,11 +125,9 @@ class Talk:
 
     def record(self, turn, checkpoint):
         """("results.jsonl", bytes): a turn as the line that sample.py would write."""
-        media = self.names
-        annotation = dict(task="multi_image_qa", prompt=turn["question"], answer=turn["answer"])
-        if self.kind != "images":
-            media = self.names[0]
-            annotation = to_annotation(self.kind, turn["question"], turn["answer"], self.chat.planner.cfg.point_format)
+        grammar = self.chat.planner.cfg.point_format
+        annotation = to_annotation(self.kind, turn["question"], turn["answer"], grammar, len(self.names))
+        media = self.names if self.kind == "images" else self.names[0]
         record = answer_record(self.kind, media, annotation, self.names[0], checkpoint)
         return "results.jsonl", json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
