@@ -54,6 +54,7 @@ from lib.distributed import (Log, Progress, Report, check_init_from, check_resum
 from lib.errors import BadRecord, UserError
 from lib.flags import check_each, check_together, flag, read_flags
 from lib.media import CropCache, load_crops
+from lib.muon import Muon
 from lib.progress import progress
 from lib.records import BadRecords
 from lib.report import report_on
@@ -250,7 +251,7 @@ def make_optimizers(model, cfg):
     What trains is chosen before, by lib/lora.freeze.
 
     AdamW on everything, as published; or Muon on the hidden matrices: from random weights it needs a fraction of the
-    steps. Muon's step is scaled to AdamW's size (0.2 · sqrt of the longer side), so one learning rate serves both.
+    steps. A step of Muon has the size of one of AdamW, so one learning rate serves both.
     """
     groups, names = {"adamw": [], "muon": []}, {}
     for part, named in model.parts().items():
@@ -273,7 +274,7 @@ def make_optimizers(model, cfg):
         optimizers.append(torch.optim.AdamW(groups["adamw"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                             weight_decay=0.0, fused=fused))
     if groups["muon"]:
-        optimizers.append(torch.optim.Muon(groups["muon"], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(groups["muon"]))
     return optimizers, names
 
 

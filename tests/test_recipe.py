@@ -19,6 +19,7 @@ import model as M
 import pretrain
 from data import Dataset, Planner, Stream, collate, decode
 from lib.errors import UserError
+from lib.muon import Muon, orthogonalize
 from lib.text import SMALL_TOKENIZER, Tokenizer
 from model import ModelConfig, Molmo2
 from pretrain import Config
@@ -94,6 +95,34 @@ def nll_of(model, batch, z_loss=0.0):
     return plain_nll(*every, batch["targets"].flatten() % 1024, batch["weights"].flatten(), z_loss)
 
 
+def test_muon_makes_a_matrix_orthogonal():
+    """Its singular vectors stay; its values, 2 % of the whole or more, become 0.68 to 1.14."""
+    for shape in ((128, 256), (256, 128), (16, 48)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        inner = left.T @ orthogonalize(matrix) @ right.T
+        values = inner.diag()
+        torch.testing.assert_close(inner, values.diag(), rtol=0, atol=1e-5)
+        assert 0.68 < values.min() and values.max() < 1.14
+
+
+def test_muon_is_torchs():
+    """Momentum, size of a step and state; torch's computes in bf16."""
+    rng = torch.Generator().manual_seed(0)
+    ours, torchs = ([torch.nn.Parameter(torch.zeros(shape)) for shape in ((32, 96), (96, 32))] for _ in range(2))
+    optimizers = [Muon([dict(params=ours)]), torch.optim.Muon(torchs, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for p, q in zip(ours, torchs):
+            p.grad = q.grad = torch.randn(p.shape, generator=rng)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.step()
+    for p, q in zip(ours, torchs):
+        assert (p - q).norm() < 0.02 * q.norm()
+        state, want = optimizers[0].state[p], optimizers[1].state[q]
+        assert state.keys() == want.keys() and torch.equal(state["momentum_buffer"], want["momentum_buffer"])
+
+
 def part_of(name):
     if "image_vit" in name:
         return "vit"
@@ -102,12 +131,12 @@ def part_of(name):
 
 def orthogonal(g):
     """Newton and Schulz's iteration of Muon."""
-    x = (g.T if len(g) > g.shape[1] else g).bfloat16()
+    x = g.T if len(g) > g.shape[1] else g
     x = x / x.norm()
     for _ in range(5):
         s = x @ x.T
         x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
-    return (x.T if len(g) > g.shape[1] else x).float()
+    return x.T if len(g) > g.shape[1] else x
 
 
 def plain_training(cfg, ranks=1, left_out=()):
@@ -171,10 +200,8 @@ def same_training(run, cfg, **kw):
         moved, off = float((p - begin[n]).detach().norm()), float((got[n] - p).detach().abs().max())
         if cfg.optimizer == "adamw":
             assert off <= 1e-6, (n, off)
-        else:  # Muon's iteration runs in bf16, and noise grows in directions without a gradient: how far, and whither
-            matrix = p.ndim == 2 and not any(x in n for x in ("wte", "positional", "lm_head"))
-            assert float((got[n] - p).detach().norm()) <= (0.4 if matrix else 0.03) * moved + 1e-5, (n, off, moved)
-            assert float((got[n] - begin[n]).detach().norm()) == pytest.approx(moved, rel=0.06, abs=1e-5), n
+        else:  # rounding grows in directions without a gradient
+            assert float((got[n] - p).detach().norm()) <= 1e-3 * moved + 1e-6, (n, off, moved)
         frozen = part_of(n) in cfg.freeze or "embedding" in cfg.freeze and n == "transformer.wte.embedding"
         if frozen:
             assert torch.equal(got[n], begin[n]), n
@@ -182,14 +209,13 @@ def same_training(run, cfg, **kw):
             assert moved > 1e-7, (n, moved)
     steps = [r for r in log if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
-    rough = 1 if cfg.optimizer == "adamw" else 100
     for r, w in zip(steps, want):
-        assert r["loss"] == pytest.approx(w["loss"], rel=1e-5 * rough)
+        assert r["loss"] == pytest.approx(w["loss"], rel=1e-5)
         assert r["fill"] == pytest.approx(w["fill"], abs=1e-4)
-        assert r["grad_norm"] == pytest.approx(math.hypot(*w["norms"].values()), rel=1e-4 * rough)
+        assert r["grad_norm"] == pytest.approx(math.hypot(*w["norms"].values()), rel=1e-4)
     evals = {r["step"]: r["eval"]["loss"] for r in log if "eval" in r}
     assert evals == pytest.approx({k + 1: w["eval"] for k, w in enumerate(want) if "eval" in w},
-                                  abs=2e-4 * rough)
+                                  abs=2e-4)
     return steps, want
 
 
