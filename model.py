@@ -721,7 +721,7 @@ class Molmo2(nn.Module):
     @torch.inference_mode()
     def generate(self, tokens, crops=None, pool=None, max_new_tokens=256, temperature=0.0, stop=(), pos=None,
                  example=None, branch=None, generator=None, features=None, top_p=1.0, frequency_penalty=0.0):
-        """Continue B prompts; yields a (B,) tensor of ids per step, on the CPU, as they come. Greedy at temperature 0, else
+        """Continue B prompts; yields (B,) ids a step, on the CPU, as they come. Greedy at temperature 0, else
         drawn from the likeliest ids that have top_p together. A logit loses frequency_penalty each time its id is
         produced. Prompts of different lengths are padded on the right with example = 0. A sequence that has produced an
         id in `stop` repeats it until all have."""
