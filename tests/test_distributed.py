@@ -79,7 +79,8 @@ def check_gradients_of(rank, ranks, cp, style):
             assert off <= 3e-6 * whole, (seed, name, off, whole)
 
 
-@pytest.mark.parametrize("ranks, cases", [(2, [(1, "qwen")]), (4, [(1, "olmo"), (2, "qwen")])], ids=[2, 4])
+@pytest.mark.parametrize("ranks, cases", [
+    (2, [(1, "qwen")]), pytest.param(4, [(1, "olmo"), (2, "qwen")], marks=pytest.mark.slow)], ids=[2, 4])
 def test_gradients_do_not_depend_on_the_number_of_ranks(ranks, cases):
     """cases: how many ranks share a sequence, and the style of the decoder."""
     run_ranks(check_gradients, ranks, cases)
@@ -204,6 +205,7 @@ def signalled(said):
         said.send(len(stop))
 
 
+@pytest.mark.slow
 def test_a_signal_may_come_while_the_one_before_is_noted():
     """The handler must hold no lock: it would wait for itself for ever."""
     context = fork_server()

@@ -221,8 +221,8 @@ def same_training(run, cfg, **kw):
 
 @pytest.mark.parametrize("style, changes", [
     ("olmo", dict(freeze=("embedding",), token_weights="released", recompute=True)),
-    ("qwen", dict(optimizer="muon")), ("qwen", dict(freeze=("vit",))),
-    ("olmo", dict(freeze=("connector", "decoder"), clip=0.3))])
+    ("qwen", dict(optimizer="muon")), pytest.param("qwen", dict(freeze=("vit",)), marks=pytest.mark.slow),
+    pytest.param("olmo", dict(freeze=("connector", "decoder"), clip=0.3), marks=pytest.mark.slow)])
 def test_every_number_of_the_recipe_is_obeyed(odd, style, changes):
     cfg = odd(style, **changes)
     steps, want = same_training(train(cfg), cfg)
@@ -399,7 +399,7 @@ def spoilt_lines(folder):
                                                  row("gone.png"), row("no pixels.png", 50)])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_resumed_run_repeats_an_unstopped_one_bit_for_bit(odd, tmp_path, capsys, optimizer):
     """With dropout, from `latest` and not from a later one; and lists no bad row twice."""
     cfg = odd("qwen", data=(spoilt_lines(tmp_path),), rebalance=(), optimizer=optimizer, save_every=2)

@@ -207,12 +207,14 @@ def scenes_of(whole):
     return trained, {r["image"]: shapes_of(*r["annotations"]) for r in named_in(held, "scenes.jsonl")}
 
 
+@pytest.mark.slow
 def test_no_held_out_scene_can_be_learned_by_heart(whole):
     trained, kept = ([tuple(s) for s in scenes.values()] for scenes in scenes_of(whole))
     assert len(trained) == 10000 and len(kept) == 320
     assert not set(trained) & set(kept) and len({*trained, *kept}) == 10320
 
 
+@pytest.mark.slow
 def test_no_held_out_clip_can_be_learned_by_heart(whole):
     def seen(clips, tracks):
         moments = [(a["label"], json.dumps(a["points"])) for a in clips["annotations"]
@@ -228,6 +230,7 @@ def test_no_held_out_clip_can_be_learned_by_heart(whole):
         assert not set(trained) & set(kept)
 
 
+@pytest.mark.slow
 def test_training_reads_no_file_of_the_evaluation(whole):
     folder, train, held = whole
     media = lambda f, r: [os.path.join(os.path.dirname(f), name) for name in r.get("images") or
@@ -243,6 +246,7 @@ def test_training_reads_no_file_of_the_evaluation(whole):
         assert len({r["id"] for r in lines}) == len(lines), f
 
 
+@pytest.mark.slow
 def test_lines_of_clips_say_what_is_shown_of_them(whole):
     """Seconds, the one moment of a still, who is meant; masks are for the evaluation alone."""
     _, train, held = whole
@@ -270,6 +274,7 @@ def found(shapes, label):
     return sorted((s for s in shapes if colour in ([], [s[0]]) and shape in (s[1], "shape")), key=lambda s: s[2:])
 
 
+@pytest.mark.slow
 def test_points_and_counts_follow_from_where_the_shapes_are(whole):
     trained, kept = scenes_of(whole)
     none, counts = 0, set()
@@ -297,6 +302,7 @@ def test_points_and_counts_follow_from_where_the_shapes_are(whole):
         assert listed == ", ".join(shape for _, shape, _, _ in trained[r["image"]]) + "."
 
 
+@pytest.mark.slow
 def test_questions_about_two_images_follow_from_what_is_in_each(whole):
     said = set()
     for part, scenes in zip(whole[1:], scenes_of(whole)):
@@ -321,6 +327,7 @@ def test_questions_about_two_images_follow_from_what_is_in_each(whole):
     assert said == {"Image 0.", "Image 1.", "Both.", 1, 2}
 
 
+@pytest.mark.slow
 def test_answers_without_an_image_are_right(whole):
     week, sides = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split(), dict(
         triangle="Three.", square="Four.", pentagon="Five.", hexagon="Six.", circle="None.")

@@ -136,7 +136,7 @@ def check_all(rank, ranks, style):
     check_model(rank, ranks, style)
 
 
-@pytest.mark.parametrize("ranks, style", [(2, "olmo"), (4, "qwen")])
+@pytest.mark.parametrize("ranks, style", [(2, "olmo"), pytest.param(4, "qwen", marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_does(ranks, style):
     """Attention; features, which come back to their tokens, also from a rank without crops; loss and gradients."""
     run_ranks(check_all, ranks, style)
