@@ -235,6 +235,9 @@ class Lines:
     def __len__(self):
         return int(self.ends[-1])
 
+    def __getstate__(self):
+        return self.__dict__ | dict(open={})  # an open file does not go to a worker, which macOS starts afresh
+
     def read(self, i):
         """The i-th line: (bytes, folder its media are under, "file:line")."""
         place = int(np.searchsorted(self.ends, i, side="right"))

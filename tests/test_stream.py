@@ -5,10 +5,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import socket
 import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -67,6 +69,33 @@ def test_media_are_beside_the_file_and_not_beside_a_link_to_it(tmp_path):
         assert os.path.samefile(folder, tmp_path / "disk") and where == f"{tmp_path / name}:1"
         question, = load_questions([dataset])
         assert os.path.samefile(question.path, tmp_path / "disk" / "a.png")
+
+
+def test_an_index_in_use_goes_to_a_process_that_is_started_afresh(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 0}\n{"n": 1}\n')
+    here = Dataset("a", [str(tmp_path / "a.jsonl")])
+    first = here.line(0)
+    there = pickle.loads(pickle.dumps(here))
+    assert [here.line(0), here.line(1)] == [there.line(0), there.line(1)] and there.line(0) == first
+
+
+@pytest.mark.slow
+def test_workers_are_started_afresh_where_the_system_does_so(tmp_path):
+    """macOS starts processes so, and Linux from Python 3.14 on: what a worker needs has to travel to it."""
+    picture(tmp_path / "a.png", "red")
+    record = dict(image="a.png", annotations=[dict(task="image_caption", answer="red")])
+    write_lines(tmp_path / "rows.jsonl", [record] * 20)
+    script = tmp_path / "run.py"
+    script.write_text("""if __name__ == "__main__":
+    import multiprocessing
+    multiprocessing.set_start_method("spawn")
+    import pretrain
+    pretrain.main(pretrain.Config(), pretrain.PRESETS, "--data rows.jsonl --steps 2 --workers 2 --no-report".split())
+""")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=root), text=True,
+                         capture_output=True, timeout=300)
+    assert run.returncode == 0 and "step     2/2" in run.stdout, run.stdout + run.stderr
 
 
 # ---- mixtures ----------------------------------------------------------------------------------------------
