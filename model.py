@@ -747,14 +747,19 @@ class Molmo2(nn.Module):
         seen = [may_attend(last[b], keys[:T], example[b], branch[b], vision[b]) for b in range(B)]  # (T,) each
         new_mask = torch.cat([torch.stack(seen), keys.new_ones(B, max_new_tokens, dtype=torch.bool)], 1)[:, None, None]
         replays = x.device.type in Replayed.DEVICES and len(keys) <= Replayed.LONGEST
-        needs_mask = replays or self.cfg.window or not bool(new_mask.all())  # the fastest attention takes no mask
+        if not replays and not self.cfg.window and bool(new_mask.all()):
+            new_mask = None  # the fastest attention takes no mask
         ids = torch.empty_like(last)
         n_kept = torch.full_like(last[:1], T)
 
         def read():
             """Read `ids`, one token of each sequence: logits (B, V) of the next one."""
-            S = len(keys) if replays else caches[0].used + 1  # the shapes in a graph cannot grow
-            mask = new_mask[..., :S] & (keys[:S] <= n_kept) if needs_mask else None
+            if replays:  # the shapes in a graph cannot grow: what is not filled yet is masked
+                S = len(keys)
+                mask = new_mask & (keys <= n_kept)
+            else:
+                S = caches[0].used + 1
+                mask = None if new_mask is None else new_mask[..., :S]
             with without_cudnn(x.device):
                 y = self.transformer(self.embed(ids[:, None]), next_pos[:, None], mask, caches=caches,
                                      key_pos=key_pos[:, :S])
